@@ -1,0 +1,54 @@
+"""The errors this package raises.
+
+```
+BDLoRAError
+├── ConfigError           (ValueError)    a setting is wrong, or two settings disagree
+├── ShapeError            (ValueError)    a tensor or a model does not have the shape that is needed
+├── AdapterFormatError    (ValueError)    a file cannot be read as an adapter, or says what we cannot represent
+├── UnsupportedError      (NotImplementedError)  the request is clear, and this package cannot do it
+├── MissingDependencyError (ImportError)  an optional extra is needed; the message names it
+└── TargetError           (LookupError)   a target pattern matches no module
+```
+
+Every message says what was wrong, what was found, what was wanted and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterFormatError",
+    "BDLoRAError",
+    "ConfigError",
+    "MissingDependencyError",
+    "ShapeError",
+    "TargetError",
+    "UnsupportedError",
+]
+
+
+class BDLoRAError(Exception):
+    """The root of every error that this package raises on purpose."""
+
+
+class ConfigError(BDLoRAError, ValueError):
+    """A setting is wrong by itself, or two settings disagree."""
+
+
+class ShapeError(BDLoRAError, ValueError):
+    """A tensor or a model does not have the shape that is needed."""
+
+
+class AdapterFormatError(BDLoRAError, ValueError):
+    """A file cannot be read as an adapter, or holds what cannot be represented."""
+
+
+class UnsupportedError(BDLoRAError, NotImplementedError):
+    """The request is clear, and this package cannot carry it out."""
+
+
+class MissingDependencyError(BDLoRAError, ImportError):
+    """An optional dependency is needed; the message names the extra to install."""
+
+
+class TargetError(BDLoRAError, LookupError):
+    """A target pattern matches no module of the model."""
