@@ -1,0 +1,16 @@
+"""What the forkserver imports once, so that a rank does not. Imports only: no tensor is made."""
+
+import importlib
+
+for _name in (
+    "megatron.core.parallel_state",
+    "megatron.core.models.gpt",
+    "megatron.core.dist_checkpointing",
+    "bdlora_megatron.layers",
+    "bdlora_megatron.runtime",
+):
+    try:
+        importlib.import_module(_name)
+    except ImportError:
+        # The test that needs it fails by itself and says more than a dead forkserver would.
+        continue
