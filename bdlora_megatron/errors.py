@@ -2,12 +2,12 @@
 
 ```
 BDLoRAError
-├── ConfigError           (ValueError)    a setting is wrong, or two settings disagree
-├── ShapeError            (ValueError)    a tensor or a model does not have the shape that is needed
-├── AdapterFormatError    (ValueError)    a file cannot be read as an adapter, or says what we cannot represent
-├── UnsupportedError      (NotImplementedError)  the request is clear, and this package cannot do it
-├── MissingDependencyError (ImportError)  an optional extra is needed; the message names it
-└── TargetError           (LookupError)   a target pattern matches no module
+├── ConfigError            (ValueError)           a setting is wrong, or two disagree
+├── ShapeError             (ValueError)           a tensor or model has the wrong shape
+├── AdapterFormatError     (ValueError)           a file is no adapter, or more than we represent
+├── UnsupportedError       (NotImplementedError)  a clear request that cannot be carried out
+├── MissingDependencyError (ImportError)          an optional extra is needed
+└── TargetError            (LookupError)          a target pattern matches no module
 ```
 
 Every message says what was wrong, what was found, what was wanted and what to do.

@@ -1,0 +1,225 @@
+"""Putting adapters into a built Megatron-Core model, and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+
+from bdlora_megatron.config import LoRAConfig
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.layers.linear import LoRAColumnParallelLinear, LoRARowParallelLinear
+from bdlora_megatron.layers.lora_linear import LoRALinear
+from bdlora_megatron.layers.targets import TargetMatcher
+
+__all__ = [
+    "LORA_CLASSES",
+    "adapters_disabled",
+    "apply_lora",
+    "freeze_base",
+    "lora_layers",
+    "merge_adapters",
+    "named_modules_global",
+    "remove_lora",
+    "replace_module",
+    "unmerge_adapters",
+]
+
+#: Which layer takes the place of which Megatron-Core layer.
+LORA_CLASSES: dict[type[nn.Module], type[LoRALinear]] = {
+    ColumnParallelLinear: LoRAColumnParallelLinear,
+    RowParallelLinear: LoRARowParallelLinear,
+}
+
+
+def apply_lora(model: nn.Module, lora: LoRAConfig) -> list[str]:
+    """Put fresh adapters into a built model and freeze everything else.
+
+    Layers are exchanged in place; parameters are shared with the old layers, nothing is copied.
+    Call it before the model is wrapped in Megatron's DDP, whose buffers hold the trainable
+    parameters.
+
+    Args:
+        model: A ``GPTModel``, or any module that holds Megatron-Core linear layers.
+        lora: What the adapters look like and which layers get one.
+
+    Returns:
+        The full names of the layers that got an adapter, with layer numbers counted over the whole
+        pipeline.
+
+    Raises:
+        ConfigError: The model is wrapped already, has adapters already, or does not divide.
+        TargetError: A target pattern matches no layer on any pipeline stage.
+        UnsupportedError: A matched layer is an expert, is quantised, or would split a key-value
+            head.
+
+    Collectives: none in the tensor-parallel group, except one broadcast per replicated factor in
+    layout ``half_sharded``; one small all-gather over pipeline stages, where there are several.
+    """
+    _check_fresh(model)
+    matcher = TargetMatcher(lora.target_modules, lora.exclude_modules)
+    candidates = {
+        name: module
+        for name, module in named_modules_global(model)
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+    }
+    chosen = {name: module for name, module in candidates.items() if matcher.matches(name)}
+    matcher.check_all_used(candidates, _unused_on_every_stage(matcher.unused))
+    # All layers are made before the first is exchanged: a refusal leaves the model as it was.
+    made = {name: _with_adapter(module, lora, name) for name, module in chosen.items()}
+    for name, module in chosen.items():
+        replace_module(model, module, made[name])
+    freeze_base(model)
+    return list(made)
+
+
+def _check_fresh(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            raise ConfigError(
+                "the model is already wrapped in DistributedDataParallel, whose gradient buffers "
+                "would miss the adapters; apply adapters before wrapping"
+            )
+        if isinstance(module, LoRALinear):
+            raise ConfigError("the model already carries adapters; call remove_lora() first")
+
+
+def _with_adapter(module: nn.Module, lora: LoRAConfig, name: str) -> LoRALinear:
+    layer = lora_layer(module)
+    layer.attach_config(lora, name.rpartition(".")[2])
+    return layer
+
+
+def lora_layer(base: nn.Module) -> LoRALinear:
+    """The adapter-carrying layer that takes the place of ``base``, still without an adapter."""
+    kind = type(base)
+    known = LORA_CLASSES.get(kind)
+    if known is None:
+        known = (
+            LoRAColumnParallelLinear
+            if isinstance(base, ColumnParallelLinear)
+            else LoRARowParallelLinear
+        )
+    return known.from_base(base)
+
+
+def named_modules_global(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` with decoder layers numbered over the whole pipeline.
+
+    Megatron-Core numbers ``decoder.layers`` from 0 on every stage; each layer knows its own place.
+    """
+    names: dict[str, str] = {"": ""}
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        number = getattr(module, "layer_number", None)
+        if own.isdigit() and isinstance(number, int):
+            own = str(number - 1)
+        names[name] = f"{names[parent]}.{own}" if names[parent] else own
+        yield names[name], module
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` hangs in ``model``."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _unused_on_every_stage(unused: Sequence[str]) -> list[str]:
+    if not parallel_state.model_parallel_is_initialized():
+        return list(unused)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return list(unused)
+    answers: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(answers, list(unused), group=group)
+    return [name for name in unused if all(name in answer for answer in answers)]
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The layers that can carry an adapter, by full name."""
+    for name, module in named_modules_global(model):
+        if isinstance(module, LoRALinear):
+            yield name, module
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Leave only adapter parameters trainable.
+
+    Also makes the decoder's input require a gradient, where activation recompute would otherwise
+    cut the adapters off: a checkpointed layer whose inputs need no gradient records no backward.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for _, layer in lora_layers(model):
+        if layer.adapter is not None:
+            layer.adapter.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, TransformerBlock) and module.config.recompute_granularity == "full":
+            _hook_once(module)
+
+
+def _hook_once(block: nn.Module) -> None:
+    if _require_input_grad not in block._forward_pre_hooks.values():
+        block.register_forward_pre_hook(_require_input_grad, with_kwargs=True)
+
+
+def _require_input_grad(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not torch.is_grad_enabled():
+        return args, kwargs
+    if args:
+        return (_requiring(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": _requiring(kwargs.get("hidden_states"))}
+
+
+def _requiring(x: Any) -> Any:
+    if not isinstance(x, Tensor) or x.requires_grad:
+        return x
+    return x.detach().requires_grad_(True)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Put the plain Megatron-Core layers back; adapters are dropped, the base stays as it was.
+
+    Parameters stay frozen.
+    """
+    for _, layer in list(lora_layers(model)):
+        replace_module(model, layer, layer.to_base())
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add every adapter to its base weight; see ``LoRALinear.merge`` for what that costs."""
+    for _, layer in lora_layers(model):
+        if layer.adapter is not None:
+            layer.merge()
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Restore every merged base weight, bit for bit."""
+    for _, layer in lora_layers(model):
+        if layer.is_merged:
+            layer.unmerge()
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the base model alone inside the ``with`` block."""
+    layers = [layer for _, layer in lora_layers(model)]
+    before = [layer.adapter_enabled for layer in layers]
+    for layer in layers:
+        layer.adapter_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.adapter_enabled = enabled

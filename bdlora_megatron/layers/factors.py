@@ -1,0 +1,125 @@
+"""One adapter factor as a module: its weight, its place among ranks, its checkpoint shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+__all__ = ["Factor", "FactorPair", "FactorShape", "kaiming_uniform", "zeros"]
+
+Init = Callable[[Tensor], object]
+
+
+def kaiming_uniform(weight: Tensor) -> None:
+    """Fill a full factor as PEFT fills A: uniform, bounded by ``1 / sqrt(columns)``."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
+def zeros(weight: Tensor) -> None:
+    """Fill a full factor with zeros, so that a fresh adapter changes nothing."""
+    nn.init.zeros_(weight)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FactorShape:
+    """A factor over all ranks and how one rank's share is cut out of it.
+
+    Attributes:
+        rows: Rows over all ranks.
+        columns: Columns over all ranks.
+        shard_dim: The dimension that is split evenly over ranks; None for a replica on each.
+        parts: Stretches of the rows that are each split by themselves (see ``Projection.parts``).
+    """
+
+    rows: int
+    columns: int
+    shard_dim: int | None
+    parts: int = 1
+
+
+class Factor(nn.Module):
+    """A factor's local weight.
+
+    Shapes: global ``[rows, columns]``; local: ``shard_dim`` divided by the tensor-parallel size.
+
+    Collectives: one broadcast at construction where the factor is a replica; none afterwards.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, shape: FactorShape, init: Init, *, like: Tensor, dtype: torch.dtype, tp_group: Any
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.tp_group = tp_group
+        # The whole factor is drawn on each rank and cut, so that a model starts from the same
+        # adapter at any tensor-parallel size (given equal CPU seeds, as Megatron sets them).
+        full = torch.empty(shape.rows, shape.columns, dtype=torch.float32, device="cpu")
+        init(full)
+        local = self.cut(full).to(device=like.device, dtype=dtype).contiguous()
+        self.weight = nn.Parameter(local)
+        if shape.shard_dim is None and tp_group.size() > 1:
+            source = torch.distributed.get_global_rank(tp_group, 0)
+            torch.distributed.broadcast(self.weight.data, source, group=tp_group)
+        set_tensor_model_parallel_attributes(
+            self.weight,
+            is_parallel=shape.shard_dim is not None,
+            dim=-1 if shape.shard_dim is None else shape.shard_dim,
+            stride=shape.parts,
+        )
+        # Megatron's DDP reduces gradients of parameters with this mark over data-parallel ranks.
+        self.weight.allreduce = True  # type: ignore[attr-defined]
+
+    def cut(self, full: Tensor) -> Tensor:
+        """Cut this rank's share out of a whole factor ``[rows, columns]``."""
+        dim = self.shape.shard_dim
+        size = self.tp_group.size()
+        if dim is None or size == 1:
+            return full
+        parts = full.chunk(self.shape.parts, dim=dim)
+        rank = self.tp_group.rank()
+        return torch.cat([part.chunk(size, dim=dim)[rank] for part in parts], dim=dim)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describe the local shard to ``megatron.core.dist_checkpointing``."""
+        dp_cp_group = (metadata or {}).get("dp_cp_group")
+        if dp_cp_group is None:
+            dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        axis = {} if self.shape.shard_dim is None else {"weight": self.shape.shard_dim}
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            axis,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=dp_cp_group,
+        )
+        if self.shape.parts == 2:
+            key = f"{prefix}weight"
+            sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets)
+        return sharded
+
+    def extra_repr(self) -> str:
+        """Show the local shape and what is split."""
+        return f"{tuple(self.weight.shape)}, shard_dim={self.shape.shard_dim}"
+
+
+class FactorPair(nn.Module):
+    """The factors of one projection, under NeMo's names: ``linear_in`` is A, ``linear_out`` B."""
+
+    def __init__(self, linear_in: Factor, linear_out: Factor) -> None:
+        super().__init__()
+        self.linear_in = linear_in
+        self.linear_out = linear_out

@@ -1,0 +1,175 @@
+"""Megatron-Core's column- and row-parallel linear layers with an adapter inside.
+
+Both override one method, ``_forward_impl``, the matrix product that Megatron-Core calls between its
+input and output communication. What stands there is computed on what the base layer communicates
+anyway, so BD-LoRA adds no collective of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from bdlora_megatron.config import Layout, LoRAConfig
+from bdlora_megatron.layers.adapters import (
+    Adapter,
+    AdapterOptions,
+    ProjectionPlan,
+    column_adapter,
+    row_adapter,
+)
+from bdlora_megatron.layers.geometry import LayerGeometry
+from bdlora_megatron.layers.lora_linear import LoRALinear
+from bdlora_megatron.layers.sharing import gather_and_shrink, share_input
+
+__all__ = ["LoRAColumnParallelLinear", "LoRARowParallelLinear"]
+
+
+class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
+    """A ``ColumnParallelLinear`` whose product includes an adapter's.
+
+    ``Y_i = X W_i^T + s * (X A_i^T) B_ii^T`` on rank i.
+
+    | tensor | local shape |
+    |---|---|
+    | X | ``[S, b, I]``; ``[S / P, b, I]`` under sequence parallelism |
+    | W_i | ``[O / P, I]`` |
+    | A_i, B_ii | ``[R / P, I]``, ``[O / P, R / N]`` (BD-LoRA) |
+    | Y_i | ``[S, b, O / P]`` |
+
+    Collectives: those of the base layer, no more: backward one all-reduce of dX; under sequence
+    parallelism, forward one all-gather of X and backward one reduce-scatter of dX. With
+    ``regather_input``, backward one all-gather more.
+    """
+
+    base_class = ColumnParallelLinear
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        lora: LoRAConfig | None = None,
+        name: str = "",
+        **kwargs: Any,
+    ) -> None:
+        """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
+
+        Args:
+            input_size: I, over all ranks.
+            output_size: O, over all ranks.
+            lora: The adapter; none when unset.
+            name: The layer's attribute name in its parent, such as ``linear_qkv``.
+            **kwargs: For ``ColumnParallelLinear``.
+        """
+        super().__init__(input_size, output_size, **kwargs)
+        self.finish(lora, name)
+
+    def _make_adapter(
+        self,
+        layout: Layout,
+        plans: Sequence[ProjectionPlan],
+        options: AdapterOptions,
+        geometry: LayerGeometry,
+    ) -> Adapter:
+        return column_adapter(
+            layout, plans, options, in_features=self.input_size, geometry=geometry
+        )
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self._active()
+        if adapter is None:
+            plain: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
+            return plain
+        shared, z = self._share_and_shrink(
+            adapter,
+            input,
+            allreduce_dgrad=kwargs.pop("allreduce_dgrad"),
+            sequence_parallel=kwargs.pop("sequence_parallel"),
+        )
+        base = super()._forward_impl(
+            shared, weight, *args, allreduce_dgrad=False, sequence_parallel=False, **kwargs
+        )
+        return adapter.expand(z, base)
+
+    def _share_and_shrink(
+        self, adapter: Adapter, x: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool
+    ) -> tuple[Tensor, Tensor]:
+        if sequence_parallel and self.regather_input and torch.is_grad_enabled():
+            gathered = (x.size(0) * self.tp_group.size(), *x.shape[1:])
+            mask = adapter.dropout_mask(gathered, x.device)
+            return gather_and_shrink(
+                x, adapter.shrink_weight(), mask, 1.0 - adapter.dropout, self.tp_group
+            )
+        shared = share_input(
+            x,
+            allreduce_dgrad=allreduce_dgrad,
+            sequence_parallel=sequence_parallel,
+            group=self.tp_group,
+        )
+        return shared, adapter.shrink(shared)
+
+
+class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
+    """A ``RowParallelLinear`` whose product includes an adapter's.
+
+    ``Y = sum_i (X_i W_i^T + s * (X_i A_ii^T) B_i^T)``: each rank adds its adapter product to its
+    partial sum, and the base layer's one reduction sums both.
+
+    | tensor | local shape |
+    |---|---|
+    | X_i | ``[S, b, I / P]`` |
+    | W_i | ``[O, I / P]`` |
+    | A_ii, B_i | ``[R / P, I / N]``, ``[O, R / P]`` (BD-LoRA) |
+    | Y | ``[S, b, O]``; ``[S / P, b, O]`` under sequence parallelism |
+
+    Collectives: those of the base layer, no more: forward one all-reduce of Y, or one
+    reduce-scatter under sequence parallelism, whose backward is one all-gather.
+    """
+
+    base_class = RowParallelLinear
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        lora: LoRAConfig | None = None,
+        name: str = "",
+        **kwargs: Any,
+    ) -> None:
+        """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
+
+        Args:
+            input_size: I, over all ranks.
+            output_size: O.
+            lora: The adapter; none when unset.
+            name: The layer's attribute name in its parent, such as ``linear_proj``.
+            **kwargs: For ``RowParallelLinear``.
+        """
+        super().__init__(input_size, output_size, **kwargs)
+        self.finish(lora, name)
+
+    def _make_adapter(
+        self,
+        layout: Layout,
+        plans: Sequence[ProjectionPlan],
+        options: AdapterOptions,
+        geometry: LayerGeometry,
+    ) -> Adapter:
+        return row_adapter(
+            layout,
+            plans,
+            options,
+            in_features=self.input_size,
+            out_features=self.output_size,
+        )
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
+        adapter = self._active()
+        return base if adapter is None else adapter.expand(adapter.shrink(input), base)

@@ -1,0 +1,260 @@
+"""What a linear layer with an adapter can do, whichever way it is split over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bdlora_megatron.config import Layout, LoRAConfig
+from bdlora_megatron.errors import ConfigError, UnsupportedError
+from bdlora_megatron.layers.adapters import Adapter, AdapterOptions, ProjectionPlan
+from bdlora_megatron.layers.geometry import LayerGeometry, layer_geometry
+
+__all__ = ["LoRALinear"]
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LayerT = TypeVar("LayerT", bound="LoRALinear")
+
+
+class LoRALinear(nn.Module):
+    """What the column and the row layer share: holding, merging and saving an adapter.
+
+    Attributes:
+        adapter: The trainable part, or None once it was removed.
+        adapter_enabled: Whether ``forward`` adds it.
+    """
+
+    base_class: ClassVar[type[nn.Module]]
+
+    # From Megatron-Core's layers; declared because they come without types.
+    weight: nn.Parameter
+    config: Any
+    tp_group: Any
+    is_expert: bool
+    explicit_expert_comm: bool
+    input_size: int
+    output_size: int
+
+    adapter: Adapter | None
+    adapter_enabled: bool
+    regather_input: bool
+    _unmerged: Tensor | None
+
+    @classmethod
+    def from_base(cls: type[LayerT], base: nn.Module) -> LayerT:
+        """Turn a built Megatron-Core layer into one that can hold an adapter.
+
+        Parameters, buffers and hooks are shared with ``base``: nothing is copied or allocated.
+
+        Args:
+            base: A layer of exactly ``base_class``.
+
+        Returns:
+            The layer, without an adapter yet.
+
+        Raises:
+            UnsupportedError: ``base`` is of another class, an MoE expert, or quantised.
+        """
+        if type(base) is not cls.base_class:
+            raise UnsupportedError(
+                f"cannot turn a {type(base).__name__} into a {cls.__name__}; wanted exactly "
+                f"{cls.base_class.__name__}, since a subclass may compute something else"
+            )
+        layer = cls.__new__(cls)
+        layer.__dict__.update(base.__dict__)
+        # The containers are copied so that adding an adapter here leaves ``base`` as it was.
+        for name in ("_parameters", "_buffers", "_modules"):
+            layer.__dict__[name] = base.__dict__[name].copy()
+        layer._start_empty()
+        layer._check_base()
+        return layer
+
+    def to_base(self) -> nn.Module:
+        """Give back the plain Megatron-Core layer, sharing parameters; the adapter is dropped."""
+        if self.is_merged:
+            self.unmerge()
+        base = self.base_class.__new__(self.base_class)
+        own = ("adapter", "adapter_enabled", "regather_input", "_unmerged")
+        base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
+        for name in ("_parameters", "_buffers", "_modules"):
+            base.__dict__[name] = self.__dict__[name].copy()
+        base.__dict__["_modules"].pop("adapter", None)
+        return base
+
+    def _start_empty(self) -> None:
+        self.adapter = None
+        self.adapter_enabled = True
+        self.regather_input = False
+        self._unmerged = None
+
+    def _check_base(self) -> None:
+        if self.is_expert:
+            raise UnsupportedError(
+                "this layer belongs to a mixture-of-experts expert, whose tokens move between "
+                "ranks; adapters cover dense layers only: exclude it from target_modules"
+            )
+        weight = self.weight
+        if weight is not None and (weight.dtype not in _FLOATS or hasattr(weight, "quant_state")):
+            raise UnsupportedError(
+                f"the base weight is quantised (dtype {weight.dtype}); dequantise the base model "
+                f"to one of {[str(kind) for kind in _FLOATS]} first"
+            )
+
+    def finish(self, lora: LoRAConfig | None, name: str) -> None:
+        """Complete a constructor once Megatron-Core has built the base layer."""
+        self._start_empty()
+        self._check_base()
+        if lora is not None:
+            self.attach_config(lora, name)
+
+    def geometry(self, name: str, *, fused: bool) -> LayerGeometry:
+        """The projections this layer holds under the name that its parent gives it."""
+        return layer_geometry(
+            name, self.config, self.output_size, fused=fused, tp_size=self.tp_group.size()
+        )
+
+    def attach(
+        self,
+        plans: Sequence[ProjectionPlan],
+        geometry: LayerGeometry,
+        *,
+        layout: Layout,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> Adapter:
+        """Put a fresh adapter in, replacing any other.
+
+        Args:
+            plans: The projections that get a pair of factors.
+            geometry: All projections of this layer.
+            layout: How ranks split the factors.
+            dropout: Probability of zeroing an input element on the adapter's path, in training.
+            dtype: The factors' type; the base weight's when unset.
+
+        Returns:
+            The adapter, which changes nothing until B is trained or loaded.
+
+        Raises:
+            ConfigError: The layer is merged, or the plans do not divide as the layout needs.
+        """
+        if self.is_merged:
+            raise ConfigError("the layer's adapter is merged into the base weight; unmerge() first")
+        options = AdapterOptions(
+            dropout=dropout,
+            dtype=dtype or self.weight.dtype,
+            like=self.weight,
+            tp_group=self.tp_group,
+        )
+        adapter = self._make_adapter(layout, plans, options, geometry)
+        adapter.train(self.training)
+        self.adapter = adapter
+        return adapter
+
+    def attach_config(self, lora: LoRAConfig, name: str) -> Adapter:
+        """Put in the fresh adapter that ``lora`` describes.
+
+        Args:
+            lora: Rank, blocks, scale, layout, dropout.
+            name: The layer's attribute name in its parent, such as ``linear_qkv``.
+
+        Returns:
+            The adapter.
+        """
+        geometry = self.geometry(name, fused=lora.fused)
+        plans = [
+            ProjectionPlan(
+                projection=projection, rank=lora.rank, num_blocks=lora.blocks, scale=lora.scale
+            )
+            for projection in geometry.projections
+        ]
+        self.regather_input = lora.regather_input
+        return self.attach(
+            plans, geometry, layout=lora.layout, dropout=lora.dropout, dtype=lora.dtype
+        )
+
+    def _make_adapter(
+        self,
+        layout: Layout,
+        plans: Sequence[ProjectionPlan],
+        options: AdapterOptions,
+        geometry: LayerGeometry,
+    ) -> Adapter:
+        raise NotImplementedError
+
+    def _active(self) -> Adapter | None:
+        """The adapter that this call has to add, if any.
+
+        Raises:
+            UnsupportedError: The layer no longer reduces its own output.
+        """
+        if self.adapter is None or not self.adapter_enabled or self.is_merged:
+            return None
+        if self.explicit_expert_comm:
+            raise UnsupportedError(
+                "this layer leaves its communication to a mixture-of-experts dispatcher "
+                "(explicit_expert_comm=True, as moe_shared_expert_overlap sets it), so an "
+                "adapter's partial sums would not be reduced; turn the overlap off or exclude it"
+            )
+        return self.adapter
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the base weight holds the adapter's update."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the base weight; ``forward`` then runs the base product alone.
+
+        The original weight is kept, so that ``unmerge`` restores every bit; merging therefore holds
+        a second copy of the weight.
+
+        Raises:
+            ConfigError: There is no adapter, or it is merged already.
+
+        Collectives: none for BD-LoRA (see ``Adapter.delta_weight``).
+        """
+        if self.adapter is None or self.is_merged:
+            state = "already merged" if self.is_merged else "absent"
+            raise ConfigError(f"cannot merge: the adapter is {state}")
+        original = self.weight.data
+        # In fp32 at least, so that the sum is rounded once.
+        wide = torch.promote_types(original.dtype, torch.float32)
+        merged = original.to(wide) + self.adapter.delta_weight(wide)
+        self.weight.data = merged.to(original.dtype)
+        self._unmerged = original
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original base weight back, bit for bit.
+
+        Raises:
+            ConfigError: Nothing is merged.
+        """
+        if self._unmerged is None:
+            raise ConfigError("cannot unmerge: nothing is merged")
+        self.weight.data = self._unmerged
+        self._unmerged = None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describe base and adapter shards to ``megatron.core.dist_checkpointing``.
+
+        Raises:
+            ConfigError: The adapter is merged: the checkpoint would hold it twice.
+        """
+        if self.is_merged:
+            raise ConfigError("cannot save a merged layer: its adapter would count twice; unmerge")
+        below = f"{prefix}adapter."
+        sharded: dict[str, Any] = super().sharded_state_dict(  # type: ignore[misc]
+            prefix, sharded_offsets, metadata
+        )
+        # Megatron's own method takes every parameter below the layer for a replica.
+        sharded = {key: value for key, value in sharded.items() if not key.startswith(below)}
+        if self.adapter is not None:
+            sharded.update(self.adapter.sharded_state_dict(below, sharded_offsets, metadata))
+        return sharded
