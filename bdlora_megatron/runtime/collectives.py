@@ -95,10 +95,10 @@ def record_collectives() -> Iterator[CollectiveLog]:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, log: CollectiveLog) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._log = log
 
-    def __torch_dispatch__(  # noqa: D105 - torch's own protocol
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func.namespace == "c10d":
