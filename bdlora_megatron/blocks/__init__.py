@@ -1,0 +1,30 @@
+"""The block-diagonal algebra: pure tensors, no process group, no Megatron.
+
+`BlockFactors` holds one module's update `s * B A`; everything else here reads it or makes another.
+Exact operations move, repeat or zero-fill numbers and never round them: `reshard`, `compact`,
+`pad_rank`, `shard`, `unshard`. One operation is lossy, and reports by how much: `truncate`.
+"""
+
+from bdlora_megatron.blocks.counts import ModuleShape, matching_rank, num_parameters
+from bdlora_megatron.blocks.factors import Blocked, BlockFactors
+from bdlora_megatron.blocks.partition import shard, unshard
+from bdlora_megatron.blocks.product import dense_update, forward
+from bdlora_megatron.blocks.reshard import compact, pad_rank, reshard, resharded_rank
+from bdlora_megatron.blocks.truncate import truncate
+
+__all__ = [
+    "BlockFactors",
+    "Blocked",
+    "ModuleShape",
+    "compact",
+    "dense_update",
+    "forward",
+    "matching_rank",
+    "num_parameters",
+    "pad_rank",
+    "reshard",
+    "resharded_rank",
+    "shard",
+    "truncate",
+    "unshard",
+]

@@ -1,0 +1,86 @@
+"""The best update of a smaller rank.
+
+Letters in shapes: N blocks, R total rank, r rank of one block, W width of the blocked side,
+D width of the dense side (see `bdlora_megatron.blocks.factors`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bdlora_megatron.blocks.factors import BlockFactors, block_views, from_block_views
+from bdlora_megatron.blocks.reshard import reshard
+from bdlora_megatron.errors import ShapeError, UnsupportedError
+
+__all__ = ["truncate"]
+
+
+def truncate(factors: BlockFactors, *, num_blocks: int, rank: int) -> tuple[BlockFactors, float]:
+    """The best approximation with `num_blocks` blocks and a total rank of `rank`.
+
+    By Eckart and Young no factors of that layout are nearer in the Frobenius norm: the blocks
+    partition the update, and each gets its truncated singular value decomposition. That is taken
+    in fp64 from QR decompositions of the factors and the SVD of the small `[r, r]` core between
+    them; `[O, I]` is never formed. The singular values are split evenly (square roots) between the
+    factors.
+
+    Args:
+        factors: The update, with any number of blocks.
+        num_blocks: The blocks wanted.
+        rank: The total rank wanted. One larger than needed is filled with zeros.
+
+    Returns:
+        The approximation in the input's dtype, and its relative error: the Frobenius norm of the
+        difference over that of the update, for the whole module, before rounding to that dtype.
+        A zero update has error 0.
+
+    Raises:
+        ShapeError: If `rank` is not a positive multiple of `num_blocks`.
+        UnsupportedError: If a factor holds NaN or infinity.
+    """
+    if rank < 1 or num_blocks < 1 or rank % num_blocks:
+        raise ShapeError(
+            f"rank={rank} is not a positive multiple of num_blocks={num_blocks}; "
+            "every block gets rank / num_blocks"
+        )
+    if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
+        raise UnsupportedError(
+            "cannot truncate factors that hold NaN or infinity; wanted finite numbers; "
+            "use an adapter whose training did not diverge"
+        )
+    packed, dense = block_views(reshard(factors, num_blocks))
+    keep = rank // num_blocks
+    new_packed, new_dense, singular = _truncated_blocks(packed.double(), dense.double(), keep)
+    result = from_block_views(
+        new_packed.to(factors.dtype),
+        new_dense.to(factors.dtype),
+        blocked=factors.blocked,
+        scale=factors.scale,
+    )
+    return result, 0.0 if factors.scale == 0 else _relative_error(singular, keep)
+
+
+def _truncated_blocks(packed: Tensor, dense: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Truncate `packed [N, W / N, r] @ dense [N, r, D]` to `keep` directions per block.
+
+    Returns the two new factors and all singular values, `[N, min(r, W / N, D)]`.
+    """
+    q_packed, r_packed = torch.linalg.qr(packed)
+    q_dense, r_dense = torch.linalg.qr(dense.transpose(1, 2))
+    left, singular, right = torch.linalg.svd(
+        r_packed @ r_dense.transpose(1, 2), full_matrices=False
+    )
+    root = singular[:, :keep].sqrt()
+    new_packed = q_packed @ (left[:, :, :keep] * root[:, None, :])
+    new_dense = (root[:, :, None] * right[:, :keep]) @ q_dense.transpose(1, 2)
+    missing = keep - root.shape[1]
+    if missing > 0:
+        new_packed, new_dense = pad(new_packed, (0, missing)), pad(new_dense, (0, 0, 0, missing))
+    return new_packed, new_dense, singular
+
+
+def _relative_error(singular: Tensor, keep: int) -> float:
+    whole = singular.norm().item()
+    return singular[:, keep:].norm().item() / whole if whole > 0 else 0.0
