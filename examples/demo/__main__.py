@@ -1,0 +1,77 @@
+"""Run the demo: `python -m examples.demo`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from examples.demo.base import prepare_base
+from examples.demo.reference import Reference, peft_reference
+from examples.demo.report import format_answer, format_table
+from examples.demo.train import read_record, train_adapters
+
+PROMPTS = ("What is a king?", "What is time?", "What is death?")
+
+
+def main() -> None:
+    """Prepare the base model, train the adapters and show what each of them answers."""
+    args = _parse_args()
+    _quieten_libraries()
+    started = time.perf_counter()
+    base_dir = prepare_base(args.cache_dir)
+    print(f"base model: {base_dir}")
+    adapters = train_adapters(base_dir, args.cache_dir / "adapters", steps=args.steps)
+    print_training(adapters)
+    reference = peft_reference(base_dir, adapters, PROMPTS)
+    print_answers(reference)
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
+
+
+def print_training(adapters: Mapping[str, Path]) -> None:
+    """Print how each adapter was trained."""
+    records = {name: read_record(path) for name, path in adapters.items()}
+    rows = [
+        (
+            name,
+            record.text_name,
+            record.rank,
+            record.num_parameters,
+            f"{record.held_out_loss_before:.3f}",
+            f"{record.held_out_loss_after:.3f}",
+            f"{record.seconds:.0f}",
+        )
+        for name, record in records.items()
+    ]
+    headers = ("adapter", "text", "rank", "parameters", "loss before", "after", "seconds")
+    print("\nLoss on held-out text, per token")
+    print(format_table(headers, rows))
+
+
+def print_answers(reference: Reference) -> None:
+    """Print what the base model and each adapter answer to each prompt."""
+    for index, prompt in enumerate(reference.prompts):
+        print(f"\n> {prompt}")
+        for name, answers in reference.answers.items():
+            print(format_answer(name, answers[index].text))
+
+
+def _parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--cache-dir", type=Path, default=Path(".demo"))
+    parser.add_argument("--steps", type=int, default=20, help="training steps for each adapter")
+    return parser.parse_args()
+
+
+def _quieten_libraries() -> None:
+    transformers_logging.disable_progress_bar()
+    # PEFT 0.21 calls a property that transformers 5 is about to rename.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+
+if __name__ == "__main__":
+    main()
