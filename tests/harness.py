@@ -51,7 +51,8 @@ def run_ranks(
             context.Process(
                 target=_rank_main,
                 args=(rank, world_size, store, timeout_s, pipes[rank][1], body, args),
-                daemon=True,
+                # Not a daemon: a checkpoint's writer starts a process of its own.
+                daemon=False,
             )
             for rank in range(world_size)
         ]
@@ -133,5 +134,7 @@ def _rank_main(
     torch.save(outcome, buffer)
     sender.send_bytes(buffer.getvalue())
     sender.close()
+    for child in multiprocessing.active_children():
+        child.terminate()
     # Skips the interpreter's tear-down: gloo's threads can hang there after a peer has failed.
     os._exit(0 if outcome[0] == "ok" else 1)

@@ -1,12 +1,17 @@
+"""Megatron-Core's process groups on the CPU, for the length of one test body."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 from contextlib import contextmanager
-import torch
-from megatron.core import parallel_state
+from typing import Any
+
+from bdlora_megatron import runtime
+
 
 @contextmanager
-def model_parallel(tp, *, seed=1234):
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
-    try:
+def model_parallel(tp: int, **options: Any) -> Iterator[None]:
+    """Initialise tensor parallelism over the ranks that the harness has joined."""
+    runtime.enable_cpu()
+    with runtime.model_parallel(tp, **options):
         yield
-    finally:
-        parallel_state.destroy_model_parallel()

@@ -1,0 +1,83 @@
+"""Starting and ending Megatron-Core's process groups on GPUs with NCCL, or on CPUs with gloo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.runtime.cpu import cpu_is_enabled
+
+__all__ = ["device", "model_parallel"]
+
+
+def device() -> torch.device:
+    """The device this process computes on.
+
+    Raises:
+        ConfigError: There is no CUDA, and the CPU was not chosen with ``enable_cpu``.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if not cpu_is_enabled():
+        raise ConfigError(
+            "no CUDA device is present; call bdlora_megatron.runtime.enable_cpu() to run on the CPU"
+        )
+    return torch.device("cpu")
+
+
+@contextmanager
+def model_parallel(tp: int = 1, *, pp: int = 1, seed: int = 1234) -> Iterator[torch.device]:
+    """Hold Megatron-Core's process groups for the length of a ``with`` block.
+
+    The default process group is made from torchrun's environment where there is none yet, with NCCL
+    on GPUs and gloo on CPUs, and is ended with the block; one that exists already is left alone.
+
+    Args:
+        tp: Tensor-parallel ranks.
+        pp: Pipeline-parallel stages.
+        seed: Seed of Megatron's random streams.
+
+    Yields:
+        The device this rank computes on.
+
+    Raises:
+        ConfigError: The number of ranks is not a multiple of ``tp * pp``.
+    """
+    own = not torch.distributed.is_initialized()
+    if own:
+        _start_process_group()
+    where = device()
+    world = torch.distributed.get_world_size()
+    if world % (tp * pp):
+        raise ConfigError(
+            f"{world} ranks cannot be split into tensor parallel size {tp} x pipeline parallel "
+            f"size {pp}; start a multiple of {tp * pp} ranks"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    try:
+        yield where
+    finally:
+        parallel_state.destroy_model_parallel()
+        if own:
+            torch.distributed.destroy_process_group()
+
+
+def _start_process_group() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"the environment lacks {', '.join(missing)}; start the program with torchrun"
+        )
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

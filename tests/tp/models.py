@@ -1,0 +1,75 @@
+"""Tiny GPT models for tests: odd sizes, GQA, a gated MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+
+VOCAB, SEQUENCE, BATCH = 56, 12, 2
+
+
+def tiny_config(world_size: int, **changes: Any) -> TransformerConfig:
+    settings: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 24,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "kv_channels": 6,
+        "ffn_hidden_size": 40,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "tensor_model_parallel_size": world_size,
+        "params_dtype": torch.float64,
+        "pipeline_dtype": torch.float64,
+        "use_cpu_initialization": True,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "attention_softmax_in_fp32": False,
+        "apply_query_key_layer_scaling": False,
+    }
+    return TransformerConfig(**{**settings, **changes})
+
+
+def tiny_model(config: TransformerConfig, spec: Any = None, *, seed: int = 3) -> GPTModel:
+    """A model whose weights depend on ``seed`` alone, not on the tensor-parallel size."""
+    torch.manual_seed(seed)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec or get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=VOCAB,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    ids = torch.randint(0, VOCAB, (BATCH, SEQUENCE), generator=generator)
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    mask = torch.ones(SEQUENCE, SEQUENCE).triu(1).bool().expand(BATCH, 1, -1, -1)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+
+
+def randomize_adapters(model: GPTModel, *, seed: int = 4) -> None:
+    """Fill every factor with numbers that do not depend on the tensor-parallel size."""
+    from bdlora_megatron.layers import lora_layers
+
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in lora_layers(model):
+        for plan in layer.adapter.plans:
+            for factor in layer.adapter.factors(plan):
+                whole = torch.randn(
+                    factor.shape.rows,
+                    factor.shape.columns,
+                    generator=generator,
+                    dtype=torch.float64,
+                )
+                factor.weight.data.copy_(factor.cut(whole * 0.3))
