@@ -88,10 +88,13 @@ def _set_rng_state(new_state: Tensor, *args: Any, **kwargs: Any) -> None:
 class CPURNGStatesTracker(megatron_random.CudaRNGStatesTracker):
     """Megatron's tracker of named random streams, over the CPU's generator.
 
-    Each tensor-parallel rank can so have a stream of its own (``model-parallel-rng``) beside the one
-    that all share, as on GPUs. Megatron's ``fork`` warns when the CPU's generator moves inside it;
-    here that is the point, so this one does not.
+    Each tensor-parallel rank can so have a stream of its own (``model-parallel-rng``) beside the
+    one that all share, as on GPUs. Megatron's ``fork`` warns when the CPU's generator moves inside
+    it; here that is the point, so this one does not.
     """
+
+    states_: dict[str, Tensor]
+    _current_state_name: str
 
     @contextlib.contextmanager
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:

@@ -169,17 +169,16 @@ class Reference:
         if not self.case.column:
             return scale * self.B[""] @ torch.block_diag(*self.A[""].chunk(blocks))
         if self.case.fused:
-            return scale * self.fused_B() @ self.A[""]
+            return scale * self.dense_fused_b() @ self.A[""]
         rows = {n: torch.block_diag(*b.chunk(blocks)) @ self.A[n] for n, b in self.B.items()}
         return scale * in_layer_order(self.case, rows, self.world_size)
 
-    def fused_B(self) -> Tensor:
+    def dense_fused_b(self) -> Tensor:
         """Dense B of a fused adapter, in the layer's order."""
         B, blocks = self.B[""], self.case.num_blocks
         if self.case.layer == "linear_fc1" and self.case.gated:
-            names = ("gate", "up")
-            halves = {n: torch.block_diag(*h.chunk(blocks)) for n, h in zip(names, B.chunk(2))}
-            return in_layer_order(self.case, halves, self.world_size)
+            gate, up = (torch.block_diag(*half.chunk(blocks)) for half in B.chunk(2))
+            return in_layer_order(self.case, {"gate": gate, "up": up}, self.world_size)
         return torch.block_diag(*B.chunk(blocks))
 
     def share(self, name: str, which: str, rank: int, *, grad: bool = False) -> Tensor:

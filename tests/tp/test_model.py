@@ -64,7 +64,7 @@ def _choose(rank, world_size):
     with model_parallel(world_size):
         model = tiny_model(tiny_config(world_size))
         base = logits(model)
-        weights = {name: p for name, p in model.named_parameters()}
+        weights = dict(model.named_parameters())
         first = apply_lora(
             model,
             LoRAConfig(
