@@ -148,6 +148,32 @@ def test_fewer_query_groups_than_ranks():
     run_ranks(4, _few_groups)
 
 
+def _experts(rank, world_size):
+    with model_parallel(world_size):
+        config = tiny_config(
+            world_size,
+            num_moe_experts=2,
+            moe_ffn_hidden_size=40,
+            moe_layer_freq=[0, 1],
+            sequence_parallel=world_size > 1,
+        )
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization="RMSNorm"
+        )
+        model = tiny_model(config, spec)
+        before = dict(model.named_modules())
+        with pytest.raises(UnsupportedError, match="mixture-of-experts expert"):
+            apply_lora(model, LORA)
+        assert dict(model.named_modules()) == before
+        lora = LoRAConfig(rank=8, num_blocks=4, exclude_modules=["*.experts.*"])
+        dense = [name for name in apply_lora(model, lora) if ".mlp." in name]
+        assert dense == ["decoder.layers.0.mlp.linear_fc1", "decoder.layers.0.mlp.linear_fc2"]
+
+
+def test_experts_are_refused_until_they_are_excluded():
+    run_ranks(2, _experts)
+
+
 def _specs(rank, world_size):
     with model_parallel(world_size):
         config = tiny_config(world_size)
