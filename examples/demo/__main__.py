@@ -15,7 +15,7 @@ from examples.demo.reference import Reference, peft_reference
 from examples.demo.report import format_answer, format_table
 from examples.demo.train import read_record, train_adapters
 
-PROMPTS = ("What is a king?", "What is time?", "What is death?")
+PROMPTS = ("What is love?", "What is sleep?", "What is honour?")
 
 
 def main() -> None:

@@ -41,7 +41,9 @@ def tokenizer():
     result = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
     )
-    result.chat_template = "{% for m in messages %}U {{ m['content'] }} {% endfor %}A"
+    result.chat_template = (
+        "{% for m in messages if m['content'] %}U {{ m['content'] }} {% endfor %}A"
+    )
     return result
 
 
