@@ -91,7 +91,8 @@ def compact(factors: BlockFactors) -> BlockFactors:
     In every block, rank directions that contribute nothing are dropped, and directions with
     bit-equal dense rows are merged when their packed columns are nowhere both non-zero (so adding
     them rounds nothing). The blocks are padded with zeros to the largest rank left.
-    `compact(reshard(reshard(f, M), f.num_blocks))` has the rank of `compact(f)`.
+    Where the directions of every block of `f` are distinct and none is zero,
+    `compact(reshard(reshard(f, M), f.num_blocks))` has the rank of `f` again.
 
     Args:
         factors: The update.
@@ -172,7 +173,9 @@ def _compact_block(packed: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     for i, (column, row) in enumerate(zip(packed.unbind(1), dense, strict=True)):
         if not (column.any() and row.any()):
             continue
-        key = row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        # A fresh tensor: contiguous() leaves a row of one number with its old stride.
+        fresh = torch.empty(row.shape, dtype=row.dtype).copy_(row.detach())
+        key = fresh.view(torch.uint8).numpy().tobytes()
         slot = slot_of.get(key)
         if slot is not None and not ((columns[slot] != 0) & (column != 0)).any():
             columns[slot] = columns[slot] + column
