@@ -72,25 +72,26 @@ class TensorFiles:
 
     def _open(self, stack: ExitStack) -> None:
         named = self._file_of_each()
-        files = sorted(set(named.values())) if named else [_SINGLE]
+        unread: dict[str, str] = {}
         problems = []
-        for file in files:
+        for file in sorted(set(named.values())) if named else [_SINGLE]:
             if Path(file).name != file:
-                problems.append(f"the index names {file!r}, which is outside the folder")
+                unread[file] = "the index names a file outside the folder"
                 continue
             try:
                 handle = stack.enter_context(safe_open(self._folder / file, framework="pt"))
             except (OSError, SafetensorError) as error:
-                problems.append(f"{file} cannot be read: {error}")
+                unread[file] = str(error)
                 continue
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 self._slices[name] = handle.get_slice(name)
                 if named and named.get(name) != file:
                     problems.append(f"{name} is in {file}, the index says {named.get(name)}")
+        problems += [f"{file} cannot be read: {why}" for file, why in unread.items()]
         problems += [
             f"{name} is not in {file}, where the index says it is"
             for name, file in named.items()
-            if name not in self._slices and not any(file in problem for problem in problems)
+            if name not in self._slices and file not in unread
         ]
         if problems:
             raise ConfigError(
