@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
@@ -54,10 +55,17 @@ def enable_cpu() -> None:
             "manual_seed": torch.manual_seed,
             "get_rng_state": _get_rng_state,
         },
+        # A tied embedding's copy in the last pipeline stage; tensors are where they should be.
+        Tensor: {"cuda": _stay},
+        # The mask of a forward call without one is made with device="cuda".
+        fused_softmax: {"get_default_causal_mask": _causal_mask},
         megatron_random: {
             "_get_cuda_rng_state": _get_rng_state,
             "_set_cuda_rng_state": _set_rng_state,
             "CudaRNGStatesTracker": CPURNGStatesTracker,
+            # A tracker of the class above would go on asking for CUDA's generator.
+            "_CUDA_RNG_STATE_TRACKER": None,
+            "_CUDA_RNG_STATE_TRACKER_INITIALIZED": False,
         },
         WrappedTorchNorm: {"__new__": _norm_under_sequence_parallelism(WrappedTorchNorm.__new__)},
     }
@@ -72,6 +80,16 @@ def _current_device() -> torch.device:
 
 def _synchronize(device: Any = None) -> None:
     del device
+
+
+def _stay(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    del args, kwargs
+    return tensor
+
+
+def _causal_mask(length: int) -> Tensor:
+    # True hides: everything after the query's own position.
+    return torch.ones(length, length, dtype=torch.bool).triu(diagonal=1)
 
 
 def _get_rng_state(*args: Any, **kwargs: Any) -> Tensor:

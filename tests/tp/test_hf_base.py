@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from safetensors.torch import load_file, save_file
 
-from bdlora_megatron.convert.hf_base import load_hf_model
+from bdlora_megatron.convert.hf_base import (
+    TensorFiles,
+    build_gpt_model,
+    load_hf_model,
+    load_hf_weights,
+    read_hf_config,
+    transformer_config,
+)
+from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.hf_models import CASES, SEQUENCE, VOCAB, make_model
@@ -22,12 +34,16 @@ def _inputs(ids):
     }
 
 
+def model_logits(model, ids):
+    return gather_from_tensor_model_parallel_region(model(**_inputs(ids)))
+
+
 def _all_logits(rank, world_size, models):
     with model_parallel(world_size), torch.no_grad():
         found = {}
         for kind, (folder, ids, _) in models.items():
             model = load_hf_model(folder, dtype=torch.float32, max_sequence_length=SEQUENCE).eval()
-            found[kind] = gather_from_tensor_model_parallel_region(model(**_inputs(ids)))
+            found[kind] = model_logits(model, ids)
         return found
 
 
@@ -49,3 +65,229 @@ def test_logits_equal_transformers(kind, models, logits_by_rank):
     for logits in logits_by_rank:
         assert_close(logits[kind][..., :VOCAB], wanted, "logits")
         assert (logits[kind][..., VOCAB:] == float("-inf")).all(), "padding of the vocabulary"
+
+
+def _by_stage(rank, world_size, folder, ids):
+    """Logits on the ranks of the last pipeline stage, None on the others."""
+    with model_parallel(2, pp=3), torch.no_grad():
+        model = load_hf_model(folder, dtype=torch.float32).eval()
+        if not model.pre_process:
+            hidden = torch.empty(SEQUENCE, len(ids), model.config.hidden_size)
+            torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(hidden)
+        out = model(**_inputs(ids))
+        if model.post_process:
+            return gather_from_tensor_model_parallel_region(out)
+        torch.distributed.send(
+            out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank()
+        )
+        return None
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_pipeline_stages_hold_their_own_layers(kind, tmp_path):
+    ids, wanted = make_model(kind, tmp_path)
+    found = run_ranks(6, _by_stage, tmp_path, ids)
+    assert [logits is None for logits in found] == [True] * 4 + [False] * 2
+    assert_close(found[-1][..., :VOCAB], wanted, "logits")
+
+
+def test_sequence_parallelism_and_files_in_parts(tmp_path):
+    ids, wanted = make_model("qwen3", tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    # Sequence parallelism divides the sequence.
+    ids, wanted = ids[:, :-1], wanted[:, :-1]
+    for logits in run_ranks(2, _sequence_parallel, tmp_path, ids):
+        assert_close(logits[..., :VOCAB], wanted, "logits")
+
+
+def _sequence_parallel(rank, world_size, folder, ids):
+    with model_parallel(world_size), torch.no_grad():
+        settings = {"sequence_parallel": True}
+        model = load_hf_model(folder, dtype=torch.float32, settings=settings).eval()
+        inputs = _inputs(torch.nn.functional.pad(ids, (0, 1)))
+        inputs = {key: value[..., :-1] for key, value in inputs.items()}
+        inputs["attention_mask"] = inputs["attention_mask"][:, :, :-1]
+        return gather_from_tensor_model_parallel_region(model(**inputs))
+
+
+class _CountingFiles(TensorFiles):
+    """Notes how many numbers are read."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.sizes = []
+
+    def rows(self, name, start, stop):
+        return self._count(super().rows(name, start, stop))
+
+    def columns(self, name, start, stop):
+        return self._count(super().columns(name, start, stop))
+
+    def _count(self, part):
+        self.sizes.append(part.numel())
+        return part
+
+
+def _read_sizes(rank, world_size, folder):
+    with model_parallel(world_size):
+        hf = read_hf_config(folder)
+        model = build_gpt_model(hf, transformer_config(hf, dtype=torch.bfloat16))
+        with _CountingFiles(folder) as files:
+            load_hf_weights(model, hf, files)
+        return files.sizes, [parameter.numel() for parameter in model.parameters()]
+
+
+def test_a_rank_reads_no_more_than_it_holds(tmp_path):
+    make_model("llama", tmp_path)
+    for read, held in run_ranks(4, _read_sizes, tmp_path):
+        # The vocabulary's padding, in embedding and output layer, is held and not read.
+        assert sum(held) - sum(read) in {0, 2 * 3 * 24}
+        assert max(read) <= max(held)
+
+
+def _loss(rank, world_size, folder, ids):
+    with model_parallel(world_size):
+        model = load_hf_model(folder, dtype=torch.float32)
+        labels = ids.roll(-1, dims=1)
+        loss = model(**_inputs(ids), labels=labels)
+        loss.sum().backward()
+        grads = [parameter.grad for parameter in model.parameters()]
+        assert all(grad is not None and grad.isfinite().all() for grad in grads)
+        return loss.detach()
+
+
+def test_padding_of_the_vocabulary_adds_nothing_to_the_loss(tmp_path):
+    ids, logits = make_model("llama-tied", tmp_path)
+    wanted = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), ids.roll(-1, dims=1), reduction="none"
+    )
+    for loss in run_ranks(4, _loss, tmp_path, ids):
+        assert_close(loss, wanted, "loss")
+
+
+def _bfloat16(rank, world_size, folder, ids):
+    with model_parallel(world_size), torch.no_grad():
+        model = load_hf_model(folder, dtype=torch.bfloat16).eval()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert model.config.bf16
+        return model_logits(model, ids)
+
+
+def test_bfloat16(tmp_path):
+    ids, wanted = make_model("llama", tmp_path)
+    for logits in run_ranks(2, _bfloat16, tmp_path, ids):
+        error = (logits[..., :VOCAB].float() - wanted).square().mean().sqrt()
+        # 8 bits of mantissa through three layers; a wrong tensor's error is as large as the logits.
+        assert error < 0.03 * wanted.square().mean().sqrt()
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def _refused(rank, world_size, folder, kind, match, options):
+    with model_parallel(world_size), pytest.raises(kind, match=match) as caught:
+        load_hf_model(folder, dtype=torch.float32, **options)
+    return str(caught.value)
+
+
+def _edit(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_weights_that_do_not_fit_are_told_all_at_once(tmp_path):
+    make_model("llama", tmp_path)
+
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"], tensors["lm_head.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
+        tensors["model.norm.weight"] = torch.ones(25)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+
+    _edit(tmp_path, change)
+    message = run_ranks(1, _refused, tmp_path, ShapeError, "do not fit its config.json", {})[0]
+    assert message.splitlines()[1:] == [
+        "- lm_head.weight [53, 24] is missing",
+        "- model.layers.1.mlp.up_proj.weight [44, 24] is missing",
+        "- model.layers.0.self_attn.q_proj.bias [48] has no place in this model",
+        "- model.norm.weight is [25]; [24] was expected",
+    ]
+
+
+def test_a_long_list_is_cut_short(tmp_path):
+    make_model("llama", tmp_path)
+    _edit(tmp_path, lambda tensors: tensors.clear() or tensors.update(x=torch.ones(1)))
+    # 3 layers of 9 tensors, 3 outside them, and the one that is too much.
+    run_ranks(1, _refused, tmp_path, ShapeError, "- and 11 more$", {})
+
+
+def test_a_tied_model_may_store_its_output_layer_if_it_is_the_embedding(tmp_path):
+    ids, wanted = make_model("llama-tied", tmp_path)
+
+    def repeat(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def differ(tensors):
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    _edit(tmp_path, repeat)
+    logits = run_ranks(1, _logits, tmp_path, ids)[0]
+    assert_close(logits[..., :VOCAB], wanted, "logits")
+    _edit(tmp_path, differ)
+    match = r"lm_head.weight \[53, 48\] has no place"
+    run_ranks(1, _refused, tmp_path, ShapeError, match, {})
+
+
+def _logits(rank, world_size, folder, ids):
+    with model_parallel(world_size), torch.no_grad():
+        return model_logits(load_hf_model(folder, dtype=torch.float32).eval(), ids)
+
+
+REFUSED = {
+    "division": (
+        3,
+        ShapeError,
+        r"over 3 tensor.*num_attention_heads=8 .* of 3; ffn_size=44 .*num_key_value_heads=4 is nei",
+        {},
+    ),
+    "settings": (1, ConfigError, "settings name hidden_size", {"settings": {"hidden_size": 2}}),
+    "window": (1, UnsupportedError, "sliding_window=13 .*max_sequence_length=13 or less", {}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name, tmp_path):
+    world_size, kind, match, options = REFUSED[name]
+    make_model("mistral-window", tmp_path)
+    run_ranks(world_size, _refused, tmp_path, kind, match, options)
+
+
+def _other_shape(rank, world_size, folder, other):
+    with model_parallel(world_size):
+        hf, different = read_hf_config(folder), read_hf_config(other)
+        config = transformer_config(different, dtype=torch.float32)
+        model = build_gpt_model(different, config)
+        with TensorFiles(folder) as files, pytest.raises(ShapeError, match="a share of"):
+            load_hf_weights(model, hf, files)
+        config = transformer_config(hf, dtype=torch.float32, settings={})
+        config.add_qkv_bias = True
+        model = build_gpt_model(hf, config)
+        with TensorFiles(folder) as files, pytest.raises(ShapeError, match="has no counterpart"):
+            load_hf_weights(model, hf, files)
+
+
+def test_a_model_of_another_shape_is_not_filled(tmp_path):
+    make_model("llama", tmp_path / "a")
+    make_model("llama-tied", tmp_path / "b")
+    run_ranks(1, _other_shape, tmp_path / "a", tmp_path / "b")
+
+
+def test_config_and_weights_of_different_models_are_refused(tmp_path):
+    make_model("llama", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "head_dim": 8}))
+    run_ranks(1, _refused, tmp_path, ShapeError, r"q_proj.weight is \[48, 24\]; \[64, 24\]", {})
