@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.fusions import fused_softmax
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 
@@ -67,6 +68,8 @@ def enable_cpu() -> None:
             "_CUDA_RNG_STATE_TRACKER": None,
             "_CUDA_RNG_STATE_TRACKER_INITIALIZED": False,
         },
+        # Recomputing norms and activation functions.
+        CheckpointWithoutOutput: {"__init__": _without_fp8(CheckpointWithoutOutput.__init__)},
         WrappedTorchNorm: {"__new__": _norm_under_sequence_parallelism(WrappedTorchNorm.__new__)},
     }
     for owner, attributes in replacements.items():
@@ -141,6 +144,19 @@ class CPURNGStatesTracker(megatron_random.CudaRNGStatesTracker):
             self.states_[name] = torch.get_rng_state()
             self._current_state_name = outer_name
             torch.set_rng_state(outside)
+
+
+def _without_fp8(original: Any) -> Any:
+    """Keep a recomputation from asking Transformer Engine whether it computes in fp8.
+
+    Megatron-Core 0.16 passes False for no and takes anything but None for yes.
+    """
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.fp8 = False
+
+    return init
 
 
 def _norm_under_sequence_parallelism(original: Any) -> Any:

@@ -47,12 +47,25 @@ def model_parallel(tp: int = 1, *, pp: int = 1, seed: int = 1234) -> Iterator[to
         The device this rank computes on.
 
     Raises:
-        ConfigError: The number of ranks is not a multiple of ``tp * pp``.
+        ConfigError: The number of ranks is not a multiple of ``tp * pp``, torchrun's environment
+            is incomplete, or there is neither CUDA nor ``enable_cpu``.
     """
     own = not torch.distributed.is_initialized()
     if own:
         _start_process_group()
-    where = device()
+    try:
+        where = device()
+        _initialize(tp, pp)
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+        yield where
+    finally:
+        parallel_state.destroy_model_parallel()
+        if own:
+            torch.distributed.destroy_process_group()
+
+
+def _initialize(tp: int, pp: int) -> None:
     world = torch.distributed.get_world_size()
     if world % (tp * pp):
         raise ConfigError(
@@ -62,22 +75,15 @@ def model_parallel(tp: int = 1, *, pp: int = 1, seed: int = 1234) -> Iterator[to
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
     )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
-    try:
-        yield where
-    finally:
-        parallel_state.destroy_model_parallel()
-        if own:
-            torch.distributed.destroy_process_group()
 
 
 def _start_process_group() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
     if missing:
         raise ConfigError(
             f"the environment lacks {', '.join(missing)}; start the program with torchrun"
         )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
