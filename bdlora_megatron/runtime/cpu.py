@@ -21,6 +21,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.runtime.cpu_optimizer import optimizer_replacements
 
 __all__ = ["cpu_is_enabled", "enable_cpu"]
 
@@ -70,6 +71,7 @@ def enable_cpu() -> None:
         },
         # Recomputing norms and activation functions.
         CheckpointWithoutOutput: {"__init__": _without_fp8(CheckpointWithoutOutput.__init__)},
+        **optimizer_replacements(),
         WrappedTorchNorm: {"__new__": _norm_under_sequence_parallelism(WrappedTorchNorm.__new__)},
     }
     for owner, attributes in replacements.items():
