@@ -153,7 +153,10 @@ def _fixed_fields(hf: HFConfig, dtype: torch.dtype) -> dict[str, Any]:
 def _check_division(hf: HFConfig, tp_size: int) -> None:
     problems = [
         f"{name}={value} is not a multiple of {tp_size}"
-        for name, value in (("num_attention_heads", hf.num_heads), ("ffn_size", hf.ffn_size))
+        for name, value in (
+            ("num_attention_heads", hf.num_heads),
+            ("intermediate_size", hf.ffn_size),
+        )
         if value % tp_size
     ]
     if hf.num_kv_heads % tp_size and tp_size % hf.num_kv_heads:
