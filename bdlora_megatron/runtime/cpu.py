@@ -117,7 +117,7 @@ class CPURNGStatesTracker(megatron_random.CudaRNGStatesTracker):
     """
 
     states_: dict[str, Tensor]
-    _current_state_name: str
+    _active: str | None = None
 
     @contextlib.contextmanager
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
@@ -137,15 +137,18 @@ class CPURNGStatesTracker(megatron_random.CudaRNGStatesTracker):
                 f"random stream {name!r} was not added; call "
                 "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed(seed) first"
             )
-        outside = torch.get_rng_state()
-        outer_name, self._current_state_name = self._current_state_name, name
+        outside, outer = torch.get_rng_state(), self._active
+        if outer is not None:
+            # Kept up to date, for a fork of the same stream inside its own.
+            self.states_[outer] = outside
+        self._active = name
         torch.set_rng_state(self.states_[name])
         try:
             yield
         finally:
             self.states_[name] = torch.get_rng_state()
-            self._current_state_name = outer_name
-            torch.set_rng_state(outside)
+            self._active = outer
+            torch.set_rng_state(outside if outer is None else self.states_[outer])
 
 
 def _without_fp8(original: Any) -> Any:

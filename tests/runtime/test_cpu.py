@@ -87,6 +87,12 @@ def _forks(rank, world_size):
             rest = torch.rand(5)
         assert torch.equal(torch.cat([first, rest]), straight[OWN])
         assert torch.equal(inner, straight[SHARED])
+        tracker.set_states(dict(states))
+        with tracker.fork(OWN):
+            first = torch.rand(5)
+            second = _draw(OWN)
+            assert not torch.equal(torch.rand(5), second), "the inner draw is not repeated"
+        assert torch.equal(torch.cat([first, second]), straight[OWN])
         outside = torch.get_rng_state()
         with pytest.raises(RuntimeError, match="inside"), tracker.fork(OWN):
             raise RuntimeError(f"inside, after {torch.rand(1)}")

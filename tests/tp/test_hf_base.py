@@ -250,7 +250,7 @@ REFUSED = {
     "division": (
         3,
         ShapeError,
-        r"over 3 tensor.*num_attention_heads=8 .* of 3; intermediate_size=44 .*num_key_value_heads=4 is nei",
+        r"over 3 tensor.*_attention_heads=8 .* of 3; intermediate_size=44 .*heads=4 is nei",
         {},
     ),
     "settings": (1, ConfigError, "settings name hidden_size", {"settings": {"hidden_size": 2}}),
