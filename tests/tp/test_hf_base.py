@@ -10,15 +10,18 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from safetensors.torch import load_file, save_file
 
+from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.convert.hf_base import (
     TensorFiles,
     build_gpt_model,
+    default_layer_spec,
     load_hf_model,
     load_hf_weights,
     read_hf_config,
     transformer_config,
 )
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
+from bdlora_megatron.layers import lora_layers, lora_spec
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.hf_models import CASES, SEQUENCE, VOCAB, make_model
@@ -109,6 +112,23 @@ def _sequence_parallel(rank, world_size, folder, ids):
         inputs = {key: value[..., :-1] for key, value in inputs.items()}
         inputs["attention_mask"] = inputs["attention_mask"][:, :, :-1]
         return gather_from_tensor_model_parallel_region(model(**inputs))
+
+
+def _with_adapters(rank, world_size, folder, ids):
+    with model_parallel(world_size), torch.no_grad():
+        hf = read_hf_config(folder)
+        config = transformer_config(hf, dtype=torch.float32)
+        spec = lora_spec(default_layer_spec(hf), config, LoRAConfig(rank=4, num_blocks=2))
+        model = load_hf_model(folder, dtype=torch.float32, layer_spec=spec).eval()
+        # Adapters start as no change; any that was filled from a file would change something.
+        assert len(list(lora_layers(model))) == 4 * hf.num_layers
+        return model_logits(model, ids)
+
+
+def test_a_specification_with_adapters_is_filled_around_them(tmp_path):
+    ids, wanted = make_model("qwen2", tmp_path)
+    for logits in run_ranks(2, _with_adapters, tmp_path, ids):
+        assert_close(logits[..., :VOCAB], wanted, "logits")
 
 
 class _CountingFiles(TensorFiles):
