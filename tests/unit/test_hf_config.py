@@ -98,6 +98,8 @@ def test_absent_keys_mean_what_the_family_means_by_them():
         (qwen(use_sliding_window=False), None),
         (qwen(use_sliding_window=True), 4096),
         (qwen(use_sliding_window=True, num_hidden_layers=28), None),
+        ({**qwen(use_sliding_window=True), "max_window_layers": 0, "num_hidden_layers": 24}, 4096),
+        ({**qwen(use_sliding_window=True), "sliding_window": None}, None),
         (qwen("qwen3", layer_types=["full_attention"] * 32), None),
         (qwen("qwen3", layer_types=["full_attention", "sliding_attention"] * 16), 4096),
     ],
@@ -186,6 +188,10 @@ MALFORMED = {
         "differ in factor; remove one",
     ),
     "end": ({"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
+    "window-layers": (
+        {"model_type": "qwen2", "max_window_layers": -1},
+        "max_window_layers=-1; an integer from 0 up",
+    ),
     "kv-heads": ({"model_type": "mistral", "num_key_value_heads": None}, "num_key_value_heads"),
 }
 

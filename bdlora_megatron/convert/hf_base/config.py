@@ -126,13 +126,14 @@ class _Reader:
         self.malformed: list[str] = []
         self.unsupported: list[str] = []
 
-    def positive(self, key: str, default: int | None = None) -> int:
+    def positive(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         value = self.raw.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
             return value
-        self.malformed.append(f"{key}={value!r}; a positive integer is needed")
+        kind = "a positive integer" if least else "an integer from 0 up"
+        self.malformed.append(f"{key}={value!r}; {kind} is needed")
         return 1
 
     def flag(self, key: str) -> bool:
@@ -230,11 +231,12 @@ def _sliding_window(reader: _Reader, family: str, num_layers: int) -> Literal[No
         if unknown:
             reader.unsupported.append(f"layer_types {', '.join(unknown)} are not supported")
         limited = "sliding_attention" in kinds
-    elif family == "mistral":
-        limited = raw.get("sliding_window", 4096) is not None
     else:
-        first = reader.positive("max_window_layers", 28) if raw.get("max_window_layers") else 28
-        limited = reader.flag("use_sliding_window") and first < num_layers
+        limited = raw.get("sliding_window", 4096) is not None
+        if family != "mistral":
+            # Full attention comes first; 0 leaves none of it.
+            full = reader.positive("max_window_layers", 28, least=0)
+            limited = reader.flag("use_sliding_window") and full < num_layers and limited
     return reader.positive("sliding_window", 4096) if limited else None
 
 
