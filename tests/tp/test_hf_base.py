@@ -19,6 +19,7 @@ from bdlora_megatron.convert.hf_base import (
     load_hf_weights,
     read_hf_config,
     transformer_config,
+    without_padding,
 )
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.layers import lora_layers, lora_spec
@@ -131,6 +132,22 @@ def test_a_specification_with_adapters_is_filled_around_them(tmp_path):
         assert_close(logits[..., :VOCAB], wanted, "logits")
 
 
+def _cut(rank, world_size, folder, ids):
+    with model_parallel(world_size), torch.no_grad():
+        model, hf = load_hf_model(folder).eval(), read_hf_config(folder)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}, "as stored"
+        shard = model(**_inputs(ids))
+        with pytest.raises(ShapeError, match=r"\[2, 13, 27\]; 54 in the last dimension"):
+            without_padding(shard, hf)
+        return without_padding(gather_from_tensor_model_parallel_region(shard), hf)
+
+
+def test_the_files_decide_the_type_and_padding_is_cut_off(tmp_path):
+    ids, wanted = make_model("llama", tmp_path)
+    for logits in run_ranks(2, _cut, tmp_path, ids):
+        assert_close(logits, wanted, "logits")
+
+
 class _CountingFiles(TensorFiles):
     """Notes how many numbers are read."""
 
@@ -153,8 +170,12 @@ def _read_sizes(rank, world_size, folder):
     with model_parallel(world_size):
         hf = read_hf_config(folder)
         model = build_gpt_model(hf, transformer_config(hf, dtype=torch.bfloat16))
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
         with _CountingFiles(folder) as files:
             load_hf_weights(model, hf, files)
+        # Padding rows as well: they take part in the gradient of the hidden state.
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
         return files.sizes, [parameter.numel() for parameter in model.parameters()]
 
 

@@ -5,6 +5,7 @@ from bdlora_megatron.convert.hf_base.build import (
     default_layer_spec,
     padded_vocab_size,
     transformer_config,
+    without_padding,
 )
 from bdlora_megatron.convert.hf_base.config import HFConfig, parse_hf_config, read_hf_config
 from bdlora_megatron.convert.hf_base.files import TensorFiles
@@ -23,4 +24,5 @@ __all__ = [
     "parse_hf_config",
     "read_hf_config",
     "transformer_config",
+    "without_padding",
 ]

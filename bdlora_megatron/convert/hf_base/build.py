@@ -20,7 +20,13 @@ from bdlora_megatron.convert.hf_base.config import HFConfig
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.runtime import device
 
-__all__ = ["build_gpt_model", "default_layer_spec", "padded_vocab_size", "transformer_config"]
+__all__ = [
+    "build_gpt_model",
+    "default_layer_spec",
+    "padded_vocab_size",
+    "transformer_config",
+    "without_padding",
+]
 
 
 def transformer_config(
@@ -64,6 +70,31 @@ def default_layer_spec(hf: HFConfig) -> ModuleSpec:
 def padded_vocab_size(hf: HFConfig, tp_size: int) -> int:
     """The vocabulary, rounded up to a multiple of the tensor-parallel size."""
     return -(-hf.vocab_size // tp_size) * tp_size
+
+
+def without_padding(logits: Tensor, hf: HFConfig) -> Tensor:
+    """The logits of tokens that exist.
+
+    Args:
+        logits: ``[..., padded vocabulary]``, gathered over the tensor-parallel ranks.
+        hf: The model.
+
+    Returns:
+        ``[..., vocabulary]``, a view.
+
+    Raises:
+        ShapeError: The logits are not the whole vocabulary's.
+
+    Collectives:
+        None.
+    """
+    width = padded_vocab_size(hf, parallel_state.get_tensor_model_parallel_world_size())
+    if logits.shape[-1] != width:
+        raise ShapeError(
+            f"logits are {list(logits.shape)}; {width} in the last dimension were expected: gather "
+            "them with gather_from_tensor_model_parallel_region first"
+        )
+    return logits[..., : hf.vocab_size]
 
 
 def build_gpt_model(

@@ -37,7 +37,7 @@ _SHOWN = 20
 def load_hf_model(
     folder: str | Path,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     max_sequence_length: int | None = None,
     settings: Mapping[str, Any] | None = None,
     layer_spec: ModuleSpec | None = None,
@@ -49,7 +49,7 @@ def load_hf_model(
 
     Args:
         folder: A folder with ``config.json`` and safetensors. Nothing is downloaded.
-        dtype: Type of the parameters.
+        dtype: Type of the parameters; that of the stored embedding by default.
         max_sequence_length: Longest sequence that will be used; what the model was made for by
             default.
         settings: Further fields of ``TransformerConfig``, such as ``sequence_parallel``.
@@ -57,7 +57,9 @@ def load_hf_model(
             Engine's where it and CUDA are present and Megatron-Core's own elsewhere by default.
 
     Returns:
-        This rank's part of the model, in training mode.
+        This rank's part of the model, in training mode. Where the vocabulary was rounded up to a
+        multiple of the ranks, logits of the padding are minus infinity; ``without_padding`` cuts
+        them off.
 
     Raises:
         ConfigError: The folder is incomplete or malformed, or ``settings`` contradict the model.
@@ -71,7 +73,8 @@ def load_hf_model(
     # Before the model takes memory: what is wrong with the files is known from their headers.
     with TensorFiles(folder) as files:
         _check_tensors(hf, files, str(folder))
-        config = transformer_config(hf, dtype=dtype, settings=settings)
+        stored = files.rows("model.embed_tokens.weight", 0, 1).dtype
+        config = transformer_config(hf, dtype=dtype or stored, settings=settings)
         model = build_gpt_model(
             hf, config, max_sequence_length=max_sequence_length, layer_spec=layer_spec
         )
@@ -151,7 +154,7 @@ def _fill_rows(parameter: Tensor, source: Source, files: TensorFiles, rank: int)
             parameter[start - first : stop - first].copy_(rows)
             filled = stop - first
         top = bottom
-    # Padding of the vocabulary.
+    # Padding of the vocabulary. Its gradients are zero, but zero times NaN would not be.
     parameter[filled:].zero_()
 
 
