@@ -1,0 +1,144 @@
+"""The neutral adapter: what every reader makes, and every writer, layer and store takes.
+
+Modules carry Hugging Face's names and row order whatever file they came from, so two formats need
+a reader and a writer each and never a converter between them. Letters in shapes: I in features,
+O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
+
+from bdlora_megatron.blocks import Blocked, BlockFactors
+from bdlora_megatron.errors import ShapeError
+
+__all__ = [
+    "MODULE_NAMES",
+    "Adapter",
+    "BaseShape",
+    "ModuleKey",
+    "ModuleName",
+    "blocked_factor",
+    "infer_base_shape",
+]
+
+ModuleName: TypeAlias = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]
+MODULE_NAMES: tuple[ModuleName, ...] = get_args(ModuleName)
+
+#: Field of `BaseShape` that each module's I and O are.
+_SIDES: Mapping[ModuleName, tuple[str, str]] = {
+    "q_proj": ("hidden_size", "q_size"),
+    "k_proj": ("hidden_size", "kv_size"),
+    "v_proj": ("hidden_size", "kv_size"),
+    "o_proj": ("q_size", "hidden_size"),
+    "gate_proj": ("hidden_size", "ffn_size"),
+    "up_proj": ("hidden_size", "ffn_size"),
+    "down_proj": ("ffn_size", "hidden_size"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class ModuleKey:
+    """One linear module of the base model.
+
+    Attributes:
+        layer: The decoder layer, counted from 0 over the whole model.
+        name: The projection.
+    """
+
+    layer: int
+    name: ModuleName
+
+    def __str__(self) -> str:
+        parent = "self_attn" if self.name[0] in "qkvo" else "mlp"
+        return f"layers.{self.layer}.{parent}.{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseShape:
+    """Sizes of the base model, as far as they are known.
+
+    Factors tell widths; only a model's own config tells heads and the number of layers.
+
+    Attributes:
+        hidden_size: Width of the residual stream.
+        ffn_size: Width inside the MLP.
+        q_size: Query heads times their width.
+        kv_size: Key-value heads times their width.
+        num_heads: Query heads.
+        num_kv_heads: Key-value heads, Megatron's query groups.
+        head_dim: Width of a head.
+        num_layers: Decoder layers.
+    """
+
+    hidden_size: int | None = None
+    ffn_size: int | None = None
+    q_size: int | None = None
+    kv_size: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    num_layers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Adapter:
+    """One adapter, free of any file format and any tensor-parallel size.
+
+    Attributes:
+        name: What to call it; readers take the folder's name.
+        modules: The update of every adapted module. Column-parallel ones block B, row-parallel
+            ones A, also with one block. Readers may give a mapping that loads on access.
+        base: What is known of the base model.
+        metadata: Where it came from, for people and for writers; nothing here changes the numbers.
+    """
+
+    name: str
+    modules: Mapping[ModuleKey, BlockFactors]
+    base: BaseShape = field(default_factory=BaseShape)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def blocked_factor(name: ModuleName) -> Blocked:
+    """The factor whose blocks line up with tensor parallelism.
+
+    Args:
+        name: The projection.
+
+    Returns:
+        `"A"` for the row-parallel `o_proj` and `down_proj`, `"B"` for the column-parallel others.
+    """
+    return "A" if name in ("o_proj", "down_proj") else "B"
+
+
+def infer_base_shape(features: Iterable[tuple[ModuleKey, int, int]]) -> BaseShape:
+    """The base model's widths from those of the adapted modules.
+
+    Args:
+        features: `(key, I, O)` of every adapted module.
+
+    Returns:
+        The widths that some module tells; the rest is None.
+
+    Raises:
+        ShapeError: If two modules disagree. All widths in question are listed.
+    """
+    seen: dict[str, dict[int, ModuleKey]] = {}
+    for key, in_features, out_features in features:
+        for side, width in zip(_SIDES[key.name], (in_features, out_features), strict=True):
+            seen.setdefault(side, {}).setdefault(width, key)
+    torn = [
+        f"{side} is " + " but ".join(f"{width} by {key}" for width, key in widths.items())
+        for side, widths in seen.items()
+        if len(widths) > 1
+    ]
+    if torn:
+        raise ShapeError(
+            f"the modules are not those of one base model: {'; '.join(torn)}; wanted one width "
+            "each; check num_blocks against the factors' shapes"
+        )
+    return BaseShape(**{side: next(iter(widths)) for side, widths in seen.items()})
