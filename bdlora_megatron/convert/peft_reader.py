@@ -56,10 +56,10 @@ _NO_DECODER = re.compile(r"encoder|vision|visual|audio|speech")
 _LEFTOVERS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), what)
     for pattern, what in (
-        (r"lora_embedding_[AB]|embed_tokens\.", "embeddings are adapted or saved"),
         (r"lora_magnitude_vector", "DoRA magnitudes, which are no low-rank update"),
         (r"lora_[AB]\.bias$", "biases of LoRA factors (lora_bias)"),
         (r"trainable_tokens|token_adapter", "replaced embedding rows (trainable_token_indices)"),
+        (r"lora_embedding_[AB]|embed_tokens\.", "embeddings or factors of them"),
         (r"lora_diag", "KaSA diagonals"),
         (r"lora_[AB]\.weight$", "factors of a module that is none of the seven projections"),
         (r"\.bias$", "biases of the base model (bias)"),
@@ -124,17 +124,19 @@ def _plan(
 ) -> list[_ModulePlan]:
     """Pair the factors by module and look up their settings, in the order of the modules."""
     pairs: dict[ModuleKey, dict[str, re.Match[str]]] = {}
+    prefixes = set()
     for name in facts:
         found = _FACTOR.fullmatch(name)
         if found is None or len(name) > _LONGEST_NAME:
             problems.add(_leftover(name), name)
             continue
+        prefixes.add(found["prefix"])
         pairs.setdefault(_key(found), {})[found["factor"]] = found
     if not pairs:
         problems.add(
             "there are no factors of decoder layers; pass the adapter of a Llama-like model"
         )
-    _check_prefixes((m["prefix"] for pair in pairs.values() for m in pair.values()), problems)
+    _check_prefixes(prefixes, problems)
     plans = []
     for key, pair in sorted(pairs.items()):
         if len(pair) < 2:
@@ -224,12 +226,13 @@ def _module_path(found: re.Match[str]) -> str:
     return found.string.removeprefix(_PEFT_PREFIX).removesuffix(f".lora_{found['factor']}.weight")
 
 
-def _check_prefixes(prefixes: Iterable[str], problems: Problems) -> None:
+def _check_prefixes(prefixes: set[str], problems: Problems) -> None:
     """One stack of decoder layers: two would overwrite each other's modules."""
-    known = sorted(set(prefixes))
-    if len(known) > 1:
-        problems.add("several stacks of layers are adapted, wanted one; split the adapter", *known)
-    for prefix in known:
+    if len(prefixes) > 1:
+        problems.add(
+            "several stacks of layers are adapted, wanted one; split the adapter", *prefixes
+        )
+    for prefix in prefixes:
         if _NO_DECODER.search(prefix):
             problems.add("the adapted layers are no language decoder's", prefix)
 
