@@ -14,6 +14,7 @@ from bdlora_megatron.layers.apply import (
     unmerge_adapters,
 )
 from bdlora_megatron.layers.linear import LoRAColumnParallelLinear, LoRARowParallelLinear
+from bdlora_megatron.layers.load import LoadOptions, load_adapter
 from bdlora_megatron.layers.lora_linear import LoRALinear
 from bdlora_megatron.layers.spec import lora_spec
 
@@ -21,9 +22,11 @@ __all__ = [
     "LoRAColumnParallelLinear",
     "LoRALinear",
     "LoRARowParallelLinear",
+    "LoadOptions",
     "adapters_disabled",
     "apply_lora",
     "freeze_base",
+    "load_adapter",
     "lora_layers",
     "lora_spec",
     "merge_adapters",

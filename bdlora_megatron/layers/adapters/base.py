@@ -141,6 +141,17 @@ class Adapter(nn.Module):
                 )
             factor.weight.copy_(share)
 
+    def load_whole(self, name: str, A: Tensor, B: Tensor) -> None:
+        """Copy this rank's share of whole factors into the parameters.
+
+        Args:
+            name: The projection's name.
+            A: A over all ranks, packed where the layout blocks it.
+            B: B over all ranks, likewise.
+        """
+        linear_in, linear_out = self.factors(self.plan(name))
+        self.load(name, linear_in.cut(A), linear_out.cut(B))
+
     def shrink_weight(self) -> Tensor:
         """The local matrix that maps the input to the rank: ``[K_local, I_local]``."""
         raise NotImplementedError
