@@ -116,7 +116,10 @@ def _nccl(low: tuple[float, float], simple: tuple[float, float], bandwidth: floa
     )
 
 
-_TUNING = "latencies: NCCL 2.9's own tuning table (src/graph/tuning.cc, ring, LL and Simple)"
+_TUNING = (
+    "latencies: NCCL's own tuning table, ring, LL and Simple (NVIDIA/nccl at 01afd20, "
+    "src/graph/tuning.cc)"
+)
 _A100 = _gpu(312e12, 2.039e12, 80e9)
 HARDWARE = {
     hardware.name: hardware
