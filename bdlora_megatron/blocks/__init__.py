@@ -7,7 +7,7 @@ Exact operations move, repeat or zero-fill numbers and never round them: `reshar
 
 from bdlora_megatron.blocks.counts import ModuleShape, matching_rank, num_parameters, rank_within
 from bdlora_megatron.blocks.factors import Blocked, BlockFactors
-from bdlora_megatron.blocks.norms import output_norms, subtract, update_norm
+from bdlora_megatron.blocks.norms import output_distances, output_norms, subtract, update_norm
 from bdlora_megatron.blocks.partition import shard, unshard
 from bdlora_megatron.blocks.product import dense_update, forward
 from bdlora_megatron.blocks.reshard import compact, pad_rank, reshard, resharded_rank
@@ -22,6 +22,7 @@ __all__ = [
     "forward",
     "matching_rank",
     "num_parameters",
+    "output_distances",
     "output_norms",
     "pad_rank",
     "rank_within",

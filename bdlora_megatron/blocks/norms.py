@@ -15,7 +15,7 @@ from bdlora_megatron.blocks.factors import BlockFactors, block_views, from_block
 from bdlora_megatron.blocks.reshard import reshard
 from bdlora_megatron.errors import ShapeError
 
-__all__ = ["output_norms", "subtract", "update_norm"]
+__all__ = ["output_distances", "output_norms", "subtract", "update_norm"]
 
 
 def output_norms(factors: BlockFactors) -> Tensor:
@@ -56,6 +56,26 @@ def update_norm(factors: BlockFactors) -> float:
     return norm
 
 
+def output_distances(first: BlockFactors, second: BlockFactors) -> Tensor:
+    """The most that an input of norm 1 can move each output of two updates apart.
+
+    Args:
+        first: An update.
+        second: An update of the same module, with any number of blocks, rank, scale and dtype.
+
+    Returns:
+        `[O]`, fp64: the norms of the difference's rows. Exactly 0 where one is a resharding of the
+        other; otherwise rounding leaves about 1e-16 of the updates' size.
+
+    Raises:
+        ShapeError: If the two are not updates of one module.
+    """
+    difference = subtract(first, second)
+    if _is_resharded(first, second):
+        return torch.zeros(first.out_features, dtype=torch.float64)
+    return output_norms(difference)
+
+
 def subtract(first: BlockFactors, second: BlockFactors) -> BlockFactors:
     """The update `first - second` in factors: their ranks side by side, one of them negated.
 
@@ -81,6 +101,19 @@ def subtract(first: BlockFactors, second: BlockFactors) -> BlockFactors:
     )
     packed = torch.cat([p1 * first.scale, p2 * -second.scale], dim=2)
     return from_block_views(packed, torch.cat([d1, d2], dim=1), blocked=first.blocked, scale=1.0)
+
+
+def _is_resharded(first: BlockFactors, second: BlockFactors) -> bool:
+    """Whether one gives the other's numbers."""
+    if first.scale != second.scale:
+        return False
+    return any(
+        torch.equal(one.A, other.A) and torch.equal(one.B, other.B)
+        for one, other in (
+            (reshard(first, second.num_blocks), second),
+            (first, reshard(second, first.num_blocks)),
+        )
+    )
 
 
 def _triangle(tall: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from bdlora_megatron.blocks import (
     ModuleShape,
     num_parameters,
+    output_distances,
     output_norms,
     rank_within,
     reshard,
@@ -48,7 +49,15 @@ def test_a_difference_is_that_of_the_dense_updates(pair, block_rank, scale):
     expected = dense_by_block_diag(first) - dense_by_block_diag(second)
     difference = subtract(first, second)
     torch.testing.assert_close(dense_by_block_diag(difference), expected, **FP64)
-    torch.testing.assert_close(output_norms(difference), expected.norm(dim=1), **FP64)
+    torch.testing.assert_close(output_distances(first, second), expected.norm(dim=1), **FP64)
+
+
+@quick
+@given(factors_and_count())
+def test_a_resharding_is_at_no_distance_at_all(pair):
+    factors, blocks = pair
+    for one, two in ((factors, reshard(factors, blocks)), (reshard(factors, blocks), factors)):
+        assert output_distances(one, two).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
