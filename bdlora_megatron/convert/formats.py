@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 from bdlora_megatron.convert.adapter import Adapter
 from bdlora_megatron.convert.folders import new_folder
 from bdlora_megatron.convert.lazy import in_memory
+from bdlora_megatron.convert.megatron_format import MANIFEST_NAME, open_megatron, write_megatron
 from bdlora_megatron.convert.peft_config import CONFIG_NAME
 from bdlora_megatron.convert.peft_reader import open_peft
 from bdlora_megatron.convert.peft_writer import write_peft
@@ -54,6 +55,9 @@ FORMATS: Mapping[FormatName, _Format] = {
         sign=CONFIG_NAME,
         open=lambda path, allow_pickle: open_peft(path, allow_pickle=allow_pickle),
         write=write_peft,
+    ),
+    "megatron": _Format(
+        sign=MANIFEST_NAME, open=lambda path, _: open_megatron(path), write=write_megatron
     ),
 }
 
