@@ -1,6 +1,7 @@
 """Models and adapters of other formats, read and written."""
 
 from bdlora_megatron.convert.adapter import Adapter, BaseShape, ModuleKey
+from bdlora_megatron.convert.base_check import check_base
 from bdlora_megatron.convert.formats import (
     FormatName,
     detect_format,
@@ -21,6 +22,7 @@ __all__ = [
     "LazyModules",
     "ModuleKey",
     "WriteOptions",
+    "check_base",
     "detect_format",
     "in_memory",
     "load_hf_model",

@@ -114,13 +114,13 @@ class DistTensors:
     Attributes:
         facts: Every tensor by name, on the meta device; None in place of one that is no float.
         objects: Names of everything that is no tensor.
-        chunk_sizes: The sizes of every tensor's chunks, in order of their offsets.
+        row_parts: How many equal stretches of rows every tensor is stored in; None if not equal.
         load: Read a tensor, or where it is a stack of layers, one layer of it.
     """
 
     facts: Mapping[str, Tensor | None]
     objects: frozenset[str]
-    chunk_sizes: Mapping[str, Sequence[torch.Size]]
+    row_parts: Mapping[str, int | None]
     load: Callable[[str, int | None], Tensor]
 
 
@@ -276,12 +276,18 @@ def _open(folder: Path) -> DistTensors:
     return DistTensors(
         facts=facts,
         objects=frozenset(metadata.state_dict_metadata.keys() - tensors.keys()),
-        chunk_sizes={
-            name: [chunk.sizes for chunk in sorted(entry.chunks, key=lambda c: tuple(c.offsets))]
-            for name, entry in tensors.items()
-        },
+        row_parts={name: _row_parts(entry) for name, entry in tensors.items()},
         load=load,
     )
+
+
+def _row_parts(entry: TensorStorageMetadata) -> int | None:
+    if len(entry.size) < 2:
+        return None
+    heights = {chunk.sizes[-2] for chunk in entry.chunks}
+    starts = {chunk.offsets[-2] for chunk in entry.chunks}
+    equal = len(heights) == 1 and len(starts) * heights.pop() == entry.size[-2]
+    return len(starts) if equal else None
 
 
 def _check_chunks(

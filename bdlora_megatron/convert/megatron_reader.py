@@ -60,7 +60,7 @@ def find_pairs(
     Args:
         tensors: The checkpoint.
         problems: Gets whatever is no factor, and factors without the other.
-        ignore: Whether a tensor may be there although it is no factor, by its name.
+        ignore: Whether a tensor is of no interest, by its name.
 
     Returns:
         The pairs.
@@ -68,10 +68,11 @@ def find_pairs(
     found: dict[tuple[int, str, str, bool], dict[str, str]] = {}
     prefixes = set()
     for name, fact in tensors.facts.items():
+        if ignore(name):
+            continue
         parsed = parse_factor(name)
         if parsed is None:
-            if not ignore(name):
-                problems.add(_leftover(name), name)
+            problems.add(_leftover(name), name)
             continue
         if fact is None or fact.dim() != (3 if parsed.layer is None else 2):
             problems.add("factors are no matrices of F64, F32, F16 or BF16", name)
