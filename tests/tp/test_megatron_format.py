@@ -6,9 +6,7 @@ import json
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core import dist_checkpointing
 
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.convert import Adapter, ModuleKey, read_adapter, write_adapter
@@ -17,7 +15,6 @@ from bdlora_megatron.errors import (
     AdapterFormatError,
     ConfigError,
     TargetError,
-    UnsupportedError,
 )
 from bdlora_megatron.layers import (
     apply_lora,
@@ -27,7 +24,7 @@ from bdlora_megatron.layers import (
     save_adapter,
 )
 from tests.harness import run_ranks
-from tests.tp.models import SEQUENCE, VOCAB, randomize_adapters, tiny_config, tiny_model
+from tests.tp.models import randomize_adapters, tiny_config, tiny_model
 from tests.tp.session import model_parallel
 from tests.unit.convert.random_adapters import assert_same, build
 
@@ -168,41 +165,6 @@ def test_models_saved_on_four_ranks_are_read_on_one_process(tmp_path):
             for name, update in updates.items():
                 assert update.abs().max() > 0.1
                 torch.testing.assert_close(got[kind][name], update, rtol=1e-12, atol=1e-12)
-
-
-def _save_stage(rank, world_size, folder):
-    with model_parallel(1, pp=world_size):
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        for kind in ("bdlora", "one_layer"):
-            torch.manual_seed(3)
-            model = GPTModel(
-                config=tiny_config(1, pipeline_model_parallel_size=world_size),
-                transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
-                vocab_size=VOCAB,
-                max_sequence_length=SEQUENCE,
-                pre_process=stage == 0,
-                post_process=stage == world_size - 1,
-                position_embedding_type="rope",
-                share_embeddings_and_output_weights=False,
-            )
-            # The first stage of "one_layer" has no adapter at all.
-            if kind == "bdlora" or stage == 1:
-                apply_lora(model, KINDS[kind])
-                randomize_adapters(model, seed=stage)
-            if kind == "bdlora":
-                save_adapter(model, f"{folder}/{kind}")
-                continue
-            with pytest.raises(UnsupportedError, match="rank 0 holds no part of the adapter"):
-                save_adapter(model, f"{folder}/{kind}")
-
-
-def test_stages_of_a_pipeline_save_one_adapter(tmp_path):
-    run_ranks(2, _save_stage, str(tmp_path))
-    both = read_adapter(tmp_path / "bdlora")
-    assert [len([k for k in both.modules if k.layer == layer]) for layer in (0, 1)] == [7, 7]
-    first, second = (both.modules[ModuleKey(layer=n, name="up_proj")].A for n in (0, 1))
-    assert first.any()
-    assert not torch.equal(first, second)
 
 
 def test_the_manifest_and_the_tensors_must_agree(tmp_path):
