@@ -21,9 +21,9 @@ from bdlora_megatron.ops.slots import SlotFactors, SlotTable
 
 __all__ = ["expand", "shrink"]
 
-#: Up to so many tokens of an adapter are taken one by one: its factors are in the cache after the
-#: first, and a matrix product of its own would be mostly overhead. Measured; flat from 4 to 16.
-FEW_TOKENS = 8
+#: An adapter's tokens are taken one by one as long as that reads no more rows than these again: a
+#: matrix product of its own would be mostly overhead. Measured, and flat around here.
+ROWS_READ_AGAIN = 256
 
 _SUM = 0  # embedding_bag's mode
 
@@ -155,12 +155,16 @@ def _add_product(view: Tensor, segment: Segment, ranks: Tensor, B: Tensor) -> No
 
 
 def _plan(table: SlotTable, batch: GroupedBatch) -> _Plan:
-    return batch.plan(table, lambda: _make_plan(table, batch))
+    held = (table.held[segment.slot] for segment in batch.segments)
+    return batch.plan((table.num_slices, table.max_rank, *held), lambda: _make_plan(table, batch))
 
 
 def _make_plan(table: SlotTable, batch: GroupedBatch) -> _Plan:
-    few = [segment for segment in batch.segments if segment.count <= FEW_TOKENS]
-    many = [segment for segment in batch.segments if segment.count > FEW_TOKENS]
+    few: list[Segment] = []
+    many: list[Segment] = []
+    for segment in batch.segments:
+        reads_again = (segment.count - 1) * max(table.held[segment.slot].a_rank)
+        (few if reads_again <= ROWS_READ_AGAIN else many).append(segment)
     tokens = _tokens_of(few, batch)
     bags = [
         _bags(table, batch, tokens, slices=[j], start=table.b_start, rank=table.b_rank)
@@ -223,8 +227,8 @@ def _bags(
 def _shrink_products(table: SlotTable, segment: Segment) -> list[_Product]:
     """One product per run of slices whose rows lie one after another."""
     products: list[_Product] = []
-    starts, ranks = table.a_start[segment.slot].tolist(), table.a_rank[segment.slot].tolist()
-    for j, (start, rank) in enumerate(zip(starts, ranks, strict=True)):
+    held = table.held[segment.slot]
+    for j, (start, rank) in enumerate(zip(held.a_start, held.a_rank, strict=True)):
         if not rank:
             continue
         if products and products[-1].stop == start:
@@ -236,15 +240,10 @@ def _shrink_products(table: SlotTable, segment: Segment) -> list[_Product]:
 
 
 def _expand_products(table: SlotTable, segment: Segment) -> list[_Product]:
-    slot = segment.slot
-    held = zip(
-        table.b_start[slot].tolist(),
-        table.b_rank[slot].tolist(),
-        table.scale[slot].tolist(),
-        strict=True,
-    )
+    held = table.held[segment.slot]
+    parts = zip(held.b_start, held.b_rank, held.scale, strict=True)
     return [
         _Product(segment, start, ((j, rank),), scale)
-        for j, (start, rank, scale) in enumerate(held)
+        for j, (start, rank, scale) in enumerate(parts)
         if rank
     ]
