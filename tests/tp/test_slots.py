@@ -239,7 +239,7 @@ def _refuse(rank, world_size):
         big = make_adapter(1, rank=6, modules=attention)
         with pytest.raises(CapacityError, match=r"takes 6 rank rows.*set SlotRoom.max_rank=6"):
             slots.share(big)
-        with pytest.raises(TargetError, match="no slots; add them to SlotRoom.target_modules"):
+        with pytest.raises(TargetError, match=r"no slots; add them to SlotRoom\.target_modules"):
             slots.share(make_adapter(1, rank=2))
         with pytest.raises(TargetError, match="does not have"):
             slots.share(make_adapter(1, rank=2, modules=attention, layers=(5,)))
