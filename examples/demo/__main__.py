@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from examples.demo.base import prepare_base
-from examples.demo.reference import Reference, peft_reference
+from examples.demo.compare import agreement_rows, cost_rows
+from examples.demo.megatron import TP, LayoutCost, MegatronResult, run_megatron
+from examples.demo.reference import Answer, Reference, peft_reference
 from examples.demo.report import format_answer, format_table
 from examples.demo.train import read_record, train_adapters
 
@@ -28,7 +32,10 @@ def main() -> None:
     adapters = train_adapters(base_dir, args.cache_dir / "adapters", steps=args.steps)
     print_training(adapters)
     reference = peft_reference(base_dir, adapters, PROMPTS)
-    print_answers(reference)
+    megatron = run_megatron(base_dir, adapters, reference.prompt_ids)
+    print_answers(PROMPTS, megatron.answers, AutoTokenizer.from_pretrained(base_dir))
+    print_agreement(reference, megatron)
+    print_costs(megatron.costs)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
 
@@ -52,12 +59,32 @@ def print_training(adapters: Mapping[str, Path]) -> None:
     print(format_table(headers, rows))
 
 
-def print_answers(reference: Reference) -> None:
+def print_answers(
+    prompts: Sequence[str], answers: Mapping[str, Sequence[Answer]], tokenizer: Any
+) -> None:
     """Print what the base model and each adapter answer to each prompt."""
-    for index, prompt in enumerate(reference.prompts):
+    for index, prompt in enumerate(prompts):
         print(f"\n> {prompt}")
-        for name, answers in reference.answers.items():
-            print(format_answer(name, answers[index].text))
+        for name, given in answers.items():
+            text = tokenizer.decode(given[index].token_ids, skip_special_tokens=True)
+            print(format_answer(name, text))
+
+
+def print_agreement(reference: Reference, megatron: MegatronResult) -> None:
+    """Print how far Megatron's numbers are from PEFT's."""
+    print(f"\nMegatron at TP={TP} against PEFT in one process, fp32, same prompts")
+    headers = ("adapter", "largest logit difference", "largest logit", "same answers")
+    print(format_table(headers, agreement_rows(reference.answers, megatron.answers)))
+
+
+def print_costs(costs: Sequence[LayoutCost]) -> None:
+    """Print what each layout communicates."""
+    print(
+        f"\nCollectives per decoder layer beyond the base model's own, counted at TP={TP} "
+        f"on {costs[0].tokens} tokens in fp32"
+    )
+    headers = ("layout", "adapter", "forward", "bytes", "backward", "bytes")
+    print(format_table(headers, cost_rows(costs)))
 
 
 def _parse_args() -> argparse.Namespace:

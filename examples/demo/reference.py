@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,13 +22,12 @@ BASE = "base"
 class Answer:
     """What one model makes of one prompt.
 
-    `logits` are those of every prompt token, `[tokens, vocabulary]` in fp32; `token_ids` and `text`
-    are the greedy answer, its end-of-turn token included.
+    `logits` are those of every prompt token, `[tokens, vocabulary]` in fp32; `token_ids` are the
+    greedy answer, its end-of-turn token included.
     """
 
     logits: Tensor
     token_ids: list[int]
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +70,7 @@ def peft_reference(
         for name in names:
             with _active(model, name), torch.inference_mode():
                 for ids in prompt_ids:
-                    answers[name].append(_answer(model, tokenizer, ids, max_new_tokens))
+                    answers[name].append(_answer(model, ids, max_new_tokens))
                     bar.update()
     return Reference(prompts=list(prompts), prompt_ids=prompt_ids, answers=answers)
 
@@ -96,13 +94,11 @@ def _active(model: PeftModel, name: str) -> Iterator[None]:
         yield
 
 
-def _answer(model: PeftModel, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> Answer:
+def _answer(model: PeftModel, prompt_ids: list[int], max_new_tokens: int) -> Answer:
     input_ids = torch.tensor([prompt_ids])
     mask = torch.ones_like(input_ids)
     logits = model(input_ids=input_ids, attention_mask=mask).logits[0]
     generated = model.generate(
         input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False
     )
-    token_ids = generated[0, len(prompt_ids) :].tolist()
-    text = tokenizer.decode(token_ids, skip_special_tokens=True)
-    return Answer(logits=logits, token_ids=token_ids, text=text)
+    return Answer(logits=logits, token_ids=generated[0, len(prompt_ids) :].tolist())

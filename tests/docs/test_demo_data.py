@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig
 
 from examples.demo.chat import encode_prompt
 from examples.demo.report import format_answer, format_table
@@ -31,20 +29,6 @@ Still a friend.
 **FIRST**
 Then enter.
 """
-WORDS = ["<pad>", "<eos>", "U", "A", "one", "two", "three", "four"]
-
-
-@pytest.fixture
-def tokenizer():
-    backend = Tokenizer(models.WordLevel({word: id for id, word in enumerate(WORDS)}, "<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    result = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
-    )
-    result.chat_template = (
-        "{% for m in messages if m['content'] %}U {{ m['content'] }} {% endfor %}A"
-    )
-    return result
 
 
 def test_speech_pairs_leave_out_a_character_who_goes_on():

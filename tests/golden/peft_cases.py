@@ -15,7 +15,7 @@ COLUMN = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 ROW = ["o_proj", "down_proj"]
 
 
-def _blocks(nblocks: int, **more: Any) -> BdLoraConfig:
+def blocks(nblocks: int, **more: Any) -> BdLoraConfig:
     lists = {"target_modules_bd_a": ROW, "target_modules_bd_b": COLUMN}
     return BdLoraConfig(**{**lists, "nblocks": nblocks, **more})
 
@@ -23,10 +23,10 @@ def _blocks(nblocks: int, **more: Any) -> BdLoraConfig:
 #: Settings of PEFT's LoraConfig by a name for what they exercise.
 KINDS: dict[str, dict[str, Any]] = {
     "vanilla": {"r": 6, "lora_alpha": 12},
-    "bdlora2": {"r": 8, "lora_alpha": 16, "use_bdlora": _blocks(2)},
-    "bdlora4": {"r": 8, "lora_alpha": 16, "use_bdlora": _blocks(4)},
+    "bdlora2": {"r": 8, "lora_alpha": 16, "use_bdlora": blocks(2)},
+    "bdlora4": {"r": 8, "lora_alpha": 16, "use_bdlora": blocks(4)},
     "rslora": {"r": 8, "lora_alpha": 8, "use_rslora": True},
-    "bdlora_rslora": {"r": 8, "lora_alpha": 8, "use_rslora": True, "use_bdlora": _blocks(4)},
+    "bdlora_rslora": {"r": 8, "lora_alpha": 8, "use_rslora": True, "use_bdlora": blocks(4)},
     "patterns": {
         "r": 4,
         "lora_alpha": 8,
@@ -38,14 +38,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "lora_alpha": 8,
         "rank_pattern": {"v_proj": 16},
         "alpha_pattern": {"o_proj": 24},
-        "use_bdlora": _blocks(4),
+        "use_bdlora": blocks(4),
     },
     "some_modules": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"]},
     "some_layers": {"r": 4, "lora_alpha": 8, "layers_to_transform": [1]},
     "partly_blocked": {
         "r": 8,
         "lora_alpha": 8,
-        "use_bdlora": _blocks(2, target_modules_bd_b=["q_proj", "up_proj"], match_strict=False),
+        "use_bdlora": blocks(2, target_modules_bd_b=["q_proj", "up_proj"], match_strict=False),
     },
 }
 

@@ -1,0 +1,1 @@
+"""Measurements and predictions, each with the command that makes it."""
