@@ -203,15 +203,13 @@ def _checked(token_slot: Tensor, num_slots: int) -> Tensor:
 def _segments(token_slot: Tensor) -> tuple[Segment, ...]:
     in_order, order = torch.sort(token_slot, stable=True)
     slots, counts = torch.unique_consecutive(in_order, return_counts=True)
-    pieces = order.split(counts.tolist())
-    return tuple(
-        Segment(slot, _as_slice(piece), len(piece))
-        for slot, piece in zip(slots.tolist(), pieces, strict=True)
-        if slot >= 0
-    )
-
-
-def _as_slice(tokens: Tensor) -> slice | Tensor:
-    """A slice, if ascending ``tokens`` have no gap."""
-    first, last = int(tokens[0]), int(tokens[-1])
-    return slice(first, last + 1) if last - first + 1 == len(tokens) else tokens
+    tokens, segments, start = order.tolist(), [], 0
+    for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+        first, last = tokens[start], tokens[start + count - 1]
+        # The sort is stable, so a slot's tokens ascend.
+        together = last - first + 1 == count
+        where = slice(first, last + 1) if together else order[start : start + count]
+        if slot >= 0:
+            segments.append(Segment(slot, where, count))
+        start += count
+    return tuple(segments)
