@@ -22,18 +22,26 @@ CANDIDATES = {
     "peft_mixed": "PEFT, adapter_names",
 }
 STEPS = ("decode", "prefill")
+CLOCKS = {
+    "wall": "Times are the clock's on the wall; other work on the machine shows in the quartiles.",
+    "cpu": (
+        "Times are those that the one thread spent on a core, because the machine did other work; "
+        "caches and memory were still shared with it."
+    ),
+}
 
 
-def write_report(folder: Path, rows: Sequence[dict[str, Any]], *, threads: int) -> None:
+def write_report(folder: Path, rows: Sequence[dict[str, Any]], *, threads: int, clock: str) -> None:
     """Write ``grouped.json``, ``grouped.png`` and ``grouped.md``.
 
     Args:
         folder: Where to.
         rows: What ``summarise`` gave, case by case.
         threads: Threads of torch.
+        clock: ``wall`` or ``cpu``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    facts = _machine(threads)
+    facts = {**_machine(threads), "clock": clock}
     text = json.dumps({"machine": facts, "cases": list(rows)}, indent=1)
     (folder / "grouped.json").write_text(text + "\n", "utf-8")
     _figure(folder / "grouped.png", rows)
@@ -63,9 +71,8 @@ def _text(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[str
     yield (
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads of torch "
         f"{facts['torch']}, PEFT {facts['peft']}, Python {facts['python']}. Load average when the "
-        f"run ended: {facts['load'][0]} over one minute, {facts['load'][2]} over fifteen; a run on "
-        "a machine that does other work shows in the quartiles. Made by "
-        f"`{facts['command']}`."
+        f"run ended: {facts['load'][0]} over one minute, {facts['load'][2]} over fifteen. "
+        f"{CLOCKS[facts['clock']]} Made by `{facts['command']}`."
     )
     yield ""
     yield (
