@@ -2,16 +2,17 @@
 
 Run: `python -m benchmarks.grouped`. Writes benchmarks/results/grouped.{md,json,png}.
 
-All candidates are run in turn, again and again, and medians are compared, so that other work on the
-machine meets all of them alike. Each is first held to the fp64 reference. The floor is the time of
-the bytes that must be read and written at the bandwidth, and of the products at the rate, that this
-machine reaches in the same rounds; the larger of the two.
+All candidates are run in turn, round after round in random order, and medians are compared, so that
+other work on the machine meets all of them alike. Each is first held to the fp64 reference. The
+floor is the time of the bytes that must be read and written at the bandwidth, and of the products
+at the rate, that this machine reaches in the same rounds; the larger of the two.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ DECODE_REQUESTS = 64
 #: Tokens of a prefill step: eight prompts of 512. More adapters share them in shorter chunks.
 PREFILL_TOKENS = 4096
 STREAM_ELEMENTS = 32 * 2**20
+#: A candidate is repeated until a measurement takes about so long.
+LEAST_S, MOST_REPEATS = 0.004, 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,16 +239,28 @@ def measure(
             _check(name, run(), wanted)
     first()
     candidates |= {"stream": machine.stream, "multiply": machine.multiply}
+    # Short ones are repeated, so that what ran before them does not decide.
+    repeats = {
+        name: min(MOST_REPEATS, 1 + int(LEAST_S / max(_time(run, clock, 3), 1e-9)))
+        for name, run in candidates.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    began = time.perf_counter()
+    began, shuffle = time.perf_counter(), random.Random(0).shuffle
+    order = list(candidates)
     for done in range(rounds):
         if done >= 5 and time.perf_counter() - began > budget_s:
             break
-        for name, run in candidates.items():
-            start = clock()
-            run()
-            seconds[name].append(clock() - start)
+        shuffle(order)
+        for name in order:
+            seconds[name].append(_time(candidates[name], clock, repeats[name]))
     return {**asdict(case), "seconds": seconds}
+
+
+def _time(run: Callable[[], Tensor], clock: Callable[[], float], repeats: int) -> float:
+    start = clock()
+    for _ in range(repeats):
+        run()
+    return (clock() - start) / repeats
 
 
 def _check(name: str, made: Tensor, wanted: Tensor) -> None:

@@ -80,10 +80,11 @@ def _text(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Iterator[str
         "already). Decode: one token per request, 64 requests or as many as adapters, in random "
         "order. Prefill: 4096 tokens; eight prompts of 512 tokens for up to 8 adapters, and with "
         "more adapters a chunk of 64 or 8 tokens for each. Candidates run in turn, round after "
-        "round; medians, with the quartiles in brackets, in milliseconds. Each is first held to an "
-        "fp64 reference. Floor: what must be read and written at the bandwidth of a copy, or the "
-        "products at the rate of a large matrix product, whichever is longer, both measured in the "
-        "same rounds. `first layer` also derives what later layers of the step share."
+        "round in random order, short ones several times in a row; medians, with the quartiles in "
+        "brackets, in milliseconds. Each is first held to an fp64 reference. Floor: what must be "
+        "read and written at the bandwidth of a copy, or the products at the rate of a large "
+        "matrix product, whichever is longer, both measured in the same rounds; what fits a cache "
+        "can beat it. `first layer` also derives what later layers of the step share."
     )
     for step in STEPS:
         yield from ("", f"## {step.capitalize()}", "")
