@@ -2,7 +2,7 @@
 
 ``linear`` subclasses the layers, ``adapters`` holds the arithmetic of the three layouts, ``apply``
 and ``spec`` put them into a built or a new model, ``load`` fills them from an adapter, ``save``
-writes the model's own.
+writes the model's own. ``slots`` and ``pools`` let a layer serve several adapters in one batch.
 """
 
 from bdlora_megatron.layers.apply import (
