@@ -146,13 +146,20 @@ def _replacing(job: Job, record: Record | None) -> Conversion:
     if options.overwrite or not job.target.exists():
         return job.conversion
     if record is None or record.source is not None:
-        why = "is not" if record is None else "is made from other files or options, or changed"
         raise ConfigError(
-            f"{job.target} is there already and {why} the result of this conversion; "
+            f"{job.target} is there already and {_whose(job.target, record)}; "
             "pass --overwrite to replace it, or another --out"
         )
     # Killed between finishing the folder and recording it.
     return replace(job.conversion, options=replace(options, overwrite=True))
+
+
+def _whose(target: Path, record: Record | None) -> str:
+    if record is None:
+        return "was not made by this command"
+    if record.holds_for(target):
+        return "was made from other files or with other options"
+    return "was changed since it was made"
 
 
 def _request(conversion: Conversion) -> dict[str, Any]:
