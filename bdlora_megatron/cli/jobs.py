@@ -7,10 +7,11 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal, TypeAlias
 
 from bdlora_megatron.cli.records import (
@@ -117,12 +118,17 @@ def _convert_once(job: Job) -> tuple[Status, dict[str, Any]]:
             return "skipped", record.summary
     conversion = _replacing(job, record)
     write_record(job.out, job.name, Record(source=None))
+    stop = Event()
     try:
+        # Hashing leaves the interpreter free, so another core does it meanwhile.
         with ThreadPoolExecutor(1) as threads:
-            # Hashing leaves the interpreter free, so another core does it meanwhile.
-            hashing = _done(source) if source else threads.submit(content_hash, job.source)
-            report = convert_adapter(job.source, job.target, conversion)
-            source = hashing.result()
+            hashing = threads.submit(content_hash, job.source, stop=stop) if not source else None
+            try:
+                report = convert_adapter(job.source, job.target, conversion)
+            except BaseException:
+                stop.set()
+                raise
+            source = hashing.result() if hashing else source
     except BaseException:
         # The folder is as it was before, and so is its record.
         write_record(job.out, job.name, record)
@@ -168,12 +174,6 @@ def _request(conversion: Conversion) -> dict[str, Any]:
     request["options"]["dtype"] = str(request["options"]["dtype"])
     del request["options"]["overwrite"]
     return {**request, "version": _VERSION}
-
-
-def _done(value: str) -> Future[str]:
-    future: Future[str] = Future()
-    future.set_result(value)
-    return future
 
 
 def _told(error: BaseException, job: Job) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from bdlora_megatron.convert.formats import detect_format
@@ -57,11 +58,13 @@ class Record:
         return self.source is not None and self.files == listing(target)
 
 
-def content_hash(folder: Path) -> str:
+def content_hash(folder: Path, *, stop: Event | None = None) -> str:
     """Hash the names, sizes and contents of the files that an adapter is read from.
 
     Args:
         folder: The adapter's folder.
+        stop: Set by another thread when the hash is not wanted any more; what is returned then
+            means nothing.
 
     Returns:
         SHA-256 in hexadecimal.
@@ -78,7 +81,7 @@ def content_hash(folder: Path) -> str:
         own = hashlib.sha256()
         with path.open("rb", buffering=0) as file:
             buffer = bytearray(_CHUNK)
-            while count := file.readinto(buffer):
+            while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
                 own.update(memoryview(buffer)[:count])
         total.update(f"{path.relative_to(folder)}\0{own.hexdigest()}\n".encode())
     if not files:
