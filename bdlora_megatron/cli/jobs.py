@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -173,7 +174,8 @@ def _request(conversion: Conversion) -> dict[str, Any]:
     request = asdict(conversion)
     request["options"]["dtype"] = str(request["options"]["dtype"])
     del request["options"]["overwrite"]
-    return {**request, "version": _VERSION}
+    # Tuples come back from a record as lists.
+    return dict(json.loads(json.dumps({**request, "version": _VERSION})))
 
 
 def _told(error: BaseException, job: Job) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from bdlora_megatron.convert.formats import detect_format
 from bdlora_megatron.convert.peft_config import CONFIG_NAME
 from bdlora_megatron.convert.peft_tensors import PICKLE_NAME, SAFETENSORS_NAME
+from bdlora_megatron.convert.slora import adapter_name
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 
 __all__ = ["RECORDS", "Record", "content_hash", "locked", "read_record", "write_record"]
@@ -72,7 +73,11 @@ def content_hash(folder: Path, *, stop: Event | None = None) -> str:
     Raises:
         AdapterFormatError: If the folder is no adapter.
     """
-    if detect_format(folder) == "peft":
+    kind = detect_format(folder)
+    if kind == "slora" and not folder.exists():
+        # One of the numbered names of an adapter.
+        folder = folder.with_name(adapter_name(folder))
+    if kind == "peft":
         files = [folder / name for name in _PEFT_FILES if (folder / name).is_file()]
     else:
         files = sorted(path for path in folder.rglob("*") if path.is_file())

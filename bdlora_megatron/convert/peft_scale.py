@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-__all__ = ["choose_alphas", "peft_scale"]
+__all__ = ["choose_alphas", "nearest_alpha", "peft_scale"]
 
 
 def peft_scale(alpha: float, rank: int, *, use_rslora: bool) -> float:
@@ -31,7 +31,7 @@ def choose_alphas(
     best: tuple[bool, dict[tuple[int, float], float]] = (False, {})
     fewest = len(pairs) + 1
     for use_rslora in (False, True):
-        alphas = {pair: _alpha(*pair, use_rslora=use_rslora) for pair in pairs}
+        alphas = {pair: nearest_alpha(*pair, use_rslora=use_rslora) for pair in pairs}
         missed = sum(
             peft_scale(alpha, pair[0], use_rslora=use_rslora) != pair[1]
             for pair, alpha in alphas.items()
@@ -41,8 +41,8 @@ def choose_alphas(
     return best
 
 
-def _alpha(rank: int, scale: float, *, use_rslora: bool) -> float:
-    """The whole number that gives the scale, or the float near `scale * rank` that does."""
+def nearest_alpha(rank: int, scale: float, *, use_rslora: bool) -> float:
+    """The whole number that gives the scale, or else the float that gives it or comes nearest."""
     middle = scale * (math.sqrt(rank) if use_rslora else rank)
     below, above = math.nextafter(middle, -math.inf), math.nextafter(middle, math.inf)
     candidates = (round(middle), middle, below, above)

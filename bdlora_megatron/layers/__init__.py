@@ -1,7 +1,8 @@
 """Megatron-Core's tensor-parallel linear layers with adapters inside.
 
 ``linear`` subclasses the layers, ``adapters`` holds the arithmetic of the three layouts, ``apply``
-and ``spec`` put them into a built or a new model, ``load`` fills them from an adapter.
+and ``spec`` put them into a built or a new model, ``load`` fills them from an adapter, ``save``
+writes the model's own.
 """
 
 from bdlora_megatron.layers.apply import (
@@ -16,6 +17,7 @@ from bdlora_megatron.layers.apply import (
 from bdlora_megatron.layers.linear import LoRAColumnParallelLinear, LoRARowParallelLinear
 from bdlora_megatron.layers.load import LoadOptions, load_adapter
 from bdlora_megatron.layers.lora_linear import LoRALinear
+from bdlora_megatron.layers.save import save_adapter
 from bdlora_megatron.layers.spec import lora_spec
 
 __all__ = [
@@ -31,5 +33,6 @@ __all__ = [
     "lora_spec",
     "merge_adapters",
     "remove_lora",
+    "save_adapter",
     "unmerge_adapters",
 ]

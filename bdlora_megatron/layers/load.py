@@ -31,7 +31,7 @@ from bdlora_megatron.layers.apply import (
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.lora_linear import LoRALinear
 
-__all__ = ["LoadOptions", "load_adapter"]
+__all__ = ["LoadOptions", "decoder_keys", "load_adapter"]
 
 #: Hugging Face's name of each projection of a Megatron-Core layer.
 _HF_NAMES: Mapping[str, Mapping[str, ModuleName]] = {
@@ -110,6 +110,30 @@ def load_adapter(
         for parameter in model.parameters():
             parameter.requires_grad = False
     return loaded
+
+
+def decoder_keys(full_name: str, projection: str) -> list[ModuleKey]:
+    """The modules that one pair of factors of a decoder layer updates.
+
+    Args:
+        full_name: The Megatron-Core layer's name, its decoder layer numbered over the whole model.
+        projection: The pair's projection; empty for the only one, or for all of a fused layer.
+
+    Returns:
+        One module, or every one of a fused layer.
+
+    Raises:
+        TargetError: The layer is none of a decoder's four.
+    """
+    found = _DECODER_LAYER.fullmatch(full_name)
+    hf_names = _HF_NAMES.get(found.group(2)) if found else None
+    if found is None or hf_names is None:
+        raise TargetError(
+            f"{full_name} carries an adapter and is none of a decoder layer's "
+            f"{', '.join(_HF_NAMES)}; no adapter format has a place for it: remove_lora it first"
+        )
+    names = [hf_names[projection]] if projection in hf_names else list(hf_names.values())
+    return [ModuleKey(layer=int(found.group(1)), name=name) for name in names]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
