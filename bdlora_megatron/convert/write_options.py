@@ -8,7 +8,7 @@ import torch
 
 from bdlora_megatron.blocks import BlockFactors, reshard
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
-from bdlora_megatron.convert.lazy import map_modules
+from bdlora_megatron.convert.lazy import LazyModules, map_modules
 from bdlora_megatron.convert.tensor_files import FLOATS
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 
@@ -63,6 +63,9 @@ def prepare(adapter: Adapter, options: WriteOptions) -> Adapter:
     """
     if not adapter.modules:
         raise AdapterFormatError(f"adapter {adapter.name!r} has no modules; there is nothing to do")
+
+    if options.dtype is None and not options.dense and isinstance(adapter.modules, LazyModules):
+        return adapter
 
     def change(key: ModuleKey, factors: BlockFactors) -> BlockFactors:
         factors = reshard(factors, 1) if options.dense else factors

@@ -154,7 +154,9 @@ def restructure(
         changes[key] = measure(key, before, after, lossy=lossy, rounded=rounded)
         return after
 
-    modules = LazyModules(new_facts, load, subject=subject)
+    # Copied numbers stay finite; computed ones may not.
+    trusted = structure.mode != "truncate" and isinstance(adapter.modules, LazyModules)
+    modules = LazyModules(new_facts, load, subject=subject, trusted=trusted)
     return Restructured(
         adapter=replace(adapter, modules=modules), structure=structure, _changes=changes
     )
