@@ -23,7 +23,7 @@ OPTIONS = ["--to", "peft", "--structure", "exact", "--tp", "4"]
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
-    make_adapters(folder, COUNT, rank=64, layers=2)
+    make_adapters(folder, COUNT, rank=64, layers=1)
     return folder
 
 
@@ -60,12 +60,12 @@ def test_a_killed_conversion_leaves_no_half_and_is_taken_up_again(
 ):
     out, chance = tmp_path / "out", random.Random(workers)
     killed = 0
-    for _ in range(3):
+    for _ in range(2):
         process = start(sources, out, workers)
         kill_after_progress(process, out, chance.uniform(0.0, 0.15))
         killed += process.returncode == -signal.SIGKILL
         for name in finished(out):
-            assert len(read_adapter(out / name).modules) == 14
+            assert len(read_adapter(out / name).modules) == 7
     assert killed > 0, "the conversion was always faster than the test"
     done = finished(out)
     status, results = run_json(capsys, "convert", sources, *OPTIONS, "--workers", 1, "--out", out)
