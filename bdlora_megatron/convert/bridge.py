@@ -43,7 +43,7 @@ from bdlora_megatron.convert.megatron_format import (
 )
 from bdlora_megatron.convert.megatron_names import LINEARS, fuse, linear_of, stem
 from bdlora_megatron.convert.megatron_reader import Pair, PairSettings, find_pairs, pair_modules
-from bdlora_megatron.convert.peft_scale import nearest_alpha
+from bdlora_megatron.convert.peft_scale import nearest_alpha, warn_inexact
 from bdlora_megatron.convert.problems import Problems
 from bdlora_megatron.convert.write_options import WriteOptions
 from bdlora_megatron.errors import UnsupportedError
@@ -133,9 +133,11 @@ def write_bridge(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     common = {**common_state(layers), "checkpoint_version": 3.0, "iteration": 0}
     write_dist_tensors(iteration, chunks, lambda number: loader(sources[number]), common)
     scale = next(iter(facts.values())).scale
+    alpha = float(nearest_alpha(rank, scale, use_rslora=False))
+    warn_inexact(adapter.name, [] if alpha / rank == scale else list(facts))
     settings = BridgeSettings(
         dim=rank,
-        alpha=float(nearest_alpha(rank, scale, use_rslora=False)),
+        alpha=alpha,
         tp=options.tp,
         base=adapter.base,
         metadata={},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-__all__ = ["choose_alphas", "nearest_alpha", "peft_scale"]
+__all__ = ["choose_alphas", "nearest_alpha", "peft_scale", "warn_inexact"]
+
+logger = logging.getLogger(__name__)
 
 
 def peft_scale(alpha: float, rank: int, *, use_rslora: bool) -> float:
@@ -51,3 +54,20 @@ def nearest_alpha(rank: int, scale: float, *, use_rslora: bool) -> float:
         return abs(peft_scale(alpha, rank, use_rslora=use_rslora) - scale)
 
     return min(candidates, key=error)
+
+
+def warn_inexact(name: str, missed: Sequence[object]) -> None:
+    """Tell that some scales were written to the nearest one.
+
+    Args:
+        name: The adapter's name.
+        missed: The modules whose scale no alpha gives.
+    """
+    if missed:
+        logger.warning(
+            "the scale of %d modules of adapter %r, such as %s, is no quotient of an alpha and the "
+            "rank; it is written to the nearest one, a float64's last place away",
+            len(missed),
+            name,
+            missed[0],
+        )

@@ -20,7 +20,7 @@ from bdlora_megatron.convert.megatron_format import (
     WEIGHTS_NAME,
     common_state,
 )
-from bdlora_megatron.errors import ConfigError, TargetError
+from bdlora_megatron.errors import ConfigError, TargetError, UnsupportedError
 from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.load import decoder_keys
 
@@ -46,14 +46,15 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
 
     Raises:
         TargetError: The model has no adapter.
+        UnsupportedError: A pipeline stage has no part of it.
         ConfigError: There is something at the path.
 
     Collectives: over all ranks, those of `dist_checkpointing.save`, one all-gather of names and
     settings, a broadcast and a barrier.
     """
     path = Path(path).absolute()
-    config, entries = _gather_entries(model)
-    layers = _stacked_layers(entries, config.num_layers)
+    base, entries = _gather_entries(model)
+    layers = _stacked_layers(entries, base.num_layers)
     common = common_state(layers)["content_metadata"]
     # A copy: Megatron-Core adds its process groups to it.
     state: Any = model.sharded_state_dict(metadata=dict(common))  # type: ignore[operator]
@@ -65,38 +66,45 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
             manifest = Manifest(
                 format=FORMAT,
                 name=name or path.name,
-                base=_base_shape(config),
+                base=base,
                 modules={key: entry for key, (entry, _) in sorted(entries.items())},
             )
             write_manifest(folder / MANIFEST_NAME, manifest)
     return path
 
 
-def _gather_entries(model: nn.Module) -> tuple[Any, _Entries]:
-    """The model's config, and the settings and shapes of the modules of all pipeline stages.
+def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
+    """The base model, and the settings and shapes of the modules of all pipeline stages.
 
     Raises:
         TargetError: No stage has an adapter.
+        UnsupportedError: Some stage has none.
     """
     own: _Entries = {}
-    config = None
+    base = None
     for full_name, layer in lora_layers(model):
-        config = layer.config
+        base = _base_shape(layer.config)
         if layer.adapter is None:
             continue
         for plan in layer.adapter.plans:
             entry = ModuleEntry(num_blocks=plan.num_blocks, scale=plan.scale)
             for key in decoder_keys(full_name, plan.projection.name):
                 own[key] = (entry, (plan.rank, plan.num_blocks, plan.projection))
-    everyone: list[_Entries] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, own)
-    entries = {key: value for some in everyone for key, value in some.items()}
-    if not entries or config is None:
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, (base, own))
+    entries = {key: value for _, some in everyone for key, value in some.items()}
+    if not entries:
         raise TargetError("the model has no adapter to save; load or apply one first")
-    return config, entries
+    for rank, (_, some) in enumerate(everyone):
+        if not some:
+            raise UnsupportedError(
+                f"rank {rank} holds no part of the adapter, and a pipeline stage without one "
+                "cannot take part in saving it; save from fewer stages"
+            )
+    return everyone[0][0], entries
 
 
-def _stacked_layers(entries: _Entries, num_layers: int) -> int | None:
+def _stacked_layers(entries: _Entries, num_layers: int | None) -> int | None:
     """`num_layers` if every layer has the same modules and shapes, else None."""
     by_layer: dict[int, list[Any]] = {}
     for key, (_, shape) in sorted(entries.items()):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -20,7 +22,7 @@ from bdlora_megatron.convert import (
 )
 from bdlora_megatron.convert.adapter import MODULE_NAMES
 from bdlora_megatron.convert.dist_tensors import Chunk, open_dist_tensors, write_dist_tensors
-from bdlora_megatron.errors import AdapterFormatError, UnsupportedError
+from bdlora_megatron.errors import AdapterFormatError, MissingDependencyError, UnsupportedError
 from tests.unit.convert.random_adapters import HEAD_DIM, adapter, assert_same, factors
 
 Q, K, V = (ModuleKey(layer=0, name=f"{name}_proj") for name in "qkv")
@@ -264,3 +266,26 @@ def test_ranks_are_padded_to_one_that_ranks_can_share(tmp_path):
         assert torch.equal(got.modules[key].A[: factor.rank], factor.A)
         assert not got.modules[key].A[factor.rank :].any()
         assert torch.equal(got.modules[key].B @ got.modules[key].A, factor.B @ factor.A)
+
+
+def test_a_scale_that_alpha_over_dim_does_not_reach_is_told(tmp_path, caplog):
+    # With use_rslora PEFT reaches it; Bridge always divides by the rank.
+    scale = next(
+        s for s in (n / 5**0.5 for n in range(1, 100)) if all(a / 5 != s for a in around(5 * s))
+    )
+    made = adapter({Q: factors("q_proj", rank=5, scale=scale)})
+    path = write_adapter(made, tmp_path / "a", "bridge")
+    assert "the scale of 1 modules of adapter 'random', such as layers.0" in caplog.text
+    got = read_adapter(path).modules[Q].scale
+    assert 0 < abs(got - scale) <= math.ulp(scale)
+
+
+def around(value):
+    return (math.nextafter(value, 0), value, math.nextafter(value, math.inf), round(value))
+
+
+def test_settings_need_pyyaml_and_say_so(tmp_path, monkeypatch):
+    path = write_adapter(seven(), tmp_path / "a", "bridge")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'bdlora-megatron\[convert\]'"):
+        read_adapter(path)
