@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 from bdlora_megatron.convert.adapter import Adapter, BaseShape
-from bdlora_megatron.convert.hf_base import HFConfig
 from bdlora_megatron.convert.lazy import module_facts
 from bdlora_megatron.errors import ShapeError
 
-__all__ = ["check_base"]
+if TYPE_CHECKING:
+    # Its package imports Megatron-Core, which takes seconds.
+    from bdlora_megatron.convert.hf_base import HFConfig
+
+__all__ = ["base_shape", "check_base"]
 
 
 def check_base(adapter: Adapter, config: HFConfig) -> Adapter:
@@ -26,7 +30,7 @@ def check_base(adapter: Adapter, config: HFConfig) -> Adapter:
         ShapeError: If a width, a number of heads or a layer is not the base model's. Both shapes
             are shown.
     """
-    shape = _shape(config)
+    shape = base_shape(config)
     wrong = [
         f"{item.name} is {got} in the adapter and {wanted} in the base model"
         for item in fields(BaseShape)
@@ -47,7 +51,15 @@ def check_base(adapter: Adapter, config: HFConfig) -> Adapter:
     return replace(adapter, base=shape)
 
 
-def _shape(config: HFConfig) -> BaseShape:
+def base_shape(config: HFConfig) -> BaseShape:
+    """What a base model's config tells of the sizes that adapters must fit.
+
+    Args:
+        config: The base model, as `read_hf_config` gives it.
+
+    Returns:
+        Its sizes, all of them known.
+    """
     return BaseShape(
         hidden_size=config.hidden_size,
         ffn_size=config.ffn_size,

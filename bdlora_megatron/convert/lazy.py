@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from torch import Tensor
-
-from bdlora_megatron.blocks import BlockFactors
+from bdlora_megatron.blocks import BlockFactors, all_finite
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
 from bdlora_megatron.convert.problems import Problems
 from bdlora_megatron.errors import AdapterFormatError, ShapeError
 
-__all__ = ["LazyModules", "in_memory", "is_finite", "map_modules", "module_facts"]
+__all__ = ["LazyModules", "in_memory", "map_modules", "module_facts"]
 
 
 class LazyModules(Mapping[ModuleKey, BlockFactors]):
@@ -33,6 +31,7 @@ class LazyModules(Mapping[ModuleKey, BlockFactors]):
         load: Callable[[ModuleKey], BlockFactors],
         *,
         subject: str,
+        trusted: bool = False,
     ) -> None:
         """Make the mapping.
 
@@ -40,10 +39,12 @@ class LazyModules(Mapping[ModuleKey, BlockFactors]):
             facts: Every module on the meta device, in the order to iterate in.
             load: Gives a module of `facts` with its numbers.
             subject: What fails where a module is broken; the start of the message.
+            trusted: `load` gives finite numbers only, having them from a mapping like this one.
         """
         self.facts = facts
         self._load = load
         self._subject = subject
+        self._trusted = trusted
 
     def __getitem__(self, key: ModuleKey) -> BlockFactors:
         if key not in self.facts:
@@ -84,19 +85,12 @@ class LazyModules(Mapping[ModuleKey, BlockFactors]):
         except (AdapterFormatError, ShapeError) as error:
             problems.add(str(error), str(key))
             return None
-        if not (is_finite(factors.A) and is_finite(factors.B)):
+        if not (self._trusted or all_finite(factors.A, factors.B)):
             problems.add(
                 "factors hold NaN or infinity; use a checkpoint from before training diverged",
                 str(key),
             )
         return factors
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; in one pass, unlike `isfinite().all()`."""
-    # NaN wins over every number in both.
-    smallest, largest = tensor.aminmax()
-    return bool(smallest.isfinite() and largest.isfinite())
 
 
 def module_facts(adapter: Adapter) -> Mapping[ModuleKey, BlockFactors]:

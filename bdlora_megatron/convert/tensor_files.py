@@ -67,7 +67,7 @@ def open_safetensors(path: Path) -> Iterator[TensorSource]:
             file = stack.enter_context(path.open("rb"))
             header, start = _read_header(file)
             source = _source(path, file, header, start)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, MemoryError) as error:
             raise AdapterFormatError(
                 f"{path} cannot be read: {error}; copy or save the adapter again"
             ) from error
@@ -155,7 +155,13 @@ def _source(path: Path, file: BinaryIO, header: Mapping[str, Any], start: int) -
     def load(name: str) -> Tensor:
         fact = facts[name]
         assert fact is not None, "the caller has refused tensors that are no floats"
-        tensor = torch.empty(fact.shape, dtype=fact.dtype)
+        try:
+            tensor = torch.empty(fact.shape, dtype=fact.dtype)
+        except (RuntimeError, MemoryError) as error:
+            raise AdapterFormatError(
+                f"{path} cannot be read: tensor {name} takes {fact.nbytes} bytes, more memory than "
+                "there is; read it where there is more"
+            ) from error
         file.seek(start + header[name]["data_offsets"][0])
         target = _bytes_of(tensor)
         read = 0

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bdlora_megatron.blocks import BlockFactors, reshard
+from bdlora_megatron.blocks import BlockFactors, all_finite, reshard
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
-from bdlora_megatron.convert.lazy import LazyModules, is_finite, map_modules
+from bdlora_megatron.convert.lazy import LazyModules, map_modules
 from bdlora_megatron.convert.tensor_files import FLOATS
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 
@@ -77,7 +77,7 @@ def prepare(adapter: Adapter, options: WriteOptions) -> Adapter:
 def _cast(factors: BlockFactors, dtype: torch.dtype) -> BlockFactors:
     A, B = factors.A.to(dtype), factors.B.to(dtype)
     pairs = ((factors.A, A), (factors.B, B))
-    if not A.is_meta and any(is_finite(old) and not is_finite(new) for old, new in pairs):
+    if not A.is_meta and any(all_finite(old) and not all_finite(new) for old, new in pairs):
         raise AdapterFormatError(
             f"factors exceed {torch.finfo(dtype).max:.5g}, the largest number of {dtype}; write "
             "another type"

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from bdlora_megatron.blocks import reshard
+from bdlora_megatron.blocks import all_finite, reshard
 from bdlora_megatron.convert import (
     LazyModules,
     ModuleKey,
@@ -21,7 +21,6 @@ from bdlora_megatron.convert import (
     read_adapter,
     write_adapter,
 )
-from bdlora_megatron.convert.lazy import is_finite
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 from tests.unit.convert.random_adapters import adapter, assert_same, factors
 
@@ -187,8 +186,8 @@ def test_options_out_of_range_are_refused(options, why):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 def test_one_number_that_is_not_finite_is_found_wherever_it_stands(dtype, value):
     tensor = torch.randn(37, 29).to(dtype)
-    assert is_finite(tensor)
+    assert all_finite(tensor)
     for place in (0, 15, 16, 31, 512, 37 * 29 - 1):
         broken = tensor.clone()
         broken.view(-1)[place] = value
-        assert not is_finite(broken)
+        assert not all_finite(broken)
