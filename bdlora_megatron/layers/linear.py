@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from bdlora_megatron.layers.adapters import (
 )
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.lora_linear import LoRALinear
-from bdlora_megatron.layers.sharing import gather_and_shrink, share_input
+from bdlora_megatron.layers.sharing import share_and_shrink
 
 __all__ = ["LoRAColumnParallelLinear", "LoRARowParallelLinear"]
 
@@ -47,6 +46,7 @@ class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
     """
 
     base_class = ColumnParallelLinear
+    splits_input = False
 
     def __init__(
         self,
@@ -85,33 +85,17 @@ class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
         if adapter is None:
             plain: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
             return plain
-        shared, z = self._share_and_shrink(
+        shared, z = share_and_shrink(
             adapter,
             input,
             allreduce_dgrad=kwargs.pop("allreduce_dgrad"),
             sequence_parallel=kwargs.pop("sequence_parallel"),
+            regather=self.regather_input,
         )
         base = super()._forward_impl(
             shared, weight, *args, allreduce_dgrad=False, sequence_parallel=False, **kwargs
         )
         return adapter.expand(z, base)
-
-    def _share_and_shrink(
-        self, adapter: Adapter, x: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool
-    ) -> tuple[Tensor, Tensor]:
-        if sequence_parallel and self.regather_input and torch.is_grad_enabled():
-            gathered = (x.size(0) * self.tp_group.size(), *x.shape[1:])
-            mask = adapter.dropout_mask(gathered, x.device)
-            return gather_and_shrink(
-                x, adapter.shrink_weight(), mask, 1.0 - adapter.dropout, self.tp_group
-            )
-        shared = share_input(
-            x,
-            allreduce_dgrad=allreduce_dgrad,
-            sequence_parallel=sequence_parallel,
-            group=self.tp_group,
-        )
-        return shared, adapter.shrink(shared)
 
 
 class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
@@ -132,6 +116,7 @@ class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
     """
 
     base_class = RowParallelLinear
+    splits_input = True
 
     def __init__(
         self,

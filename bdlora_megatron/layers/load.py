@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
 from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
@@ -23,11 +22,11 @@ from bdlora_megatron.errors import ShapeError, TargetError
 from bdlora_megatron.layers.adapters import ProjectionPlan
 from bdlora_megatron.layers.apply import (
     freeze_base,
-    lora_layer,
     lora_layers,
     named_modules_global,
     replace_module,
 )
+from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.lora_linear import LoRALinear
 
@@ -118,6 +117,7 @@ class _Target:
 
     full_name: str
     module: Any
+    in_features: int
     geometry: LayerGeometry
     keys: Mapping[str, ModuleKey]
 
@@ -126,7 +126,7 @@ def _decoder_linears(model: nn.Module) -> list[_Target]:
     targets = []
     for name, module in named_modules_global(model):
         found = _DECODER_LAYER.fullmatch(name)
-        if not found or not isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+        if not found or not isinstance(module, LINEAR_CLASSES):
             continue
         number, own = int(found.group(1)), found.group(2)
         hf_names = _HF_NAMES.get(own)
@@ -139,7 +139,15 @@ def _decoder_linears(model: nn.Module) -> list[_Target]:
             for projection in geometry.projections
             if projection.name in hf_names
         }
-        targets.append(_Target(full_name=name, module=module, geometry=geometry, keys=keys))
+        targets.append(
+            _Target(
+                full_name=name,
+                module=module,
+                in_features=layer.input_size,
+                geometry=geometry,
+                keys=keys,
+            )
+        )
     return targets
 
 
@@ -172,7 +180,7 @@ def _check_shapes(adapter: NeutralAdapter, linears: list[_Target]) -> None:
         for projection in target.geometry.projections:
             key = target.keys.get(projection.name)
             factors = None if key is None else adapter.modules.get(key)
-            wanted = (projection.out_features, target.module.input_size)
+            wanted = (projection.out_features, target.in_features)
             if factors is not None and (factors.out_features, factors.in_features) != wanted:
                 got = (factors.out_features, factors.in_features)
                 problems.append(f"{key}: the adapter is for {got}, the layer is {wanted}")

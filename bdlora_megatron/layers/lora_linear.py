@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor, nn
 
 from bdlora_megatron.config import Layout, LoRAConfig
@@ -28,6 +29,15 @@ class LoRALinear(nn.Module):
     """
 
     base_class: ClassVar[type[nn.Module]]
+    #: Whether ranks split the input (row-parallel) or the output (column-parallel).
+    splits_input: ClassVar[bool]
+    #: Attributes that ``base_class`` does not have.
+    own_attributes: ClassVar[tuple[str, ...]] = (
+        "adapter",
+        "adapter_enabled",
+        "regather_input",
+        "_unmerged",
+    )
 
     # From Megatron-Core's layers; declared because they come without types.
     weight: nn.Parameter
@@ -77,8 +87,8 @@ class LoRALinear(nn.Module):
         if self.is_merged:
             self.unmerge()
         base = self.base_class.__new__(self.base_class)
-        own = ("adapter", "adapter_enabled", "regather_input", "_unmerged")
-        base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
+        kept = {k: v for k, v in self.__dict__.items() if k not in self.own_attributes}
+        base.__dict__.update(kept)
         for name in ("_parameters", "_buffers", "_modules"):
             base.__dict__[name] = self.__dict__[name].copy()
         base.__dict__["_modules"].pop("adapter", None)
@@ -97,7 +107,9 @@ class LoRALinear(nn.Module):
                 "ranks; adapters cover dense layers only: exclude it from target_modules"
             )
         weight = self.weight
-        if weight is not None and (weight.dtype not in _FLOATS or hasattr(weight, "quant_state")):
+        if weight is not None and (
+            weight.dtype not in _FLOATS or hasattr(weight, "quant_state") or is_float8tensor(weight)
+        ):
             raise UnsupportedError(
                 f"the base weight is quantised (dtype {weight.dtype}); dequantise the base model "
                 f"to one of {[str(kind) for kind in _FLOATS]} first"
