@@ -30,10 +30,10 @@ from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.lora_linear import LoRALinear
 
-__all__ = ["LoadOptions", "load_adapter"]
+__all__ = ["HF_NAMES", "LoadOptions", "decoder_layer", "load_adapter"]
 
 #: Hugging Face's name of each projection of a Megatron-Core layer.
-_HF_NAMES: Mapping[str, Mapping[str, ModuleName]] = {
+HF_NAMES: Mapping[str, Mapping[str, ModuleName]] = {
     "linear_qkv": {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
     "linear_proj": {"": "o_proj"},
     "linear_fc1": {"gate": "gate_proj", "up": "up_proj"},
@@ -122,14 +122,27 @@ class _Target:
     keys: Mapping[str, ModuleKey]
 
 
+def decoder_layer(full_name: str) -> tuple[int, str] | None:
+    """A linear layer's decoder layer, counted over the pipeline, and its own name there.
+
+    Args:
+        full_name: Such as ``decoder.layers.3.mlp.linear_fc1``.
+
+    Returns:
+        Such as ``(3, "linear_fc1")``; None outside a decoder.
+    """
+    found = _DECODER_LAYER.fullmatch(full_name)
+    return (int(found.group(1)), found.group(2)) if found else None
+
+
 def _decoder_linears(model: nn.Module) -> list[_Target]:
     targets = []
     for name, module in named_modules_global(model):
-        found = _DECODER_LAYER.fullmatch(name)
-        if not found or not isinstance(module, LINEAR_CLASSES):
+        place = decoder_layer(name)
+        if place is None or not isinstance(module, LINEAR_CLASSES):
             continue
-        number, own = int(found.group(1)), found.group(2)
-        hf_names = _HF_NAMES.get(own)
+        number, own = place
+        hf_names = HF_NAMES.get(own)
         if hf_names is None or getattr(module, "is_expert", False):
             continue
         layer = module if isinstance(module, LoRALinear) else lora_layer(module)

@@ -10,6 +10,7 @@ the tensor-parallel communication that ``parallel_mode`` and ``sequence_parallel
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -206,6 +207,7 @@ def _placeholder(name: str) -> type:
 
 def _module(name: str, **members: Any) -> ModuleType:
     module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None, is_package=True)
     module.__path__ = []  # a package, so that absent submodules raise ImportError
     for key, value in members.items():
         setattr(module, key, value)
