@@ -99,8 +99,6 @@ def build(method: str, sequence_parallel: bool) -> torch.nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    from bdlora_megatron.bridge import BDLoRA
-
     config = TransformerConfig(
         **MODEL,
         tensor_model_parallel_size=TP,
@@ -129,21 +127,36 @@ def build(method: str, sequence_parallel: bool) -> torch.nn.Module:
     if method == "base":
         model.requires_grad_(False)
     elif method == "bdlora":
-        model = BDLoRA(dim=RANK, alpha=32, num_blocks=TP, fused=True)(model)
+        model = block_diagonal()(model)
     else:
         model = LoRA(dim=RANK, alpha=32)(model)
     model.embedding.requires_grad_(True)
     return model
 
 
+def block_diagonal() -> Any:
+    """BD-LoRA with one A for a fused layer, as Bridge's ``LoRA`` has."""
+    from bdlora_megatron.bridge import BDLoRA
+
+    return BDLoRA(dim=RANK, alpha=32, num_blocks=TP, fused=True)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """The arguments of the one forward call that all methods make."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=generator)
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(SEQUENCE).expand(BATCH, -1),
+        "attention_mask": torch.ones(SEQUENCE, SEQUENCE).triu(1).bool().expand(BATCH, 1, -1, -1),
+        "labels": ids.roll(-1, 1),
+    }
+
+
 def step(model: torch.nn.Module) -> None:
     """One forward and backward."""
     model.zero_grad(set_to_none=True)
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=generator)
-    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
-    mask = torch.ones(SEQUENCE, SEQUENCE).triu(1).bool().expand(BATCH, 1, -1, -1)
-    model(ids, positions, mask, labels=ids.roll(-1, 1)).mean().backward()
+    model(**batch()).mean().backward()
 
 
 def count(model: torch.nn.Module) -> dict[str, Any]:

@@ -60,8 +60,8 @@ class BlockDiagonalSettings:
     def __post_init__(self) -> None:
         if self.num_blocks is None or self.num_blocks < 1:
             raise ConfigError(
-                f"num_blocks is {self.num_blocks}; set it to the tensor-parallel size at which the adapter "
-                "will be served, or to a multiple of it"
+                f"num_blocks is {self.num_blocks}; set it to the tensor-parallel size at which the "
+                "adapter will be served, or to a multiple of it"
             )
         if self.dim is not None and self.match_params_of_lora_rank is not None:
             raise ConfigError(

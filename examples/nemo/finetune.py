@@ -91,6 +91,7 @@ def pieces(folder: Path, name: str, *, steps: int, cpu: bool) -> dict[str, Any]:
             tokenizer=tokenizer,
             global_batch_size=2,
             micro_batch_size=2,
+            create_attention_mask=True,
             num_workers=0,
         ),
         "trainer": trainer,
