@@ -23,6 +23,9 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("overrides", nargs="*", help="such as peft.bdlora.rank=16")
     args = parser.parse_args()
+    base = args.folder / "base"
+    # Asked before any rank can have made it.
+    fresh = not base.exists()
     if args.cpu:
         from tests.fakes.bridge_on_cpu import prepare
 
@@ -36,8 +39,7 @@ def main() -> None:
 
     # Bridge makes and ends the process group otherwise, and cannot make it a second time.
     torch.distributed.init_process_group("gloo" if args.cpu else "nccl")
-    base = args.folder / "base"
-    if not base.exists():
+    if fresh:
         config = tiny_config(base, cpu=args.cpu)
         apply_settings(config, YAML, ["peft.scheme=none", "train.train_iters=1"])
         pretrain(config, forward_step)

@@ -16,7 +16,7 @@ SEQUENCE, VOCABULARY = 16, 96
 
 
 def main() -> None:
-    """Make a base model where there is none yet, and train an adapter for it."""
+    """Train an adapter for a random base model; a real one is given with ``resume``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints")
     parser.add_argument("--cpu", action="store_true")
@@ -33,10 +33,6 @@ def main() -> None:
     from bdlora_megatron.nemo import build_peft
 
     settings = OmegaConf.merge(OmegaConf.load(YAML), OmegaConf.from_dotlist(args.overrides))
-    base = args.folder / "base"
-    if not base.exists():
-        parts = pieces(args.folder, "base", steps=1, cpu=args.cpu)
-        llm.train(**parts)
     parts = pieces(args.folder, "adapter", steps=args.steps, cpu=args.cpu)
     llm.finetune(**parts, peft=build_peft(settings.peft), tokenizer="data")
 
