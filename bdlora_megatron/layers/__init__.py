@@ -1,7 +1,8 @@
 """Megatron-Core's tensor-parallel linear layers with adapters inside.
 
 ``linear`` subclasses the layers, ``adapters`` holds the arithmetic of the three layouts, ``apply``
-and ``spec`` put them into a built or a new model, ``load`` fills them from an adapter.
+and ``spec`` put them into a built or a new model, ``load`` fills them from an adapter and
+``collect`` makes an adapter of them.
 """
 
 from bdlora_megatron.layers.apply import (
@@ -13,6 +14,7 @@ from bdlora_megatron.layers.apply import (
     remove_lora,
     unmerge_adapters,
 )
+from bdlora_megatron.layers.collect import collect_adapter
 from bdlora_megatron.layers.linear import LoRAColumnParallelLinear, LoRARowParallelLinear
 from bdlora_megatron.layers.load import LoadOptions, load_adapter
 from bdlora_megatron.layers.lora_linear import LoRALinear
@@ -25,6 +27,7 @@ __all__ = [
     "LoadOptions",
     "adapters_disabled",
     "apply_lora",
+    "collect_adapter",
     "freeze_base",
     "load_adapter",
     "lora_layers",

@@ -31,10 +31,10 @@ from bdlora_megatron.layers.apply import (
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.lora_linear import LoRALinear
 
-__all__ = ["LoadOptions", "load_adapter"]
+__all__ = ["HF_NAMES", "LoadOptions", "load_adapter"]
 
 #: Hugging Face's name of each projection of a Megatron-Core layer.
-_HF_NAMES: Mapping[str, Mapping[str, ModuleName]] = {
+HF_NAMES: Mapping[str, Mapping[str, ModuleName]] = {
     "linear_qkv": {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
     "linear_proj": {"": "o_proj"},
     "linear_fc1": {"gate": "gate_proj", "up": "up_proj"},
@@ -129,7 +129,7 @@ def _decoder_linears(model: nn.Module) -> list[_Target]:
         if not found or not isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             continue
         number, own = int(found.group(1)), found.group(2)
-        hf_names = _HF_NAMES.get(own)
+        hf_names = HF_NAMES.get(own)
         if hf_names is None or getattr(module, "is_expert", False):
             continue
         layer = module if isinstance(module, LoRALinear) else lora_layer(module)
