@@ -1,0 +1,24 @@
+"""``python -m bdlora_megatron.train CONFIG.yaml [key=value...]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.train import cli
+
+
+def main() -> int:
+    """Parse the arguments, run, and turn this package's errors into one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m bdlora_megatron.train")
+    cli.add_arguments(parser)
+    try:
+        return cli.run(parser.parse_args())
+    except BDLoRAError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
