@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
 from typing import Any
 
 from bdlora_megatron.errors import ConfigError
@@ -18,7 +21,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         subparsers: From ``ArgumentParser.add_subparsers``.
 
     Returns:
-        The command's parser; its default ``run`` is this module's.
+        The command's parser; its default ``run`` is this module's. With ``json`` set, the last line
+        of output is the result as JSON.
     """
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "train",
@@ -26,7 +30,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Fine-tune an adapter of a Hugging Face base model on Megatron-Core.",
     )
     add_arguments(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, json=False)
     return parser
 
 
@@ -65,12 +69,15 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         return 0
     # Only now: importing Megatron-Core takes seconds, which a misspelt key need not wait for.
-    from tqdm import tqdm
-
     from bdlora_megatron.train.launch import launch
 
     result = launch(config, ranks=args.ranks)
-    if result is not None:
-        for path in result.exported:
-            tqdm.write(f"adapter: {path}")
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # one of torchrun's; the first one tells
+    if args.json:
+        exported = [str(path) for path in result.exported]
+        summary = {"steps": result.steps, "validation_loss": result.validation_loss}
+        sys.stdout.write(json.dumps({**summary, "exported": exported}) + "\n")
+    else:
+        sys.stdout.writelines(f"adapter: {path}\n" for path in result.exported)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import threading
 import traceback
@@ -72,9 +73,9 @@ def launch(config: TrainConfig, *, ranks: int | None = None) -> Any:
                 sender.close()
             return _outcome([receiver for receiver, _ in answers])
         finally:
-            _end(processes)
             held.close()
             alive.close()
+            _end(processes)
 
 
 def _count(config: TrainConfig, ranks: int | None) -> int:
@@ -102,6 +103,8 @@ def _train_here(config: TrainConfig) -> Any:
 def _rank_main(
     rank: int, count: int, store: str, config: TrainConfig, sender: Connection, alive: Connection
 ) -> None:
+    # The process that started this one hears the interrupt too, and ends its ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
     cuda = torch.cuda.is_available()
@@ -131,6 +134,9 @@ def _die_with_parent(alive: Connection) -> None:
     try:
         alive.recv_bytes()
     except EOFError:
+        # Those that write a checkpoint just now; they would wait for one another for ever.
+        for child in multiprocessing.active_children():
+            child.kill()
         os._exit(1)
 
 
@@ -165,10 +171,7 @@ def _end(processes: Sequence[Any]) -> None:
     for process in processes:
         if process.pid is None:
             continue
-        process.join(timeout=0.5)
-        if process.is_alive():
-            process.terminate()
-            process.join(timeout=_GRACE_S)
+        process.join(timeout=_GRACE_S)
         if process.is_alive():
             process.kill()
             process.join()

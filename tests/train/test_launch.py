@@ -65,11 +65,13 @@ def test_the_command_trains_on_ranks_of_its_own(root, tmp_path):
         train__train_iters=2,
         train__eval_interval=1,
     )
-    done = _command(_yaml(config, tmp_path / "run.yaml"), "train.train_iters=3")
+    done = _command(_yaml(config, tmp_path / "run.yaml"), "train.train_iters=3", "--json")
     assert done.returncode == 0, done.stderr
     for line in ("parameters trained on this rank of 2", "step 3/3  loss ", "tokens/s"):
         assert line in done.stdout
-    assert f"adapter: {tmp_path / 'run' / ADAPTER}" in done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["exported"] == [str(tmp_path / "run" / ADAPTER)]
+    assert result["steps"] == 3
     assert "100%" in done.stderr, "a progress bar"
     kinds = ["loss" if "loss" in m else "validation_loss" for m in read_metrics(tmp_path / "run")]
     assert kinds == ["loss", "validation_loss"] * 3
@@ -94,7 +96,7 @@ def test_torchrun_and_the_launcher_train_the_same(root, tmp_path):
 def test_problems_are_one_message_and_nothing_is_written(root, tmp_path):
     path = _yaml(settings(root, tmp_path / "run"), tmp_path / "run.yaml")
     done = _command(path, "peft.bdlora.rnk=8", "--check")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("did you mean peft.bdlora.rank?")
     assert _command(path, "--check").returncode == 0
     assert not (tmp_path / "run").exists()
@@ -117,7 +119,12 @@ def test_an_error_of_a_rank_is_the_launchers(root, tmp_path):
         launch(broken)
 
 
-def test_no_rank_outlives_its_launcher(root, tmp_path):
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)],
+    ids=["killed", "interrupted"],
+)
+def test_no_rank_outlives_its_launcher(root, tmp_path, ending, status):
     config = settings(root, tmp_path / "run", train__train_iters=10_000, scheduler={})
     path = _yaml(config, tmp_path / "run.yaml")
     process = subprocess.Popen(
@@ -128,8 +135,8 @@ def test_no_rank_outlives_its_launcher(root, tmp_path):
     )
     _wait(lambda: len(read_metrics(tmp_path / "run")) > 2)
     assert len(_processes(tmp_path)) > 1
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(ending)
+    assert process.wait(timeout=60) == status
     _wait(lambda: not _processes(tmp_path))
 
 
