@@ -12,6 +12,7 @@ Loss counts on what the assistant says, on completions, and on all of a plain te
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,6 +30,7 @@ Format = Literal["chat", "prompt_completion", "text"]
 TooLong = Literal["error", "truncate", "drop"]
 
 _SHOWN = 8
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,28 +113,20 @@ def read_examples(
             learn; the first bad lines are listed.
     """
     encode = _ENCODERS[format]
+    fit: Callable[[Example, int], list[Example]] = _cut if format == "text" else _FITS[too_long]
     examples: list[Example] = []
     problems: list[str] = []
+    dropped = 0
     for where, line in _lines(paths):
         try:
-            example = _example(encode(json.loads(line), tokenizer))
+            fitted = fit(_example(encode(json.loads(line), tokenizer)), seq_length)
         except json.JSONDecodeError as error:
             problems.append(f"{where}: not JSON: {error}")
-            continue
         except _BadLineError as error:
             problems.append(f"{where}: {error}")
-            continue
-        if format == "text":
-            examples += _cut(example, seq_length)
-        elif len(example) <= seq_length:
-            examples.append(example)
-        elif too_long == "error":
-            problems.append(
-                f"{where}: {len(example)} positions, over model.seq_length={seq_length}; raise "
-                "it, or set dataset.too_long to truncate or drop"
-            )
-        elif too_long == "truncate":
-            examples.append(_part(example, 0, seq_length))
+        else:
+            examples += fitted
+            dropped += not fitted
     if problems:
         more = f"\n- and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         lines = "".join(f"\n- {problem}" for problem in problems[:_SHOWN])
@@ -140,6 +134,15 @@ def read_examples(
     kept = [example for example in examples if example.learnt[1:].any()]
     if paths and not kept:
         raise ConfigError(f"{', '.join(map(str, paths))} hold no example with a token to learn")
+    if dropped or len(kept) < len(examples):
+        logger.warning(
+            "%d examples are longer than model.seq_length=%d and dropped; %d have nothing to learn "
+            "within it and are left out; %d are left",
+            dropped,
+            seq_length,
+            len(examples) - len(kept),
+            len(kept),
+        )
     return kept
 
 
@@ -175,6 +178,22 @@ def _part(example: Example, start: int, positions: int) -> Example:
 def _cut(example: Example, seq_length: int) -> list[Example]:
     """Pieces of a text; neighbours share the token that one predicts and the other starts from."""
     return [_part(example, start, seq_length) for start in range(0, len(example), seq_length)]
+
+
+def _refuse_long(example: Example, seq_length: int) -> list[Example]:
+    if len(example) > seq_length:
+        raise _BadLineError(
+            f"{len(example)} positions, over model.seq_length={seq_length}; raise it, or set "
+            "dataset.too_long to truncate or drop"
+        )
+    return [example]
+
+
+_FITS: dict[str, Callable[[Example, int], list[Example]]] = {
+    "error": _refuse_long,
+    "truncate": lambda example, seq_length: [_part(example, 0, seq_length)],
+    "drop": lambda example, seq_length: [example] if len(example) <= seq_length else [],
+}
 
 
 def _field(record: Any, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -107,6 +108,9 @@ def _rank_main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    if rank:
+        # Every rank reads the data; one of them tells what is odd about it.
+        logging.getLogger("bdlora_megatron").setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(rank)

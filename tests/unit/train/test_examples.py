@@ -72,7 +72,7 @@ def test_a_text_is_learnt_whole_and_cut_without_losing_a_token(tmp_path, tokeniz
     assert tokenizer.decode(ids) == text + "<|end|>"
 
 
-def test_long_examples_are_refused_cut_or_left_out(tmp_path, tokenizer):
+def test_long_examples_are_refused_cut_or_left_out(tmp_path, tokenizer, caplog):
     lines = [{"prompt": "a", "completion": "the fox " * 20}, {"prompt": "a", "completion": "b"}]
     with pytest.raises(ConfigError, match=r"data\.jsonl line 1: \d+ positions, over model.seq_le"):
         read(tmp_path, tokenizer, lines, "prompt_completion", seq_length=8)
@@ -80,6 +80,10 @@ def test_long_examples_are_refused_cut_or_left_out(tmp_path, tokenizer):
     assert [len(example) for example in cut] == [8, 2]
     (kept,) = read(tmp_path, tokenizer, lines, "prompt_completion", seq_length=8, too_long="drop")
     assert len(kept) == 2
+    assert "1 examples are longer than model.seq_length=8 and dropped; 0 have" in caplog.text
+    lines[0] = {"prompt": "the fox " * 20, "completion": "b"}
+    read(tmp_path, tokenizer, lines, "prompt_completion", seq_length=8, too_long="truncate")
+    assert "0 examples are longer than model.seq_length=8 and dropped; 1 have" in caplog.text
 
 
 @pytest.mark.parametrize(
