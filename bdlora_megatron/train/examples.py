@@ -136,8 +136,8 @@ def read_examples(
         raise ConfigError(f"{', '.join(map(str, paths))} hold no example with a token to learn")
     if dropped or len(kept) < len(examples):
         logger.warning(
-            "%d examples are longer than model.seq_length=%d and dropped; %d have nothing to learn "
-            "within it and are left out; %d are left",
+            "%d examples are empty or longer than model.seq_length=%d and dropped; %d have nothing "
+            "to learn within it and are left out; %d are left",
             dropped,
             seq_length,
             len(examples) - len(kept),

@@ -106,7 +106,8 @@ class Stepper:
         loss, tokens = forward_backward(self.model, batches, self._config)
         if not math.isfinite(loss):
             raise DivergedError(_diverged("loss", loss, step))
-        lr = self.optimizer.param_groups[0]["lr"]
+        # Not from a parameter group: a pipeline stage may hold no adapter and have none.
+        lr = float(self.scheduler.get_lr({}))
         _, norm, _ = self.optimizer.step()
         if norm is not None and not math.isfinite(norm):
             raise DivergedError(_diverged("gradient's norm", norm, step))

@@ -95,6 +95,20 @@ def test_resumed_at_another_size_the_losses_are_the_same(
         assert found[step] == pytest.approx(loss, abs=2e-4), step
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_pipeline_stage_without_an_adapter_takes_part(root, tmp_path, layer):
+    peft = {"bdlora": {"num_blocks": 6, "rank": 12, "target_modules": [f"*.layers.{layer}.*"]}}
+    wanted, found = (
+        settings(root, tmp_path / str(pp), peft=peft, model__pipeline_model_parallel_size=pp)
+        for pp in (1, 2)
+    )
+    run_ranks(1, train_rank, wanted)
+    run_ranks(2, train_rank, found)
+    losses = _losses(tmp_path / "1")
+    for step, loss in _losses(tmp_path / "2").items():
+        assert loss == pytest.approx(losses[step], abs=2e-4)
+
+
 def test_checkpoints_hold_no_base_model_and_old_ones_go(root, whole):
     assert [step for step, _ in checkpoints(whole)] == [4, 6]
     size = sum(f.stat().st_size for _, c in checkpoints(whole) for f in c.iterdir()) / 2

@@ -80,10 +80,14 @@ def test_long_examples_are_refused_cut_or_left_out(tmp_path, tokenizer, caplog):
     assert [len(example) for example in cut] == [8, 2]
     (kept,) = read(tmp_path, tokenizer, lines, "prompt_completion", seq_length=8, too_long="drop")
     assert len(kept) == 2
-    assert "1 examples are longer than model.seq_length=8 and dropped; 0 have" in caplog.text
+    assert (
+        "1 examples are empty or longer than model.seq_length=8 and dropped; 0 have" in caplog.text
+    )
     lines[0] = {"prompt": "the fox " * 20, "completion": "b"}
     read(tmp_path, tokenizer, lines, "prompt_completion", seq_length=8, too_long="truncate")
-    assert "0 examples are longer than model.seq_length=8 and dropped; 1 have" in caplog.text
+    assert (
+        "0 examples are empty or longer than model.seq_length=8 and dropped; 1 have" in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
