@@ -7,7 +7,10 @@ BDLoRAError
 ├── AdapterFormatError     (ValueError)           a file is no adapter, or more than we represent
 ├── UnsupportedError       (NotImplementedError)  a clear request that cannot be carried out
 ├── MissingDependencyError (ImportError)          an optional extra is needed
-└── TargetError            (LookupError)          a target pattern matches no module
+├── TargetError            (LookupError)          a target pattern matches no module
+├── AdapterNotFoundError   (LookupError)          no adapter is registered under that name
+├── AdapterLoadError       (RuntimeError)         a registered adapter could not be loaded
+└── CapacityError          (RuntimeError)         something does not fit the room made for it
 ```
 
 Every message says what was wrong, what was found, what was wanted and what to do.
@@ -17,7 +20,10 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterFormatError",
+    "AdapterLoadError",
+    "AdapterNotFoundError",
     "BDLoRAError",
+    "CapacityError",
     "ConfigError",
     "MissingDependencyError",
     "ShapeError",
@@ -52,3 +58,15 @@ class MissingDependencyError(BDLoRAError, ImportError):
 
 class TargetError(BDLoRAError, LookupError):
     """A target pattern matches no module of the model."""
+
+
+class AdapterNotFoundError(BDLoRAError, LookupError):
+    """No adapter is registered under that name, or not any more."""
+
+
+class AdapterLoadError(BDLoRAError, RuntimeError):
+    """A registered adapter could not be loaded; the message says on which rank and why."""
+
+
+class CapacityError(BDLoRAError, RuntimeError):
+    """Something does not fit the room that was made for it; the message says what to set."""

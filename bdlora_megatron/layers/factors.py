@@ -45,6 +45,23 @@ class FactorShape:
     shard_dim: int | None
     parts: int = 1
 
+    def cut(self, full: Tensor, *, tp_rank: int, tp_size: int) -> Tensor:
+        """Cut one rank's share out of a whole factor.
+
+        Args:
+            full: ``[rows, columns]``.
+            tp_rank: Which rank.
+            tp_size: Tensor-parallel ranks P.
+
+        Returns:
+            The share; ``full`` itself where every rank holds all of it.
+        """
+        dim = self.shard_dim
+        if dim is None or tp_size == 1:
+            return full
+        parts = full.chunk(self.parts, dim=dim)
+        return torch.cat([part.chunk(tp_size, dim=dim)[tp_rank] for part in parts], dim=dim)
+
 
 class Factor(nn.Module):
     """A factor's local weight.
@@ -82,13 +99,8 @@ class Factor(nn.Module):
 
     def cut(self, full: Tensor) -> Tensor:
         """Cut this rank's share out of a whole factor ``[rows, columns]``."""
-        dim = self.shape.shard_dim
-        size = self.tp_group.size()
-        if dim is None or size == 1:
-            return full
-        parts = full.chunk(self.shape.parts, dim=dim)
-        rank = self.tp_group.rank()
-        return torch.cat([part.chunk(size, dim=dim)[rank] for part in parts], dim=dim)
+        group = self.tp_group
+        return self.shape.cut(full, tp_rank=group.rank(), tp_size=group.size())
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None

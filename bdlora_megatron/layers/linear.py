@@ -81,20 +81,18 @@ class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
         )
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = self._active()
-        if adapter is None:
+        adapter, slots = self._active(), self._serving()
+        if adapter is None and slots is None:
             plain: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
             return plain
-        shared, z = self._share_and_shrink(
-            adapter,
-            input,
-            allreduce_dgrad=kwargs.pop("allreduce_dgrad"),
-            sequence_parallel=kwargs.pop("sequence_parallel"),
-        )
-        base = super()._forward_impl(
-            shared, weight, *args, allreduce_dgrad=False, sequence_parallel=False, **kwargs
-        )
-        return adapter.expand(z, base)
+        own = {name: kwargs.pop(name) for name in ("allreduce_dgrad", "sequence_parallel")}
+        kwargs.update(allreduce_dgrad=False, sequence_parallel=False)
+        if adapter is None:
+            assert slots is not None
+            shared = share_input(input, **own, group=self.tp_group)
+            return slots.add(super()._forward_impl(shared, weight, *args, **kwargs), shared)
+        shared, z = self._share_and_shrink(adapter, input, **own)
+        return adapter.expand(z, super()._forward_impl(shared, weight, *args, **kwargs))
 
     def _share_and_shrink(
         self, adapter: Adapter, x: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool
@@ -171,5 +169,8 @@ class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
+        slots = self._serving()
+        if slots is not None:
+            return slots.add(base, input)
         adapter = self._active()
         return base if adapter is None else adapter.expand(adapter.shrink(input), base)

@@ -31,7 +31,15 @@ from bdlora_megatron.layers.apply import (
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.lora_linear import LoRALinear
 
-__all__ = ["LoadOptions", "load_adapter"]
+__all__ = [
+    "DecoderLinear",
+    "LoadOptions",
+    "check_covered",
+    "check_shapes",
+    "decoder_linears",
+    "fit",
+    "load_adapter",
+]
 
 #: Hugging Face's name of each projection of a Megatron-Core layer.
 _HF_NAMES: Mapping[str, Mapping[str, ModuleName]] = {
@@ -88,9 +96,9 @@ def load_adapter(
     in ``half_sharded``.
     """
     options = options or LoadOptions()
-    linears = _decoder_linears(model)
-    _check_covered(model, adapter, linears)
-    _check_shapes(adapter, linears)
+    linears = decoder_linears(model)
+    check_covered(model, adapter, linears)
+    check_shapes(adapter, linears)
     for _, layer in lora_layers(model):
         if layer.is_merged:
             layer.unmerge()
@@ -113,7 +121,7 @@ def load_adapter(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Target:
+class DecoderLinear:
     """One linear layer of the decoder and the adapter modules that belong into it."""
 
     full_name: str
@@ -122,7 +130,8 @@ class _Target:
     keys: Mapping[str, ModuleKey]
 
 
-def _decoder_linears(model: nn.Module) -> list[_Target]:
+def decoder_linears(model: nn.Module) -> list[DecoderLinear]:
+    """The linear layers of a model's decoder that an adapter may change, on this pipeline stage."""
     targets = []
     for name, module in named_modules_global(model):
         found = _DECODER_LAYER.fullmatch(name)
@@ -139,11 +148,16 @@ def _decoder_linears(model: nn.Module) -> list[_Target]:
             for projection in geometry.projections
             if projection.name in hf_names
         }
-        targets.append(_Target(full_name=name, module=module, geometry=geometry, keys=keys))
+        targets.append(DecoderLinear(full_name=name, module=module, geometry=geometry, keys=keys))
     return targets
 
 
-def _check_covered(model: nn.Module, adapter: NeutralAdapter, linears: list[_Target]) -> None:
+def check_covered(model: nn.Module, adapter: NeutralAdapter, linears: list[DecoderLinear]) -> None:
+    """Refuse an adapter that holds modules which the model does not have.
+
+    Raises:
+        TargetError: It does; they are listed.
+    """
     known = {key for target in linears for key in target.keys.values()}
     here = {key.layer for key in known}
     total = _num_layers(model)
@@ -166,7 +180,12 @@ def _num_layers(model: nn.Module) -> int:
     raise TargetError("the model has no TransformerConfig to tell its number of layers")
 
 
-def _check_shapes(adapter: NeutralAdapter, linears: list[_Target]) -> None:
+def check_shapes(adapter: NeutralAdapter, linears: list[DecoderLinear]) -> None:
+    """Refuse an adapter whose factors do not fit the model's layers.
+
+    Raises:
+        ShapeError: They do not; those that do not are listed.
+    """
     problems = []
     for target in linears:
         for projection in target.geometry.projections:
@@ -190,7 +209,7 @@ def _some(items: list[Any]) -> str:
 
 def _load_layer(
     model: nn.Module,
-    target: _Target,
+    target: DecoderLinear,
     wanted: Mapping[str, BlockFactors],
     options: LoadOptions,
 ) -> None:
@@ -199,7 +218,7 @@ def _load_layer(
         layer = lora_layer(layer)
         replace_module(model, target.module, layer)
     tp_size = layer.tp_group.size()
-    fitted = {name: _fit(factors, options.layout, tp_size) for name, factors in wanted.items()}
+    fitted = {name: fit(factors, options.layout, tp_size) for name, factors in wanted.items()}
     plans = [
         ProjectionPlan(
             projection=projection,
@@ -221,7 +240,7 @@ def _load_layer(
         adapter.load_whole(name, factors.A, factors.B)
 
 
-def _fit(factors: BlockFactors, layout: Layout, tp_size: int) -> BlockFactors:
+def fit(factors: BlockFactors, layout: Layout, tp_size: int) -> BlockFactors:
     """Bring factors into a form that ``tp_size`` ranks can share in ``layout``; exact."""
     if layout is Layout.BDLORA:
         return factors if factors.num_blocks % tp_size == 0 else reshard(factors, tp_size)

@@ -12,6 +12,7 @@ from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.errors import ConfigError, UnsupportedError
 from bdlora_megatron.layers.adapters import Adapter, AdapterOptions, ProjectionPlan
 from bdlora_megatron.layers.geometry import LayerGeometry, layer_geometry
+from bdlora_megatron.layers.slots import LayerSlots
 
 __all__ = ["LoRALinear"]
 
@@ -25,6 +26,7 @@ class LoRALinear(nn.Module):
     Attributes:
         adapter: The trainable part, or None once it was removed.
         adapter_enabled: Whether ``forward`` adds it.
+        slots: The adapters that are served together, in place of ``adapter``.
     """
 
     base_class: ClassVar[type[nn.Module]]
@@ -40,6 +42,7 @@ class LoRALinear(nn.Module):
 
     adapter: Adapter | None
     adapter_enabled: bool
+    slots: LayerSlots | None
     regather_input: bool
     _unmerged: Tensor | None
 
@@ -77,7 +80,7 @@ class LoRALinear(nn.Module):
         if self.is_merged:
             self.unmerge()
         base = self.base_class.__new__(self.base_class)
-        own = ("adapter", "adapter_enabled", "regather_input", "_unmerged")
+        own = ("adapter", "adapter_enabled", "slots", "regather_input", "_unmerged")
         base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
         for name in ("_parameters", "_buffers", "_modules"):
             base.__dict__[name] = self.__dict__[name].copy()
@@ -87,6 +90,7 @@ class LoRALinear(nn.Module):
     def _start_empty(self) -> None:
         self.adapter = None
         self.adapter_enabled = True
+        self.slots = None
         self.regather_input = False
         self._unmerged = None
 
@@ -142,6 +146,11 @@ class LoRALinear(nn.Module):
         """
         if self.is_merged:
             raise ConfigError("the layer's adapter is merged into the base weight; unmerge() first")
+        if self.slots is not None:
+            raise ConfigError(
+                "the layer serves several adapters from slots; detach them before it gets one of "
+                "its own"
+            )
         options = AdapterOptions(
             dropout=dropout,
             dtype=dtype or self.weight.dtype,
@@ -149,6 +158,7 @@ class LoRALinear(nn.Module):
             tp_group=self.tp_group,
         )
         adapter = self._make_adapter(layout, plans, options, geometry)
+        adapter.build(options)
         adapter.train(self.training)
         self.adapter = adapter
         return adapter
@@ -185,20 +195,31 @@ class LoRALinear(nn.Module):
         raise NotImplementedError
 
     def _active(self) -> Adapter | None:
-        """The adapter that this call has to add, if any.
+        """The adapter that this call has to add, if any."""
+        if self.adapter is None or not self.adapter_enabled or self.is_merged:
+            return None
+        self._check_reduces()
+        return self.adapter
+
+    def _serving(self) -> LayerSlots | None:
+        """The slots that this call has to run, if a step is set."""
+        if self.slots is None or self.slots.step.batch is None:
+            return None
+        self._check_reduces()
+        return self.slots
+
+    def _check_reduces(self) -> None:
+        """Refuse a layer whose partial sums would stay partial.
 
         Raises:
             UnsupportedError: The layer no longer reduces its own output.
         """
-        if self.adapter is None or not self.adapter_enabled or self.is_merged:
-            return None
         if self.explicit_expert_comm:
             raise UnsupportedError(
                 "this layer leaves its communication to a mixture-of-experts dispatcher "
                 "(explicit_expert_comm=True, as moe_shared_expert_overlap sets it), so an "
                 "adapter's partial sums would not be reduced; turn the overlap off or exclude it"
             )
-        return self.adapter
 
     @property
     def is_merged(self) -> bool:

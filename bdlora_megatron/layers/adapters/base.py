@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from bdlora_megatron.config import Layout
-from bdlora_megatron.errors import ConfigError, ShapeError
+from bdlora_megatron.errors import ShapeError
 from bdlora_megatron.layers.factors import Factor, FactorPair, FactorShape, kaiming_uniform, zeros
 from bdlora_megatron.layers.geometry import Projection
 from bdlora_megatron.layers.sharing import dropped
@@ -23,9 +22,6 @@ __all__ = [
     "AdapterOptions",
     "ProjectionPlan",
     "block_diagonal",
-    "check_blocks",
-    "check_divides",
-    "check_layout",
     "tied_replica",
 ]
 
@@ -65,7 +61,10 @@ class AdapterOptions:
 
 
 class Adapter(nn.Module):
-    """What both sides share: factors by projection, the scale, dropout and checkpointing."""
+    """What both sides share: factors by projection, the scale, dropout and checkpointing.
+
+    It has no parameters until ``build`` makes them; before that it can say how factors are shared.
+    """
 
     plans: tuple[ProjectionPlan, ...]
 
@@ -85,7 +84,13 @@ class Adapter(nn.Module):
         return size
 
     def build(self, options: AdapterOptions) -> None:
-        """Make every projection's factors, under NeMo's names for canonical and fused LoRA."""
+        """Make every projection's factors, under NeMo's names for canonical and fused LoRA.
+
+        A is drawn as PEFT draws it, B is zero.
+
+        Args:
+            options: Type, device and group.
+        """
         where = {"like": options.like, "dtype": options.dtype, "tp_group": options.tp_group}
         for plan in self.plans:
             A, B = self.factor_shapes(plan)
@@ -151,6 +156,44 @@ class Adapter(nn.Module):
         """
         linear_in, linear_out = self.factors(self.plan(name))
         self.load(name, linear_in.cut(A), linear_out.cut(B))
+
+    def share(self, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's share of whole factors as plain matrices, without touching any parameter.
+
+        Works on an adapter whose factors were never built.
+
+        Args:
+            name: The projection's name.
+            A: A over all ranks, packed where the layout blocks it.
+            B: B over all ranks, likewise.
+
+        Returns:
+            The matrices that map the local input to this rank's part of the projection's rank,
+            ``[R_local, I_local]``, and that to the local output, ``[O_local, R_used]``.
+
+        Raises:
+            ShapeError: A factor does not have the shape that the plan says.
+        """
+        plan, local = self.plan(name), []
+        where = {"tp_rank": self.tp_group.rank(), "tp_size": self.tp_size}
+        for shape, whole in zip(self.factor_shapes(plan), (A, B), strict=True):
+            if whole.shape != (shape.rows, shape.columns):
+                raise ShapeError(
+                    f"factor of projection {name!r}: got {list(whole.shape)}, wanted "
+                    f"{[shape.rows, shape.columns]} over all ranks"
+                )
+            local.append(shape.cut(whole, **where))
+        return self.lay_out_a(plan, local[0]), self.lay_out_b(plan, local[1])
+
+    def lay_out_a(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
+        """A local A with its blocks, if it has any, on the diagonal."""
+        del plan
+        return weight
+
+    def lay_out_b(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
+        """A local B with its blocks, if it has any, on the diagonal."""
+        del plan
+        return weight
 
     def shrink_weight(self) -> Tensor:
         """The local matrix that maps the input to the rank: ``[K_local, I_local]``."""
@@ -246,55 +289,3 @@ def tied_replica(weight: Tensor, tp_group: Any) -> Tensor:
     """A replica whose gradient is summed over ranks, so that the replicas stay equal."""
     tied: Tensor = copy_to_tensor_model_parallel_region(weight, group=tp_group)
     return tied
-
-
-def check_layout(layout: Layout, plans: Sequence[ProjectionPlan]) -> None:
-    """Refuse blocks in a vanilla layout.
-
-    Raises:
-        ConfigError: A plan has blocks, and ``layout`` holds none.
-    """
-    if layout is not Layout.BDLORA and any(plan.num_blocks != 1 for plan in plans):
-        blocks = sorted({plan.num_blocks for plan in plans})
-        raise ConfigError(
-            f"num_blocks={blocks} in layout {layout.value!r}; only 'bdlora' holds blocks: reshard "
-            "the factors to num_blocks=1 first, or use layout 'bdlora'"
-        )
-
-
-def check_blocks(plan: ProjectionPlan, tp_size: int, features: int, what: str) -> None:
-    """Refuse a block count that does not divide over ranks, rank or features.
-
-    Raises:
-        ConfigError: Something does not divide; the message says what would.
-    """
-    label = f"projection {plan.projection.name!r}: " if plan.projection.name else ""
-    if plan.num_blocks % tp_size:
-        raise ConfigError(
-            f"{label}num_blocks={plan.num_blocks} is not a multiple of the tensor-parallel size "
-            f"{tp_size}; train with a multiple of it, or reshard a loaded adapter to one"
-        )
-    if plan.rank % plan.num_blocks:
-        raise ConfigError(
-            f"{label}rank={plan.rank} is not a multiple of num_blocks={plan.num_blocks}; pad the "
-            "rank or choose another"
-        )
-    share = features // plan.projection.parts
-    if share % plan.num_blocks:
-        raise ConfigError(
-            f"{label}{what}={share} is not a multiple of num_blocks={plan.num_blocks}; choose a "
-            "block count that divides it"
-        )
-
-
-def check_divides(value: int, tp_size: int, what: str) -> None:
-    """Refuse a size that ranks cannot share evenly.
-
-    Raises:
-        ConfigError: ``value`` is not a multiple of ``tp_size``.
-    """
-    if value % tp_size:
-        raise ConfigError(
-            f"{what}={value} is not a multiple of the tensor-parallel size {tp_size}; pad it, or "
-            "use layout 'bdlora'"
-        )

@@ -15,11 +15,9 @@ from bdlora_megatron.layers.adapters.base import (
     AdapterOptions,
     ProjectionPlan,
     block_diagonal,
-    check_blocks,
-    check_divides,
-    check_layout,
     tied_replica,
 )
+from bdlora_megatron.layers.adapters.checks import check_blocks, check_divides, check_layout
 from bdlora_megatron.layers.factors import FactorShape
 from bdlora_megatron.layers.geometry import LayerGeometry
 
@@ -46,7 +44,6 @@ class ColumnAdapter(Adapter):
         super().__init__(plans, options)
         self.in_features = in_features
         self.geometry = geometry
-        self.build(options)
 
     def factor_shapes(self, plan: ProjectionPlan) -> tuple[FactorShape, FactorShape]:
         """The global shapes of A and B, and how ranks split them."""
@@ -71,9 +68,14 @@ class ColumnAdapter(Adapter):
         return self._place_rows(placed)
 
     def laid_out(self, plan: ProjectionPlan) -> Tensor:
-        """One projection's B with its local blocks on the diagonal: ``[O / P, R / P]``."""
-        weight = self.scaled(self.factors(plan)[1].weight, plan)
+        """One projection's local B as a plain matrix, with its scale if it is folded in."""
+        return self.lay_out_b(plan, self.scaled(self.factors(plan)[1].weight, plan))
+
+    def lay_out_b(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
+        """A local B with its local blocks on the diagonal: ``[O / P, R / P]``."""
         blocks = plan.num_blocks // self.tp_size
+        if blocks == 1:
+            return weight
         return torch.cat(
             [block_diagonal(part, blocks) for part in weight.chunk(plan.projection.parts)]
         )
@@ -137,9 +139,10 @@ class SLoRAColumnAdapter(ColumnAdapter):
             ),
         )
 
-    def laid_out(self, plan: ProjectionPlan) -> Tensor:
-        """One projection's local B: ``[O / P, R]``."""
-        return self.scaled(self.factors(plan)[1].weight, plan)
+    def lay_out_b(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
+        """Local B has no blocks: ``[O / P, R]``."""
+        del plan
+        return weight
 
     def rank_chunks(self) -> int:
         """The gather puts the ranks' columns side by side."""
@@ -182,9 +185,10 @@ class HalfShardedColumnAdapter(ColumnAdapter):
         """All projections' whole A: ``[K, I]``."""
         return tied_replica(super().shrink_weight(), self.tp_group)
 
-    def laid_out(self, plan: ProjectionPlan) -> Tensor:
-        """One projection's local B: ``[O / P, R]``."""
-        return self.scaled(self.factors(plan)[1].weight, plan)
+    def lay_out_b(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
+        """Local B has no blocks: ``[O / P, R]``."""
+        del plan
+        return weight
 
 
 _LAYOUTS = {
@@ -202,7 +206,7 @@ def column_adapter(
     in_features: int,
     geometry: LayerGeometry,
 ) -> ColumnAdapter:
-    """Make a fresh adapter for a column-parallel layer.
+    """Make an adapter for a column-parallel layer, without factors until it is built.
 
     Args:
         layout: How ranks split the factors.
@@ -212,7 +216,7 @@ def column_adapter(
         geometry: All projections of the layer and their row order.
 
     Returns:
-        The adapter, with A drawn as PEFT draws it and B zero.
+        The adapter; ``build`` makes its factors.
 
     Raises:
         ConfigError: Blocks, rank or features do not divide as the layout needs.

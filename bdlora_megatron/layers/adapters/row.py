@@ -19,11 +19,9 @@ from bdlora_megatron.layers.adapters.base import (
     AdapterOptions,
     ProjectionPlan,
     block_diagonal,
-    check_blocks,
-    check_divides,
-    check_layout,
     tied_replica,
 )
+from bdlora_megatron.layers.adapters.checks import check_blocks, check_divides, check_layout
 from bdlora_megatron.layers.factors import FactorShape
 
 __all__ = ["HalfShardedRowAdapter", "RowAdapter", "SLoRARowAdapter", "row_adapter"]
@@ -49,7 +47,6 @@ class RowAdapter(Adapter):
         (self.only,) = self.plans
         self.in_features = in_features
         self.out_features = out_features
-        self.build(options)
 
     def factor_shapes(self, plan: ProjectionPlan) -> tuple[FactorShape, FactorShape]:
         """The global shapes of A and B, and how ranks split them."""
@@ -61,9 +58,12 @@ class RowAdapter(Adapter):
         )
 
     def shrink_weight(self) -> Tensor:
-        """A with its local blocks on the diagonal: ``[R / P, I / P]``."""
-        weight = self.factors(self.only)[0].weight
-        return block_diagonal(weight, self.only.num_blocks // self.tp_size)
+        """Local A as a plain matrix."""
+        return self.lay_out_a(self.only, self.factors(self.only)[0].weight)
+
+    def lay_out_a(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
+        """A local A with its local blocks on the diagonal: ``[R / P, I / P]``."""
+        return block_diagonal(weight, plan.num_blocks // self.tp_size)
 
     def expand_weight(self) -> Tensor:
         """Local B: ``[O, R / P]``."""
@@ -94,9 +94,10 @@ class SLoRARowAdapter(RowAdapter):
             FactorShape(rows=self.out_features, columns=plan.rank, shard_dim=0),
         )
 
-    def shrink_weight(self) -> Tensor:
-        """Local A: ``[R, I / P]``."""
-        return self.factors(self.only)[0].weight
+    def lay_out_a(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
+        """Local A has no blocks: ``[R, I / P]``."""
+        del plan
+        return weight
 
     def exchange(self, z: Tensor) -> Tensor:
         """All-reduce of ``[T, R]``, and of its gradient in backward."""
@@ -132,9 +133,10 @@ class HalfShardedRowAdapter(RowAdapter):
             FactorShape(rows=self.out_features, columns=plan.rank, shard_dim=None),
         )
 
-    def shrink_weight(self) -> Tensor:
-        """Local A: ``[R, I / P]``."""
-        return self.factors(self.only)[0].weight
+    def lay_out_a(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
+        """Local A has no blocks: ``[R, I / P]``."""
+        del plan
+        return weight
 
     def expand_weight(self) -> Tensor:
         """Whole B: ``[O, R]``."""
@@ -156,7 +158,7 @@ def row_adapter(
     in_features: int,
     out_features: int,
 ) -> RowAdapter:
-    """Make a fresh adapter for a row-parallel layer.
+    """Make an adapter for a row-parallel layer, without factors until it is built.
 
     Args:
         layout: How ranks split the factors.
@@ -166,7 +168,7 @@ def row_adapter(
         out_features: Output size O.
 
     Returns:
-        The adapter, with A drawn as PEFT draws it and B zero.
+        The adapter; ``build`` makes its factors.
 
     Raises:
         ConfigError: Blocks, rank or features do not divide as the layout needs.

@@ -1,0 +1,173 @@
+"""The memory behind a layer's slots: pools of factor rows, and what each slot holds in them.
+
+Shapes: J projections of the layer, I and O one rank's input and output features, M pool rows, Z
+rank room.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor
+
+from bdlora_megatron.layers.geometry import LayerGeometry
+from bdlora_megatron.ops import Columns, SlotFactors, SlotTable
+
+__all__ = ["LayerRoom", "LayerShare", "Pools", "own_columns", "row_bytes", "slot_columns"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRoom:
+    """How much a layer holds.
+
+    Attributes:
+        num_slots: Slots N.
+        rows: Rows M of each projection's pool of B; the pool of A has J times as many.
+        max_rank: The most rows that one adapter takes in a projection, Z.
+        dtype: The pools' type.
+        exchanged: Also make the pools of the S-LoRA layout.
+    """
+
+    num_slots: int
+    rows: int
+    max_rank: int
+    dtype: torch.dtype
+    exchanged: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerShare:
+    """One rank's share of one adapter in one layer, on the host, as the pools hold it.
+
+    Attributes:
+        A: The projections' rows one below the other, ``[sum of a_ranks, I_local]``.
+        B: Per projection the transpose of local B, ``[b_rank, O_local]``.
+        a_ranks: Rows of each projection in ``A``; 0 where the adapter leaves it out.
+        b_ranks: Rows of each projection in ``B``.
+        scales: s of each projection.
+    """
+
+    A: Tensor
+    B: tuple[Tensor, ...]
+    a_ranks: tuple[int, ...]
+    b_ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+
+    @property
+    def rows(self) -> int:
+        """The most rows that a projection takes."""
+        return max(*self.a_ranks, *self.b_ranks)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(part.numel() * part.element_size() for part in (self.A, *self.B))
+
+    def pin_memory(self) -> LayerShare:
+        """The same in pinned memory, from which copies to a GPU do not wait."""
+        return replace(self, A=self.A.pin_memory(), B=tuple(part.pin_memory() for part in self.B))
+
+
+class Pools:
+    """Pools of one kind, and what each slot holds in them.
+
+    With ``parts`` P, a slot's rows of B are read in P parts one after another, each against another
+    rank's share of ``z``: the same pools, with a table for each part.
+    """
+
+    def __init__(
+        self, layer: Any, columns: tuple[Columns, ...], room: LayerRoom, *, parts: int = 1
+    ) -> None:
+        self.columns = columns
+        self.in_features = in_features_of(layer)
+        where = {"dtype": room.dtype, "device": layer.weight.device}
+        A = torch.zeros(room.rows * len(columns), self.in_features, **where)
+        B = tuple(torch.zeros(room.rows, part.features, **where) for part in columns)
+        self.factors = [
+            SlotFactors(
+                A=A,
+                B=B,
+                columns=columns,
+                table=SlotTable.empty(
+                    room.num_slots,
+                    len(columns),
+                    max_rank=-(-room.max_rank // parts),
+                    device=layer.weight.device,
+                ),
+            )
+            for _ in range(parts)
+        ]
+
+    def write(self, slot: int, first_row: int, share: LayerShare) -> None:
+        """Copy a share in and point a slot, which no batch in flight may use, at it."""
+        held, parts = self.factors[0], len(self.factors)
+        first_a = first_row * len(self.columns)
+        held.A[first_a : first_a + len(share.A)].copy_(share.A, non_blocking=True)
+        for pool, rows in zip(held.B, share.B, strict=True):
+            pool[first_row : first_row + len(rows)].copy_(rows, non_blocking=True)
+        a_rows = []
+        for rank in share.a_ranks:
+            a_rows.append((first_a, rank))
+            first_a += rank
+        for part, factors in enumerate(self.factors):
+            ranks = [rank // parts for rank in share.b_ranks]
+            factors.table.write(
+                slot,
+                a_rows=a_rows,
+                b_rows=[(first_row + part * rank, rank) for rank in ranks],
+                scale=share.scales,
+            )
+
+    def clear(self, slot: int) -> None:
+        """Let a slot hold nothing."""
+        for factors in self.factors:
+            factors.table.clear(slot)
+
+
+def row_bytes(layer: Any, geometry: LayerGeometry, dtype: torch.dtype, *, exchanged: bool) -> int:
+    """Bytes that one rank row takes in all of a layer's pools, on one rank.
+
+    Args:
+        layer: The ``LoRALinear``.
+        geometry: Its projections.
+        dtype: The pools' type.
+        exchanged: Whether there are pools for the S-LoRA layout too.
+
+    Returns:
+        The bytes.
+    """
+    columns = [slot_columns(layer, geometry)]
+    if exchanged:
+        column = isinstance(layer, ColumnParallelLinear)
+        columns.append(columns[0] if column else own_columns(layer))
+    width = sum(in_features_of(layer) + part.features for parts in columns for part in parts)
+    return width * dtype.itemsize
+
+
+def in_features_of(layer: Any) -> int:
+    """Input features that one rank's product reads."""
+    if isinstance(layer, ColumnParallelLinear):
+        return int(layer.input_size)
+    return int(layer.input_size) // int(layer.tp_group.size())
+
+
+def slot_columns(layer: Any, geometry: LayerGeometry) -> tuple[Columns, ...]:
+    """Where each projection's rows stand in one rank's output."""
+    if not isinstance(layer, ColumnParallelLinear):
+        return (Columns(width=layer.output_size),)
+    size = layer.tp_group.size()
+    groups = geometry.local_groups(size)
+    widths = [p.out_features // size // groups for p in geometry.projections]
+    return tuple(
+        Columns(width=width, offset=sum(widths[:j]), groups=groups, stride=sum(widths))
+        for j, width in enumerate(widths)
+    )
+
+
+def own_columns(layer: Any) -> tuple[Columns, ...]:
+    """The slice of a row layer's output that this rank adds in the S-LoRA layout."""
+    width = layer.output_size // layer.tp_group.size()
+    return (Columns(width=width, offset=layer.tp_group.rank() * width),)

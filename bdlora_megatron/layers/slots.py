@@ -1,0 +1,200 @@
+"""The adapters of one layer that are served together, each in a slot of the layer's pools.
+
+Column and row layers run a batch of several adapters as they run one: the grouped product is added
+to the base product on what the base layer communicates anyway. BD-LoRA, and vanilla adapters held
+as one block per rank, add no collective. Adapters in the S-LoRA layout have pools of their own,
+because their ranks meet between the two halves of the product.
+
+Shapes: T tokens, J projections of the layer, I and O input and output features, R an adapter's
+rank, P tensor-parallel ranks, Z rank room, M pool rows. Letters mean sizes over all ranks except in
+the pools, which are one rank's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+
+from bdlora_megatron.blocks import BlockFactors
+from bdlora_megatron.config import Layout
+from bdlora_megatron.errors import ShapeError
+from bdlora_megatron.layers.adapters import AdapterOptions, ProjectionPlan
+from bdlora_megatron.layers.geometry import LayerGeometry
+from bdlora_megatron.layers.pools import LayerRoom, LayerShare, Pools, own_columns, slot_columns
+from bdlora_megatron.ops import GroupedBatch, SlotFactors, add_grouped, expand, shrink
+
+__all__ = ["LayerSlots", "ServingStep"]
+
+
+@dataclass(slots=True)
+class ServingStep:
+    """What every layer of a model reads in a step; one object for all of them, set once per step.
+
+    Attributes:
+        batch: Which slot each token uses; None runs the base model alone.
+        exchange: Whether layers run the S-LoRA pools too, with their collectives. The same on every
+            rank.
+    """
+
+    batch: GroupedBatch | None = None
+    exchange: bool = False
+
+
+class LayerSlots:
+    """The slots of one tensor-parallel linear layer.
+
+    | tensor | local shape |
+    |---|---|
+    | pool of A | ``[J M, I]``, row layers ``[M, I / P]`` |
+    | pool of B of a projection | ``[M, O / P]``, row layers ``[M, O]`` |
+
+    Collectives: none for BD-LoRA and half-sharded adapters. Where the step says that S-LoRA
+    adapters take part: column layers one all-gather of ``[T, J, Z / P]`` per rank, row layers one
+    all-reduce of ``[T, Z]``.
+    """
+
+    def __init__(
+        self, layer: Any, geometry: LayerGeometry, room: LayerRoom, step: ServingStep
+    ) -> None:
+        """Make empty pools on the layer's device.
+
+        Args:
+            layer: The ``LoRALinear`` that they belong to.
+            geometry: Its projections, one pair of factors each.
+            room: Slots, rows and types.
+            step: What all layers of the model read in a step.
+        """
+        self.geometry = geometry
+        self.room = room
+        self.step = step
+        self.tp_group = layer.tp_group
+        self._layer = layer
+        self._column = isinstance(layer, ColumnParallelLinear)
+        self._own = Pools(layer, slot_columns(layer, geometry), room)
+        self._exchanged: Pools | None = None
+        if room.exchanged:
+            size = self.tp_group.size()
+            columns = slot_columns(layer, geometry) if self._column else own_columns(layer)
+            self._exchanged = Pools(layer, columns, room, parts=size if self._column else 1)
+
+    def share(self, modules: Mapping[str, BlockFactors], layout: Layout) -> LayerShare:
+        """Cut this rank's share of an adapter, by the rules of ``layers.adapters``.
+
+        Touches nothing of the layer, so that a thread may call it while the model runs.
+
+        Args:
+            modules: The adapter's factors by projection name, already in a form that the ranks can
+                share in ``layout``.
+            layout: How ranks split the factors.
+
+        Returns:
+            The share, in the pools' type.
+        """
+        plans = {
+            name: ProjectionPlan(
+                projection=next(p for p in self.geometry.projections if p.name == name),
+                rank=factors.rank,
+                num_blocks=factors.num_blocks,
+                scale=factors.scale,
+            )
+            for name, factors in modules.items()
+        }
+        layer = self._layer
+        options = AdapterOptions(
+            dropout=0.0, dtype=self.room.dtype, like=layer.weight, tp_group=self.tp_group
+        )
+        rule = layer._make_adapter(layout, list(plans.values()), options, self.geometry)
+        empty = layer.weight.new_empty(0, self._own.in_features, device="cpu", dtype=options.dtype)
+        a, b, scales = [empty], [], []
+        for projection, columns in zip(self.geometry.projections, self._own.columns, strict=True):
+            factors = modules.get(projection.name)
+            if factors is None:
+                a.append(empty)
+                b.append(empty.new_empty(0, columns.features))
+                scales.append(0.0)
+                continue
+            local_a, local_b = rule.share(projection.name, factors.A, factors.B)
+            a.append(local_a.to(options.dtype))
+            # A copy: a view would keep the whole factor in memory.
+            b.append(local_b.t().to(options.dtype).clone(memory_format=torch.contiguous_format))
+            scales.append(factors.scale)
+        return LayerShare(
+            A=torch.cat(a),
+            B=tuple(b),
+            a_ranks=tuple(map(len, a[1:])),
+            b_ranks=tuple(map(len, b)),
+            scales=tuple(scales),
+        )
+
+    def write(self, slot: int, first_row: int, share: LayerShare, *, exchanged: bool) -> None:
+        """Copy a share into the pools and point a slot at it.
+
+        Args:
+            slot: The slot; no batch in flight may use it.
+            first_row: Where the adapter's rows begin in the pools of B.
+            share: What ``share`` gave.
+            exchanged: The share is in the S-LoRA layout.
+
+        Raises:
+            ShapeError: There are no pools for the S-LoRA layout.
+        """
+        self.clear(slot)
+        pools = self._exchanged if exchanged else self._own
+        if pools is None:
+            raise ShapeError("an S-LoRA share in a layer without pools for that layout")
+        pools.write(slot, first_row, share)
+
+    def clear(self, slot: int) -> None:
+        """Let a slot hold nothing.
+
+        Args:
+            slot: The slot; no batch in flight may use it.
+        """
+        self._own.clear(slot)
+        if self._exchanged is not None:
+            self._exchanged.clear(slot)
+
+    def add(self, out: Tensor, x: Tensor) -> Tensor:
+        """Add what the step's adapters make of the input.
+
+        Args:
+            out: The base product ``[S, b, O_local]``, before the layer's own reduction.
+            x: The layer's input as the base product reads it, ``[S, b, I_local]``.
+
+        Returns:
+            The sum; ``out`` itself, changed in place, where no gradient is recorded.
+        """
+        batch = self.step.batch
+        assert batch is not None
+        tokens, flat = x.flatten(0, -2), out.view(-1, out.shape[-1])
+        flat = add_grouped(flat, tokens, self._own.factors[0], batch)
+        if self.step.exchange and self._exchanged is not None:
+            flat = self._add_exchanged(self._exchanged.factors, flat, tokens, batch)
+        return flat.view_as(out)
+
+    def _add_exchanged(
+        self, factors: list[SlotFactors], out: Tensor, x: Tensor, batch: GroupedBatch
+    ) -> Tensor:
+        z, group = shrink(x, factors[0], batch), self.tp_group
+        # In the model's own type on the wire, as a layer with one adapter sends it.
+        sent = z.to(x.dtype)
+        if self._column:
+            parts = gather_from_sequence_parallel_region(
+                sent, tensor_parallel_output_grad=True, group=group
+            ).chunk(group.size())
+        else:
+            summed = reduce_from_tensor_model_parallel_region(sent, group=group)
+            parts = (copy_to_tensor_model_parallel_region(summed, group=group),)
+        for part, held in zip(parts, factors, strict=True):
+            out = expand(out, part.to(z.dtype), held, batch)
+        return out

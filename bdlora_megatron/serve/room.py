@@ -1,0 +1,92 @@
+"""How much room a model makes for adapters, and one rank's share of an adapter on the host."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bdlora_megatron.config import DEFAULT_TARGETS, Layout
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.layers.pools import LayerShare
+
+__all__ = ["AdapterShare", "SlotRoom"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotRoom:
+    """How many adapters a model holds on its device, and of what size."""
+
+    num_slots: int = 32
+    """Adapters at once, at most."""
+
+    max_rank: int = 64
+    """The most rank rows that one rank holds of an adapter's module: R / P of a BD-LoRA whose
+    blocks divide over the P ranks, R of a vanilla one or in the S-LoRA layout."""
+
+    memory_bytes: int | None = None
+    """Memory of all pools on one rank. Adapters then share the rows, and one of few ranks takes
+    few. Unset, there is room for ``num_slots`` adapters of ``max_rank``."""
+
+    layouts: tuple[Layout, ...] = (Layout.BDLORA, Layout.HALF_SHARDED)
+    """Which layouts adapters may be held in. ``slora`` has pools of its own, as large as the
+    others together."""
+
+    target_modules: tuple[str, ...] = DEFAULT_TARGETS
+    """The layers that get slots, by their names in Megatron-Core."""
+
+    dtype: torch.dtype | None = None
+    """The factors' type; the base weights' when unset."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_slots, self.max_rank) < 1:
+            raise ConfigError(
+                f"num_slots={self.num_slots}, max_rank={self.max_rank}; both are at least 1"
+            )
+        unknown = sorted(set(self.target_modules) - set(DEFAULT_TARGETS))
+        if unknown or not self.target_modules:
+            raise ConfigError(
+                f"target_modules={self.target_modules}; wanted some of {DEFAULT_TARGETS}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterShare:
+    """One rank's share of an adapter, on the host.
+
+    Attributes:
+        layers: Share of each layer that the adapter changes, by the layer's full name.
+        rows: Pool rows that it takes.
+        num_bytes: Bytes of the factors.
+        exchanged: It is in the S-LoRA layout.
+        digest: A number that tells whether other ranks read an adapter of the same modules, ranks,
+            and scales.
+    """
+
+    layers: Mapping[str, LayerShare]
+    rows: int
+    num_bytes: int
+    exchanged: bool
+    digest: int
+
+    @classmethod
+    def of(cls, layers: Mapping[str, LayerShare], *, exchanged: bool) -> AdapterShare:
+        """Sum up the shares of an adapter's layers.
+
+        Args:
+            layers: Share of each layer, by full name; at least one.
+            exchanged: They are in the S-LoRA layout.
+
+        Returns:
+            The share of the whole adapter.
+        """
+        facts = [(n, s.a_ranks, s.b_ranks, s.scales, s.A.shape[1]) for n, s in layers.items()]
+        return cls(
+            layers=layers,
+            rows=max(share.rows for share in layers.values()),
+            num_bytes=sum(share.num_bytes for share in layers.values()),
+            exchanged=exchanged,
+            digest=zlib.crc32(repr((exchanged, facts)).encode()),
+        )

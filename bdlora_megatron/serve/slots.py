@@ -1,0 +1,283 @@
+"""The slots of a whole model: adapters that are on the device and can be mixed in one batch.
+
+A model gets pools for a number of adapters, or for a number of bytes, in each of its decoder's
+linear layers. A step then runs under ``serving``, which tells all layers at once which slot each
+token uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from bdlora_megatron.config import Layout
+from bdlora_megatron.convert.adapter import Adapter, ModuleKey
+from bdlora_megatron.errors import BDLoRAError, CapacityError, ConfigError, TargetError
+from bdlora_megatron.layers.apply import lora_layer, lora_layers, replace_module
+from bdlora_megatron.layers.load import check_covered, decoder_linears, fit
+from bdlora_megatron.layers.lora_linear import LoRALinear
+from bdlora_megatron.layers.pools import LayerRoom, LayerShare, row_bytes
+from bdlora_megatron.layers.slots import LayerSlots, ServingStep
+from bdlora_megatron.ops import GroupedBatch
+from bdlora_megatron.serve.ledger import SlotLedger
+from bdlora_megatron.serve.room import AdapterShare, SlotRoom
+
+__all__ = ["ModelSlots"]
+
+
+class ModelSlots:
+    """The slots of all layers of a model, and which adapter is in which.
+
+    Every rank must make the same calls in the same order; then all of them hold the same adapter in
+    the same slot. No call communicates.
+    """
+
+    def __init__(self, model: nn.Module, room: SlotRoom | None = None) -> None:
+        """Give a model's layers slots, all empty.
+
+        Args:
+            model: A ``GPTModel``, or any module that holds Megatron-Core decoder layers. It carries
+                no adapter of its own.
+            room: How much to hold.
+
+        Raises:
+            CapacityError: ``memory_bytes`` does not hold one adapter of ``max_rank``.
+            ConfigError: The model carries adapters, or has slots already.
+            TargetError: The model has none of the targeted layers.
+        """
+        self.room = room = room or SlotRoom()
+        self.step = ServingStep()
+        self._model = model
+        taken = [n for n, layer in lora_layers(model) if layer.adapter or layer.slots]
+        if taken:
+            raise ConfigError(
+                f"{len(taken)} layers carry an adapter or slots already, {taken[0]} for one; take "
+                "them out with remove_lora() first"
+            )
+        self._decoder = decoder_linears(model)
+        self._linears = [
+            target
+            for target in self._decoder
+            if target.full_name.rpartition(".")[2] in room.target_modules
+        ]
+        if not self._linears:
+            raise TargetError(f"the model has no decoder layers called {room.target_modules}")
+        exchanged = Layout.SLORA in room.layouts
+        layers = [_lora_layer(target.module) for target in self._linears]
+        types = [room.dtype or layer.weight.dtype for layer in layers]
+        #: Bytes that one rank row takes in all layers together.
+        self.row_bytes = sum(
+            row_bytes(layer, target.geometry, dtype, exchanged=exchanged)
+            for layer, target, dtype in zip(layers, self._linears, types, strict=True)
+        )
+        rows = self._rows()
+        self.ledger = SlotLedger(room.num_slots, rows=rows, max_rows=room.max_rank)
+        self._layers: dict[str, LayerSlots] = {}
+        for layer, target, dtype in zip(layers, self._linears, types, strict=True):
+            layer_room = LayerRoom(
+                num_slots=room.num_slots,
+                rows=rows,
+                max_rank=room.max_rank,
+                dtype=dtype,
+                exchanged=exchanged,
+            )
+            layer.slots = LayerSlots(layer, target.geometry, layer_room, self.step)
+            self._layers[target.full_name] = layer.slots
+            if layer is not target.module:
+                replace_module(model, target.module, layer)
+        self._exchanged: set[int] = set()
+        self.device = layers[0].weight.device
+
+    @property
+    def num_slots(self) -> int:
+        """Slots N."""
+        return self.room.num_slots
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all pools on this rank."""
+        return self.row_bytes * self.ledger.rows
+
+    @property
+    def largest_bytes(self) -> int:
+        """The most bytes that one adapter takes on this rank."""
+        return self.row_bytes * self.room.max_rank
+
+    def detach(self) -> None:
+        """Put the plain layers back and drop the pools."""
+        for _, layer in list(lora_layers(self._model)):
+            if layer.slots is not None:
+                replace_module(self._model, layer, layer.to_base())
+
+    def _rows(self) -> int:
+        """Rows of the pools.
+
+        Raises:
+            CapacityError: ``memory_bytes`` does not hold one adapter of ``max_rank``.
+        """
+        room = self.room
+        most = room.num_slots * room.max_rank
+        if room.memory_bytes is None:
+            return most
+        rows = room.memory_bytes // self.row_bytes
+        if rows < room.max_rank:
+            raise CapacityError(
+                f"memory_bytes={room.memory_bytes} holds {rows} rank rows, and one adapter may "
+                f"take max_rank={room.max_rank}; set memory_bytes={self.largest_bytes} or more"
+            )
+        return min(rows, most)
+
+    # --- loading -----------------------------------------------------------------------------
+
+    def share(self, adapter: Adapter, layout: Layout = Layout.BDLORA) -> AdapterShare:
+        """Cut this rank's share of an adapter, module after module.
+
+        Changes nothing, so that a thread may call it while the model runs.
+
+        Args:
+            adapter: What to cut, as the readers return it; its modules may load on access.
+            layout: How the ranks hold it. ``bdlora`` serves any adapter without communication; a
+                vanilla one then costs each rank the whole of its dense factor.
+
+        Returns:
+            The share, in pinned memory where the device is CUDA.
+
+        Raises:
+            CapacityError: A module takes more rows than there is room for.
+            ConfigError: There is no room for the layout.
+            TargetError: The adapter holds modules without slots.
+        """
+        if layout not in self.room.layouts:
+            choices = tuple(kind.value for kind in self.room.layouts)
+            raise ConfigError(
+                f"layout {layout.value!r}, but the slots hold {choices}; add it to SlotRoom.layouts"
+            )
+        self._check_modules(adapter)
+        shares: dict[str, LayerShare] = {}
+        for target in self._linears:
+            keys = {name: key for name, key in target.keys.items() if key in adapter.modules}
+            if keys:
+                slots = self._layers[target.full_name]
+                shares[target.full_name] = self._layer_share(slots, adapter, keys, layout)
+        if not shares:
+            raise TargetError(f"adapter {adapter.name!r} has no module on this rank's layers")
+        return AdapterShare.of(shares, exchanged=layout is Layout.SLORA)
+
+    def _layer_share(
+        self,
+        slots: LayerSlots,
+        adapter: Adapter,
+        keys: Mapping[str, ModuleKey],
+        layout: Layout,
+    ) -> LayerShare:
+        tp_size = slots.tp_group.size()
+        modules = {name: fit(adapter.modules[key], layout, tp_size) for name, key in keys.items()}
+        names = " and ".join(map(str, keys.values()))
+        try:
+            share = slots.share(modules, layout)
+        except BDLoRAError as error:
+            raise type(error)(f"adapter {adapter.name!r}, {names}: {error}") from error
+        if share.rows > self.room.max_rank:
+            ranks = sorted({adapter.modules[key].rank for key in keys.values()})
+            raise CapacityError(
+                f"adapter {adapter.name!r} takes {share.rows} rank rows on each rank ({names}, "
+                f"rank {ranks}), and slots have room for {self.room.max_rank}; set "
+                f"SlotRoom.max_rank={share.rows} or more"
+            )
+        return share.pin_memory() if self.device.type == "cuda" else share
+
+    def _check_modules(self, adapter: Adapter) -> None:
+        check_covered(self._model, adapter, self._decoder)
+        known = {key for target in self._linears for key in target.keys.values()}
+        here = {key.layer for key in known}
+        without = [key for key in adapter.modules if key.layer in here and key not in known]
+        if without:
+            raise TargetError(
+                f"adapter {adapter.name!r} changes {without[0]} and {len(without) - 1} more modules"
+                f" that have no slots; add them to SlotRoom.target_modules="
+                f"{self.room.target_modules}"
+            )
+
+    def load(self, key: Hashable, share: AdapterShare) -> int | None:
+        """Put an adapter into a slot, emptying idle ones if there is no other way.
+
+        Args:
+            key: What to call it.
+            share: What ``share`` gave on this rank.
+
+        Returns:
+            Its slot, or None if what is in use leaves no room.
+        """
+        place = self.ledger.place(key, share.rows)
+        if place is None:
+            return None
+        for slot in {*place.evicted, place.slot}:
+            self._clear(slot)
+        for name, part in share.layers.items():
+            self._layers[name].write(place.slot, place.first_row, part, exchanged=share.exchanged)
+        if share.exchanged:
+            self._exchanged.add(place.slot)
+        return place.slot
+
+    def acquire(self, key: Hashable) -> int:
+        """Count one more use of an adapter in a slot; the slot is not touched until ``release``."""
+        return self.ledger.acquire(key)
+
+    def release(self, key: Hashable) -> None:
+        """Count one use less."""
+        self.ledger.release(key)
+
+    def evict(self, key: Hashable) -> None:
+        """Empty the slot of an adapter that is neither in use nor pinned."""
+        self._clear(self.ledger.evict(key))
+
+    def _clear(self, slot: int) -> None:
+        for layer in self._layers.values():
+            layer.clear(slot)
+        self._exchanged.discard(slot)
+
+    # --- running -----------------------------------------------------------------------------
+
+    def batch(self, token_slot: Tensor) -> GroupedBatch:
+        """Describe a step.
+
+        Args:
+            token_slot: The slot of each token, integers ``[T]`` on the model's device, in the order
+                of the flattened ``[S, b]``; -1 runs the base model.
+
+        Returns:
+            The batch, for ``serving`` or ``set_batch``.
+        """
+        return GroupedBatch(token_slot, num_slots=self.num_slots)
+
+    def set_batch(self, batch: GroupedBatch | None) -> None:
+        """Say what the coming steps run, until it is said again; None runs the base model alone.
+
+        Args:
+            batch: The batch; the same on every rank. A captured CUDA graph keeps reading the one it
+                was captured with, which ``GroupedBatch.refill`` changes in place.
+        """
+        self.step.batch = batch
+        self.step.exchange = bool(self._exchanged)
+
+    @contextmanager
+    def serving(self, batch: GroupedBatch) -> Iterator[None]:
+        """Run the batch's adapters inside the ``with`` block.
+
+        Args:
+            batch: Which slot each token uses.
+
+        Yields:
+            Nothing.
+        """
+        self.set_batch(batch)
+        try:
+            yield
+        finally:
+            self.set_batch(None)
+
+
+def _lora_layer(module: nn.Module) -> LoRALinear:
+    return module if isinstance(module, LoRALinear) else lora_layer(module)
