@@ -35,7 +35,7 @@ clean: ## remove the environment, the demo's files and every cache
 
 .venv/installed.stamp: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints-dev.txt -e '.[dev,demo]'
+	$(PIP) install -c constraints-dev.txt -e '.[dev,demo,serve]'
 	touch $@
 
 .venv/demo-data.stamp: .venv/installed.stamp Makefile
