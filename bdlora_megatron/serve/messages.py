@@ -178,10 +178,12 @@ class Failed:
     Attributes:
         request_id: Which.
         reason: Why, for the client.
+        kind: The error's class.
     """
 
     request_id: int
     reason: str
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,10 +67,12 @@ class Refused:
     Attributes:
         request_id: Which.
         reason: Why its adapter can't be had.
+        kind: The error's class.
     """
 
     request_id: int
     reason: str
+    kind: str
 
 
 class Admission:
@@ -160,7 +162,7 @@ class Admission:
                 try:
                     took = slots.take(adapter)
                 except BDLoRAError as error:
-                    left.append(Refused(request_id, str(error)))
+                    left.append(Refused(request_id, str(error), type(error).__name__))
                     self.remove(request_id)
                     continue
                 if took is not Take.TAKEN:

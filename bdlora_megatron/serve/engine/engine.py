@@ -116,6 +116,11 @@ class ServingEngine:
         self._engine = DroppingEngine(self._controller, self._context, random_seed=0)
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids end below this."""
+        return int(self._controller.inference_wrapped_model.model.vocab_size)
+
+    @property
     def has_work(self) -> bool:
         """Whether any request waits or runs."""
         return bool(self._waiting or self._running)
@@ -128,11 +133,13 @@ class ServingEngine:
 
         Raises:
             CapacityError: It could never run: prompt and answer are longer than ``max_length``.
-            ConfigError: The prompt is empty.
+            ConfigError: The prompt is empty, or holds no token ids.
         """
         total = len(request.prompt) + request.sampling.max_tokens
         if not request.prompt:
             raise ConfigError("the prompt has no tokens; send at least one")
+        if min(request.prompt) < 0 or max(request.prompt) >= self.vocab_size:
+            raise ConfigError(f"the prompt has token ids beyond 0 to {self.vocab_size - 1}")
         if total > self.options.max_length:
             raise CapacityError(
                 f"{len(request.prompt)} tokens of prompt and max_tokens="
@@ -212,7 +219,7 @@ class ServingEngine:
         for left in self.admission.admit(room, self):
             request = self._waiting.pop(left.request_id)
             if isinstance(left, Refused):
-                failed.append(Failed(left.request_id, left.reason))
+                failed.append(Failed(left.request_id, left.reason, left.kind))
             else:
                 self._start(request, left)
         return failed

@@ -178,8 +178,8 @@ def test_an_adapter_that_fails_refuses_its_requests_and_no_others():
     for request_id, adapter in enumerate(["bad", "good", "bad"]):
         admission.add(request_id, adapter)
     left = admission.admit(9, Failing(4))
-    gone = "the disk is gone"
-    assert left == [Refused(0, gone), Admitted(1, "good"), Refused(2, gone)]
+    gone = ("the disk is gone", "AdapterLoadError")
+    assert left == [Refused(0, *gone), Admitted(1, "good"), Refused(2, *gone)]
     assert len(admission) == 0
 
 
