@@ -18,12 +18,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(folder: Path) -> Path:
-    """A Llama of two layers over the 256 bytes and two special tokens."""
+def make_tokenizer(folder: Path) -> int:
+    """Save a tokenizer of the 256 bytes and two special tokens; returns how many those are."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    torch.manual_seed(7)
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {text: i for i, text in enumerate(["<s>", "</s>", *bytes_])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -33,8 +32,17 @@ def make_model(folder: Path) -> Path:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT
     )
     fast.save_pretrained(folder)
+    return len(vocab)
+
+
+def make_model(folder: Path) -> Path:
+    """A Llama of two layers with that tokenizer."""
+    import transformers
+
+    torch.manual_seed(7)
+    vocab_size = make_tokenizer(folder)
     config = transformers.LlamaConfig(
-        vocab_size=len(vocab),
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

@@ -89,6 +89,10 @@ class RunningServer:
                 return float(line.split()[-1])
         raise AssertionError(f"no metric {name}")
 
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until requests are answered."""
+        self._until(self.is_ready, time.monotonic() + timeout_s)
+
     def stop(self, timeout_s: float = 40.0) -> int:
         """SIGTERM; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)

@@ -20,7 +20,7 @@ from bdlora_megatron.serve.front.state import Front
 from bdlora_megatron.serve.front.text import Piece, Tokenizer
 from bdlora_megatron.serve.messages import Choice
 
-__all__ = ["router", "until_gone"]
+__all__ = ["Form", "plan_body", "router", "until_gone"]
 
 router = APIRouter()
 Result = TypeVar("Result")
@@ -28,13 +28,37 @@ Result = TypeVar("Result")
 
 @router.post("/v1/completions", response_model=None)
 async def completions(request: Request, body: CompletionRequest) -> Response:
-    """Go on with a text.
-
-    Raises:
-        BadRequestError: Fields contradict each other.
-    """
+    """Go on with a text."""
     front: Front = request.app.state.front
     adapter = front.resolve(body.model, front.authorize(request))
+    return await _respond(request, body, plan_body(front, body, adapter))
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def chat_completions(request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation."""
+    front: Front = request.app.state.front
+    adapter = front.resolve(body.model, front.authorize(request))
+    return await _respond(request, body, plan_body(front, body, adapter))
+
+
+def plan_body(front: Front, body: CompletionRequest | ChatRequest, adapter: str | None) -> Form:
+    """Check a body.
+
+    Args:
+        front: The front.
+        body: Of either kind.
+        adapter: What its ``model`` means.
+
+    Returns:
+        What to do, and how to write the answer down.
+
+    Raises:
+        BadRequestError: Fields contradict each other, or ask for what can't be.
+        ConfigError: Likewise.
+    """
+    if isinstance(body, ChatRequest):
+        return _plan_chat(front, body, adapter)
     if body.best_of not in {None, body.n}:
         raise BadRequestError(
             "best_of must be n or left out: answers are not ranked", param="best_of"
@@ -43,18 +67,15 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         raise BadRequestError("echo does not go with logprobs: those of prompts are not computed")
     prompts = [_prompt(front.tokenizer, prompt) for prompt in body.prompts]
     job = plan(front, body, adapter, prompts, max_tokens=body.max_tokens, logprobs=body.logprobs)
-    return await _respond(request, job, body, _Completion(front, job, echo=body.echo))
+    return _Completion(front, job, echo=body.echo)
 
 
-@router.post("/v1/chat/completions", response_model=None)
-async def chat_completions(request: Request, body: ChatRequest) -> Response:
-    """Answer a conversation.
+def _plan_chat(front: Front, body: ChatRequest, adapter: str | None) -> Form:
+    """As ``plan_body``.
 
     Raises:
         BadRequestError: Fields contradict each other.
     """
-    front: Front = request.app.state.front
-    adapter = front.resolve(body.model, front.authorize(request))
     if body.top_logprobs and not body.logprobs:
         raise BadRequestError("top_logprobs wants logprobs=true", param="top_logprobs")
     ids = tuple(front.tokenizer.encode_chat([message.plain() for message in body.messages]))
@@ -66,7 +87,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return await _respond(request, job, body, _Chat(front, job))
+    return _Chat(front, job)
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -107,13 +128,13 @@ def _prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> Prompt:
     return Prompt(tokenizer.decode(prompt), tuple(prompt))
 
 
-async def _respond(request: Request, job: Job, body: GenerationFields, form: _Form) -> Response:
+async def _respond(request: Request, body: GenerationFields, form: Form) -> Response:
     front: Front = request.app.state.front
     if not body.stream:
-        answers = await until_gone(request, answer(front, job))
+        answers = await until_gone(request, answer(front, form.job))
         return JSONResponse(form.whole(answers))
     usage = body.stream_options is not None and body.stream_options.include_usage
-    pieces = stream(front, job)
+    pieces = stream(front, form.job)
     # The first piece before the status: a refusal is then told as one.
     first = await until_gone(request, _first(pieces))
     return StreamingResponse(
@@ -128,7 +149,7 @@ async def _first(pieces: AsyncGenerator[tuple[int, Piece], None]) -> tuple[int, 
 
 
 async def _events(
-    form: _Form, first: tuple[int, Piece], pieces: Any, *, usage: bool
+    form: Form, first: tuple[int, Piece], pieces: Any, *, usage: bool
 ) -> AsyncGenerator[str, None]:
     """Server-sent events: a chunk for each piece, and at the end ``[DONE]``."""
     tokens = 0
@@ -155,8 +176,12 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-class _Form:
-    """How one of the two APIs writes an answer down."""
+class Form:
+    """A job, and how one of the two APIs writes its answers down.
+
+    Attributes:
+        job: What to do.
+    """
 
     prefix: str
     kind: str
@@ -180,6 +205,7 @@ class _Form:
         return {**self._head(self.chunk_kind), "choices": choices, **empty}
 
     def usage(self, tokens: int) -> dict[str, int]:
+        """What the answers cost."""
         prompt = self.job.prompt_tokens
         return {
             "prompt_tokens": prompt,
@@ -196,19 +222,22 @@ class _Form:
         }
 
     def opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream says of an answer before its first token, if anything."""
         raise NotImplementedError
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A piece of an answer in a stream."""
         raise NotImplementedError
 
     def choice(self, index: int, made: Answer) -> dict[str, Any]:
+        """A whole answer."""
         raise NotImplementedError
 
     def _spelt(self, token: int) -> str:
         return self._tokenizer.decode([token], special=True)
 
 
-class _Completion(_Form):
+class _Completion(Form):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, front: Front, job: Job, *, echo: bool) -> None:
@@ -256,7 +285,7 @@ class _Completion(_Form):
         }
 
 
-class _Chat(_Form):
+class _Chat(Form):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def opening(self, index: int) -> dict[str, Any] | None:
