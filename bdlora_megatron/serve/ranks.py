@@ -37,7 +37,7 @@ class Ranks:
         if settings.cpu:
             # Ranks of one machine talk over its loopback, where nobody else listens.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            threads = max((os.cpu_count() or 1) // settings.tp, 1)
+            threads = max(len(os.sched_getaffinity(0)) // settings.tp, 1)
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         self._folder = tempfile.mkdtemp(prefix="bdlora-")
         self._links: list[Connection] = []
