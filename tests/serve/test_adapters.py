@@ -179,7 +179,8 @@ def test_a_client_that_leaves_frees_its_cache_at_once(http, server):
         used = 0.0
         if streamed:
             with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()
+                next(lines)
                 used = server.metric("bdlora_used_blocks")
         else:
             with pytest.raises(httpx.TimeoutException):
@@ -197,7 +198,9 @@ def test_a_full_queue_says_so_and_when_to_come_back(http):
     body = {"model": "model", "prompt": "hello", "max_tokens": 150, "ignore_eos": True, "n": 40}
     with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as first:
         assert first.status_code == 200
-        next(first.iter_lines())
+        # Kept: an iterator that is dropped closes the connection.
+        lines = first.iter_lines()
+        next(lines)
         refused = http.post("/v1/completions", json=body)
         assert refused.status_code == 429
         assert refused.headers["Retry-After"]

@@ -15,10 +15,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
-from bdlora_megatron.convert import load_hf_model
+from bdlora_megatron.convert import load_hf_model, read_hf_config
 from bdlora_megatron.errors import BDLoRAError
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.serve.engine.desk import AdapterDesk
@@ -139,7 +140,13 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
         The engine and the desk.
     """
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    model = load_hf_model(settings.model, dtype=dtype, max_sequence_length=settings.max_length)
+    # Slots are in Megatron-Core's own layers, also where Transformer Engine is installed.
+    spec = get_gpt_layer_local_spec(
+        qk_layernorm=read_hf_config(settings.model).qk_norm, normalization="RMSNorm"
+    )
+    model = load_hf_model(
+        settings.model, dtype=dtype, max_sequence_length=settings.max_length, layer_spec=spec
+    )
     layouts = (Layout.BDLORA, Layout.HALF_SHARDED)
     if settings.layout == Layout.SLORA.value:
         layouts = (*layouts, Layout.SLORA)  # type: ignore[assignment]

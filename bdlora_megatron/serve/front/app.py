@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from bdlora_megatron.serve.front import admin, errors, megatron_api, openai
+from bdlora_megatron.serve.front import admin, errors, megatron_api, openai, status
 from bdlora_megatron.serve.front.errors import APIError
 from bdlora_megatron.serve.front.state import Front
 
@@ -24,7 +24,7 @@ def make_app(front: Front) -> FastAPI:
     """
     app = FastAPI(title="bdlora-megatron", docs_url=None, redoc_url=None)
     app.state.front = front
-    for module in (openai, admin, megatron_api):
+    for module in (openai, admin, megatron_api, status):
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(_BodyLimit, most=front.settings.max_body_bytes)
