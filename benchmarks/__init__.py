@@ -1,1 +1,1 @@
-"""Measurements; each prints what it ran on and how."""
+"""Measurements and predictions, each with the command that makes it."""

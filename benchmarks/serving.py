@@ -103,13 +103,13 @@ def make_files(args: argparse.Namespace, folder: Path) -> None:
 
 
 class Server:
-    """`python -m bdlora_megatron.serve` for the length of a ``with`` block."""
+    """`bdlora serve` for the length of a ``with`` block."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, kind: str) -> None:
         layout = "slora" if kind == "slora" else "bdlora"
         adapters = [] if kind == "base" else ["--adapters", str(folder / kind)]
         self._log = folder / f"{kind}.log"
-        command = [sys.executable, "-m", "bdlora_megatron.serve"]
+        command = [sys.executable, "-m", "bdlora_megatron", "serve"]
         command += [
             "--model",
             str(folder / "model"),

@@ -5,12 +5,13 @@ Exact operations move, repeat or zero-fill numbers and never round them: `reshar
 `pad_rank`, `shard`, `unshard`. One operation is lossy, and reports by how much: `truncate`.
 """
 
-from bdlora_megatron.blocks.counts import ModuleShape, matching_rank, num_parameters
+from bdlora_megatron.blocks.counts import ModuleShape, matching_rank, num_parameters, rank_within
 from bdlora_megatron.blocks.factors import Blocked, BlockFactors
+from bdlora_megatron.blocks.norms import output_distances, output_norms, subtract, update_norm
 from bdlora_megatron.blocks.partition import shard, unshard
 from bdlora_megatron.blocks.product import dense_update, forward
 from bdlora_megatron.blocks.reshard import compact, pad_rank, reshard, resharded_rank
-from bdlora_megatron.blocks.truncate import truncate
+from bdlora_megatron.blocks.truncate import singular_values, truncate
 
 __all__ = [
     "BlockFactors",
@@ -21,10 +22,16 @@ __all__ = [
     "forward",
     "matching_rank",
     "num_parameters",
+    "output_distances",
+    "output_norms",
     "pad_rank",
+    "rank_within",
     "reshard",
     "resharded_rank",
     "shard",
+    "singular_values",
+    "subtract",
     "truncate",
     "unshard",
+    "update_norm",
 ]

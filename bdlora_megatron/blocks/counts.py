@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bdlora_megatron.blocks.factors import Blocked
 from bdlora_megatron.errors import ConfigError, ShapeError
 
-__all__ = ["ModuleShape", "matching_rank", "num_parameters"]
+__all__ = ["ModuleShape", "matching_rank", "num_parameters", "rank_within"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,20 +78,8 @@ def matching_rank(shapes: Sequence[ModuleShape], *, lora_rank: int, num_blocks: 
             "and a positive rank"
         )
 
-    def cost(rank: int, blocks: int) -> int:
-        return sum(
-            num_parameters(
-                shape.in_features,
-                shape.out_features,
-                rank=rank,
-                num_blocks=blocks,
-                blocked=shape.blocked,
-            )
-            for shape in shapes
-        )
-
-    budget = cost(lora_rank, 1)
-    step = cost(num_blocks, num_blocks)
+    budget = _parameters(shapes, lora_rank, 1)
+    step = _parameters(shapes, num_blocks, num_blocks)
     if step > budget:
         raise ConfigError(
             f"rank {num_blocks}, the smallest with num_blocks={num_blocks}, has {step} parameters, "
@@ -99,3 +87,35 @@ def matching_rank(shapes: Sequence[ModuleShape], *, lora_rank: int, num_blocks: 
             f"{-(-step * lora_rank // budget)} or fewer blocks"
         )
     return num_blocks * (budget // step)
+
+
+def rank_within(shapes: Sequence[ModuleShape], *, num_parameters: int, num_blocks: int) -> int:
+    """The largest block-diagonal rank that all modules can have within a budget.
+
+    Args:
+        shapes: Every target module.
+        num_parameters: The most numbers to store, over all modules and tensor-parallel ranks.
+        num_blocks: N.
+
+    Returns:
+        A multiple of N; 0 if even rank N does not fit.
+
+    Raises:
+        ConfigError: If there is no module.
+    """
+    if not shapes:
+        raise ConfigError("got no modules; wanted at least one")
+    return num_blocks * (num_parameters // _parameters(shapes, num_blocks, num_blocks))
+
+
+def _parameters(shapes: Sequence[ModuleShape], rank: int, num_blocks: int) -> int:
+    return sum(
+        num_parameters(
+            shape.in_features,
+            shape.out_features,
+            rank=rank,
+            num_blocks=num_blocks,
+            blocked=shape.blocked,
+        )
+        for shape in shapes
+    )

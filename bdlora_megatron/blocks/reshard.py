@@ -44,7 +44,7 @@ def reshard(factors: BlockFactors, num_blocks: int) -> BlockFactors:
     old = factors.num_blocks
     if num_blocks == old:
         return factors
-    _check_num_blocks(factors, num_blocks)
+    check_num_blocks(factors, num_blocks)
     packed, dense = block_views(factors)
     old_width, block_rank = packed.shape[1:]
     width = packed.shape[0] * old_width
@@ -101,10 +101,13 @@ def compact(factors: BlockFactors) -> BlockFactors:
         An update with the same blocks and a rank not larger; the same object when nothing is won.
     """
     packed, dense = block_views(factors)
-    kept = [_compact_block(p, d) for p, d in zip(packed, dense, strict=True)]
+    kept: list[tuple[Tensor, Tensor]] = []
+    for block in zip(packed, dense, strict=True):
+        kept.append(_compact_block(*block))
+        # Blocks share one rank, so a single full one decides, mostly the first.
+        if kept[-1][1].shape[0] == packed.shape[2]:
+            return factors
     block_rank = max(1, *(rows.shape[0] for _, rows in kept))
-    if block_rank == packed.shape[2]:
-        return factors
     new_packed = packed.new_zeros(*packed.shape[:2], block_rank)
     new_dense = dense.new_zeros(dense.shape[0], block_rank, dense.shape[2])
     for n, (columns, rows) in enumerate(kept):
@@ -143,7 +146,17 @@ def pad_rank(factors: BlockFactors, rank: int) -> BlockFactors:
     )
 
 
-def _check_num_blocks(factors: BlockFactors, num_blocks: int) -> None:
+def check_num_blocks(factors: BlockFactors, num_blocks: int) -> None:
+    """See that an update can be cut into a number of blocks.
+
+    Args:
+        factors: The update.
+        num_blocks: The blocks wanted.
+
+    Raises:
+        ConfigError: If `num_blocks` is not positive.
+        ShapeError: If it does not divide the width of the blocked side.
+    """
     if num_blocks < 1:
         raise ConfigError(f"num_blocks={num_blocks} is not a number of blocks; use 1 or more")
     side, width = ("out_features", factors.out_features)

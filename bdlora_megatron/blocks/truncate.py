@@ -1,4 +1,4 @@
-"""The best update of a smaller rank.
+"""The best update of a smaller rank, and what every smaller rank would lose.
 
 Letters in shapes: N blocks, R total rank, r rank of one block, W width of the blocked side,
 D width of the dense side (see `bdlora_megatron.blocks.factors`).
@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bdlora_megatron.blocks.factors import BlockFactors, block_views, from_block_views
-from bdlora_megatron.blocks.reshard import reshard
+from bdlora_megatron.blocks.reshard import check_num_blocks, reshard
 from bdlora_megatron.errors import ShapeError, UnsupportedError
 
-__all__ = ["truncate"]
+__all__ = ["singular_values", "truncate"]
 
 
 def truncate(factors: BlockFactors, *, num_blocks: int, rank: int) -> tuple[BlockFactors, float]:
@@ -50,9 +50,9 @@ def truncate(factors: BlockFactors, *, num_blocks: int, rank: int) -> tuple[Bloc
             "cannot truncate factors that hold NaN or infinity; wanted finite numbers; "
             "use an adapter whose training did not diverge"
         )
-    packed, dense = block_views(reshard(factors, num_blocks))
+    packed, dense = _split(factors, num_blocks)
     keep = rank // num_blocks
-    new_packed, new_dense, singular = _truncated_blocks(packed.double(), dense.double(), keep)
+    new_packed, new_dense, singular = _truncated_blocks(packed, dense, keep)
     result = from_block_views(
         new_packed.to(factors.dtype),
         new_dense.to(factors.dtype),
@@ -62,19 +62,65 @@ def truncate(factors: BlockFactors, *, num_blocks: int, rank: int) -> tuple[Bloc
     return result, 0.0 if factors.scale == 0 else _relative_error(singular, keep)
 
 
-def _truncated_blocks(packed: Tensor, dense: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Truncate `packed [N, W / N, r] @ dense [N, r, D]` to `keep` directions per block.
+def singular_values(factors: BlockFactors, *, num_blocks: int) -> Tensor:
+    """What `truncate` could keep: the singular values of the update's blocks, scale included.
 
-    Returns the two new factors and all singular values, `[N, min(r, W / N, D)]`.
+    A truncation to rank R loses, in the Frobenius norm, all but the first R / N values of each
+    block, so the error at every rank follows from them.
+
+    Args:
+        factors: The update, with any number of blocks.
+        num_blocks: N, the blocks wanted.
+
+    Returns:
+        `[N, min(r, W / N, D)]` in fp64, each block's in falling order, r being a block's rank.
+
+    Raises:
+        ConfigError: If N is not positive.
+        ShapeError: If N does not divide the width of the blocked side.
+    """
+    packed, dense = _split(factors, num_blocks)
+    r_packed = torch.linalg.qr(packed, mode="r").R
+    r_dense = torch.linalg.qr(dense.transpose(1, 2), mode="r").R
+    values: Tensor = torch.linalg.svdvals(_cores(r_packed, r_dense))
+    return values * abs(factors.scale)
+
+
+def _split(factors: BlockFactors, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """The parts of `num_blocks` blocks in fp64, dense rows that blocks share given once.
+
+    Returns:
+        `packed [M, W / M, r]` and `dense [M / k, r, D]`: k blocks after each other share one.
+    """
+    blocks = factors.num_blocks
+    if num_blocks % blocks:
+        factors = reshard(factors, num_blocks)
+    elif num_blocks != blocks:
+        check_num_blocks(factors, num_blocks)
+    packed, dense = block_views(factors)
+    # Refining cuts each block's packed rows in pieces, and repeats its dense rows.
+    packed = packed.double().reshape(num_blocks, -1, packed.shape[2])
+    return packed, dense.double()
+
+
+def _cores(r_packed: Tensor, r_dense: Tensor) -> Tensor:
+    """What is left between the two orthogonal parts of each block, `[M, r, r]`."""
+    shared = r_packed.shape[0] // r_dense.shape[0]
+    return r_packed @ r_dense.transpose(1, 2).repeat_interleave(shared, dim=0)
+
+
+def _truncated_blocks(packed: Tensor, dense: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Truncate what `_split` gives to `keep` directions per block.
+
+    Returns the two new factors and all singular values, `[M, min(r, W / M, D)]`.
     """
     q_packed, r_packed = torch.linalg.qr(packed)
     q_dense, r_dense = torch.linalg.qr(dense.transpose(1, 2))
-    left, singular, right = torch.linalg.svd(
-        r_packed @ r_dense.transpose(1, 2), full_matrices=False
-    )
+    left, singular, right = torch.linalg.svd(_cores(r_packed, r_dense), full_matrices=False)
     root = singular[:, :keep].sqrt()
     new_packed = q_packed @ (left[:, :, :keep] * root[:, None, :])
-    new_dense = (root[:, :, None] * right[:, :keep]) @ q_dense.transpose(1, 2)
+    rows = (root[:, :, None] * right[:, :keep]).reshape(dense.shape[0], -1, right.shape[2])
+    new_dense = (rows @ q_dense.transpose(1, 2)).reshape(*root.shape, -1)
     missing = keep - root.shape[1]
     if missing > 0:
         new_packed, new_dense = pad(new_packed, (0, missing)), pad(new_dense, (0, 0, 0, missing))

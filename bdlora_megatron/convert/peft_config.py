@@ -7,6 +7,7 @@ by name. An option that is in no group is refused when it is set, since it may d
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -253,9 +254,15 @@ def parse_peft_config(raw: Mapping[str, Any]) -> PeftConfig:
 
 def _first_match(patterns: Mapping[str, float], path: str, default: float) -> float:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if _compiled(pattern).match(path):
             return value
     return default
+
+
+# A config may name every module by itself, more than the re module keeps compiled.
+@functools.lru_cache(maxsize=16384)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _blocked_by(options: BDLoRAOptions, path: str) -> Blocked | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from bdlora_megatron.convert.adapter import (
     blocked_factor,
     infer_base_shape,
 )
+from bdlora_megatron.convert.lazy import LazyModules, in_memory
 from bdlora_megatron.convert.peft_config import (
     ModuleSettings,
     PeftConfig,
@@ -33,11 +35,12 @@ from bdlora_megatron.convert.peft_config import (
     parse_peft_config,
     read_raw_config,
 )
-from bdlora_megatron.convert.peft_tensors import TensorSource, open_tensors
+from bdlora_megatron.convert.peft_tensors import open_tensors
 from bdlora_megatron.convert.problems import Problems
+from bdlora_megatron.convert.tensor_files import TensorSource
 from bdlora_megatron.errors import AdapterFormatError, ShapeError
 
-__all__ = ["read_peft"]
+__all__ = ["open_peft", "read_peft"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +87,9 @@ class _ModulePlan:
     settings: ModuleSettings
 
 
-def read_peft(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
-    """Read an adapter as PEFT's `save_pretrained` writes it.
+@contextmanager
+def open_peft(path: str | Path, *, allow_pickle: bool = False) -> Iterator[Adapter]:
+    """Open an adapter as PEFT's `save_pretrained` writes it.
 
     Vanilla modules come with one block. A module whose factor on the other side is block-diagonal
     (`target_modules_bd_a` and `_bd_b` swapped) gains nothing from tensor parallelism; its factor is
@@ -95,8 +99,8 @@ def read_peft(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
         path: The adapter's folder; its name becomes the adapter's.
         allow_pickle: Read `adapter_model.bin` where there are no safetensors, tensors only.
 
-    Returns:
-        The adapter, in memory of its own.
+    Yields:
+        The adapter. Its modules are read when they are looked up, as long as it is open.
 
     Raises:
         AdapterFormatError: If the files are missing or broken, or hold what cannot be represented.
@@ -110,13 +114,36 @@ def read_peft(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
     subject = f"cannot read the PEFT adapter in {folder}"
     with open_tensors(folder, allow_pickle=allow_pickle) as source:
         plans = _plan(source.facts, config, problems)
-        base = _check_plans(source, plans, problems)
+        facts, base = _check_plans(source, plans, problems)
         problems.raise_if_any(subject)
-        modules = {plan.key: _load(source, plan, problems) for plan in plans}
-        problems.raise_if_any(subject)
-    expanded = [plan for plan in plans if _is_swapped(plan)]
-    _warn(folder, raw, expanded)
-    return Adapter(name=folder.name, modules=modules, base=base, metadata=_metadata(raw, expanded))
+        by_key = {plan.key: plan for plan in plans}
+
+        def load(key: ModuleKey) -> BlockFactors:
+            plan = by_key[key]
+            return _factors(plan, *(source.load(name) for name in plan.names))
+
+        expanded = [plan for plan in plans if _is_swapped(plan)]
+        _warn(folder, raw, expanded)
+        yield Adapter(
+            name=folder.name,
+            modules=LazyModules(facts, load, subject=subject),
+            base=base,
+            metadata=_metadata(raw, plans, expanded),
+        )
+
+
+def read_peft(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
+    """Read an adapter as PEFT's `save_pretrained` writes it; see `open_peft`.
+
+    Args:
+        path: The adapter's folder; its name becomes the adapter's.
+        allow_pickle: Read `adapter_model.bin` where there are no safetensors, tensors only.
+
+    Returns:
+        The adapter, in memory of its own.
+    """
+    with open_peft(path, allow_pickle=allow_pickle) as adapter:
+        return in_memory(adapter)
 
 
 def _plan(
@@ -155,9 +182,9 @@ def _plan(
 
 def _check_plans(
     source: TensorSource, plans: Iterable[_ModulePlan], problems: Problems
-) -> BaseShape:
+) -> tuple[dict[ModuleKey, BlockFactors], BaseShape]:
     """Build every module from shapes alone, and see that they are of one base model."""
-    features = []
+    facts: dict[ModuleKey, BlockFactors] = {}
     for plan in plans:
         A, B = (source.facts[name] for name in plan.names)
         if A is None or B is None:
@@ -167,26 +194,15 @@ def _check_plans(
             )
             continue
         try:
-            factors = _factors(plan, A, B)
+            facts[plan.key] = _factors(plan, A, B)
         except (AdapterFormatError, ShapeError) as error:
             problems.add(str(error), str(plan.key))
-        else:
-            features.append((plan.key, factors.in_features, factors.out_features))
     try:
-        return infer_base_shape(features)
+        base = infer_base_shape((k, f.in_features, f.out_features) for k, f in facts.items())
     except ShapeError as error:
         problems.add(str(error))
-        return BaseShape()
-
-
-def _load(source: TensorSource, plan: _ModulePlan, problems: Problems) -> BlockFactors:
-    factors = _factors(plan, *(source.load(name) for name in plan.names))
-    if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
-        problems.add(
-            "factors hold NaN or infinity; use a checkpoint from before training diverged",
-            str(plan.key),
-        )
-    return factors
+        base = BaseShape()
+    return facts, base
 
 
 def _factors(plan: _ModulePlan, A: Tensor, B: Tensor) -> BlockFactors:
@@ -258,9 +274,11 @@ def _warn(folder: Path, raw: Mapping[str, Any], expanded: list[_ModulePlan]) -> 
         )
 
 
-def _metadata(raw: Mapping[str, Any], expanded: list[_ModulePlan]) -> dict[str, str]:
-    metadata = {"format": "peft"}
-    for option in ("base_model_name_or_path", "peft_version"):
+def _metadata(
+    raw: Mapping[str, Any], plans: list[_ModulePlan], expanded: list[_ModulePlan]
+) -> dict[str, str]:
+    metadata = {"format": "peft", "peft_prefix": plans[0].names[0].partition("layers.")[0]}
+    for option in ("base_model_name_or_path", "peft_version", "task_type"):
         if isinstance(raw.get(option), str):
             metadata[option] = raw[option]
     if expanded:

@@ -3,69 +3,40 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bdlora_megatron.convert.tensor_files import FLOATS, TensorSource, open_safetensors
 from bdlora_megatron.errors import AdapterFormatError
 
-__all__ = ["TensorSource", "open_tensors"]
+__all__ = ["PICKLE_NAME", "SAFETENSORS_NAME", "open_tensors"]
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorSource:
-    """Named tensors whose facts are known before any data is read.
-
-    Attributes:
-        facts: Every tensor by name, without data (on the meta device); None in place of a tensor
-            whose type is no float.
-        load: Read one tensor by name into memory of its own.
-    """
-
-    facts: Mapping[str, Tensor | None]
-    load: Callable[[str], Tensor]
-
 
 @contextmanager
 def open_tensors(folder: Path, *, allow_pickle: bool) -> Iterator[TensorSource]:
-    """Open an adapter's tensors; safetensors are mapped into memory while open.
+    """Open an adapter's tensors.
 
     Args:
         folder: The adapter's folder.
         allow_pickle: Also read a pickle, where there are no safetensors.
 
     Yields:
-        The tensors.
+        The tensors, readable while they are open.
 
     Raises:
         AdapterFormatError: If there is no file to read, or it is broken.
     """
     safe, pickled = folder / SAFETENSORS_NAME, folder / PICKLE_NAME
     if safe.is_file():
-        try:
-            handle = safe_open(safe, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise AdapterFormatError(
-                f"{safe} cannot be read: {error}; copy or save the adapter again"
-            ) from error
-        with handle:
-            yield _safetensors_source(handle)
+        with open_safetensors(safe) as source:
+            yield source
     elif not pickled.is_file():
         raise AdapterFormatError(
             f"{folder} holds no {SAFETENSORS_NAME}; "
@@ -78,22 +49,6 @@ def open_tensors(folder: Path, *, allow_pickle: bool) -> Iterator[TensorSource]:
         )
     else:
         yield _pickle_source(pickled)
-
-
-def _safetensors_source(handle: Any) -> TensorSource:
-    facts: dict[str, Tensor | None] = {}
-    for name in handle.keys():  # noqa: SIM118 - not a mapping
-        part = handle.get_slice(name)
-        dtype = _DTYPES.get(part.get_dtype())
-        shape = part.get_shape()
-        facts[name] = None if dtype is None else torch.empty(shape, dtype=dtype, device="meta")
-
-    def load(name: str) -> Tensor:
-        # A copy: what stays mapped would change or crash with the file behind it.
-        tensor: Tensor = handle.get_tensor(name)
-        return tensor.clone()
-
-    return TensorSource(facts=facts, load=load)
 
 
 def _pickle_source(path: Path) -> TensorSource:
@@ -111,7 +66,7 @@ def _pickle_source(path: Path) -> TensorSource:
             f"{path} holds more than named tensors; save the adapter again as safetensors"
         )
     facts = {
-        name: tensor.to("meta") if tensor.dtype in _DTYPES.values() else None
+        name: tensor.to("meta") if tensor.dtype in FLOATS.values() else None
         for name, tensor in tensors.items()
     }
     return TensorSource(facts=facts, load=lambda name: tensors[name].clone())

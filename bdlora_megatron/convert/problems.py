@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bdlora_megatron.errors import AdapterFormatError
+from bdlora_megatron.errors import AdapterFormatError, UnsupportedError
 
 __all__ = ["Problems"]
 
@@ -27,18 +27,21 @@ class Problems:
         """
         self._names.setdefault(what, []).extend(names)
 
-    def raise_if_any(self, subject: str) -> None:
+    def raise_if_any(
+        self, subject: str, error: type[AdapterFormatError | UnsupportedError] = AdapterFormatError
+    ) -> None:
         """Refuse the file if there is a problem.
 
         Args:
             subject: What cannot be done, with the path.
+            error: What to raise: another error where the file is fine and the request is not.
 
         Raises:
             AdapterFormatError: With one line per problem.
         """
         if self._names:
             lines = [f"\n- {what}{_listed(names)}" for what, names in self._names.items()]
-            raise AdapterFormatError(f"{subject}:{''.join(lines)}")
+            raise error(f"{subject}:{''.join(lines)}")
 
 
 def _listed(names: list[str]) -> str:

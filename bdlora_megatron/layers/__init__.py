@@ -1,7 +1,8 @@
 """Megatron-Core's tensor-parallel linear layers with adapters inside.
 
 ``linear`` subclasses the layers, ``adapters`` holds the arithmetic of the three layouts, ``apply``
-and ``spec`` put them into a built or a new model, ``load`` fills them from an adapter.
+and ``spec`` put them into a built or a new model, ``load`` fills them from an adapter. ``slots``
+and ``pools`` let a layer serve several adapters in one batch.
 """
 
 from bdlora_megatron.layers.apply import (

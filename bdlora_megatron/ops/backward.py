@@ -1,12 +1,13 @@
 """The gradients of shrink and expand, for training several adapters at once.
 
 One matrix product per adapter, slice and gradient, on any device: a training batch holds few
-adapters with many tokens each. It reads the slot table on the host.
+adapters with many tokens each. Which tokens share an adapter is read on the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,13 +19,13 @@ __all__ = ["expand_backward", "shrink_backward"]
 
 
 def _held(
-    slots: SlotFactors, batch: GroupedBatch, start: Tensor, rank: Tensor
+    slots: SlotFactors, batch: GroupedBatch, which: Literal["a", "b"]
 ) -> Iterator[tuple[Segment, int, slice]]:
-    """Each (segment, slice of the layer, its pool rows) of a batch that holds anything."""
-    starts, ranks = start.tolist(), rank.tolist()
+    """Each (segment, slice of the layer, its rows in the pool of A or B) that holds anything."""
     for segment in batch.segments:
-        for j in range(slots.table.num_slices):
-            first, count = starts[segment.slot][j], ranks[segment.slot][j]
+        held = slots.table.held[segment.slot]
+        rows = (held.a_start, held.a_rank) if which == "a" else (held.b_start, held.b_rank)
+        for j, (first, count) in enumerate(zip(*rows, strict=True)):
             if count:
                 yield segment, j, slice(first, first + count)
 
@@ -46,7 +47,7 @@ def shrink_backward(
     A = slots.A
     dx = torch.zeros_like(x, dtype=dz.dtype)
     dA = torch.zeros_like(A)
-    for segment, j, rows in _held(slots, batch, slots.table.a_start, slots.table.a_rank):
+    for segment, j, rows in _held(slots, batch, "a"):
         ranks = segment.take(dz)[:, j, : rows.stop - rows.start].to(A.dtype)
         segment.add(dx, torch.mm(ranks, A[rows]).to(dx.dtype))
         dA[rows] += torch.mm(ranks.t(), segment.take(x).to(A.dtype))
@@ -67,11 +68,14 @@ def expand_backward(
     Returns:
         Gradients of ``z`` and of the pools of B.
     """
-    scales = slots.table.scale.tolist()
     views = [columns.view(dout) for columns in slots.columns]
     dz, dB = torch.zeros_like(z), tuple(torch.zeros_like(pool) for pool in slots.B)
-    for segment, j, rows in _held(slots, batch, slots.table.b_start, slots.table.b_rank):
-        pool, scale, rank = slots.B[j], scales[segment.slot][j], rows.stop - rows.start
+    for segment, j, rows in _held(slots, batch, "b"):
+        pool, scale, rank = (
+            slots.B[j],
+            slots.table.held[segment.slot].scale[j],
+            rows.stop - rows.start,
+        )
         grad = segment.take(views[j]).flatten(1).to(pool.dtype)
         dz[segment.tokens, j, :rank] = torch.mm(grad, pool[rows].t()).to(z.dtype) * scale
         ranks = segment.take(z)[:, j, :rank].mul(scale).to(pool.dtype)

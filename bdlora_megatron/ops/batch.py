@@ -1,12 +1,12 @@
 """What a batch tells every layer: which slot each token uses, and which tokens share a slot.
 
 It is built once per step. What a layer's slot table adds to it (which pool rows the tokens read) is
-derived on first use and kept, so layers that share a table share that too.
+derived on first use and kept, for all layers whose slots hold the same rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -100,7 +100,7 @@ class GroupedBatch:
         self.num_slots = num_slots
         self.by = by or ("token" if len(token_slot) <= DECODE_TOKENS else "segment")
         self._segments: tuple[Segment, ...] | None = None
-        self._plans: dict[int, tuple[object, Any]] = {}
+        self._plans: dict[Hashable, Any] = {}
         self._tiles: Tiles | None = None
         if self.by == "segment" and token_slot.device.type != "cpu":
             self._tiles = self._make_tiles()
@@ -146,21 +146,20 @@ class GroupedBatch:
             self._tiles.order.copy_(new.order)
             self._tiles.spans.copy_(new.spans)
 
-    def plan(self, key: object, make: Callable[[], Plan]) -> Plan:
+    def plan(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
         """What ``make`` gave the first time this batch was asked for ``key``.
 
         Args:
-            key: The object that the plan was derived from, compared by identity and kept alive.
+            key: All that the plan follows from, beside the batch.
             make: Makes the plan.
 
         Returns:
             The plan.
         """
-        known = self._plans.get(id(key))
+        known: Plan | None = self._plans.get(key)
         if known is None:
-            known = self._plans[id(key)] = (key, make())
-        plan: Plan = known[1]
-        return plan
+            known = self._plans[key] = make()
+        return known
 
     def _make_tiles(self) -> Tiles:
         """Sort and cut with device operations of static shape alone, so that no one waits."""
@@ -204,15 +203,13 @@ def _checked(token_slot: Tensor, num_slots: int) -> Tensor:
 def _segments(token_slot: Tensor) -> tuple[Segment, ...]:
     in_order, order = torch.sort(token_slot, stable=True)
     slots, counts = torch.unique_consecutive(in_order, return_counts=True)
-    pieces = order.split(counts.tolist())
-    return tuple(
-        Segment(slot, _as_slice(piece), len(piece))
-        for slot, piece in zip(slots.tolist(), pieces, strict=True)
-        if slot >= 0
-    )
-
-
-def _as_slice(tokens: Tensor) -> slice | Tensor:
-    """A slice, if ascending ``tokens`` have no gap."""
-    first, last = int(tokens[0]), int(tokens[-1])
-    return slice(first, last + 1) if last - first + 1 == len(tokens) else tokens
+    tokens, segments, start = order.tolist(), [], 0
+    for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+        first, last = tokens[start], tokens[start + count - 1]
+        # The sort is stable, so a slot's tokens ascend.
+        together = last - first + 1 == count
+        where = slice(first, last + 1) if together else order[start : start + count]
+        if slot >= 0:
+            segments.append(Segment(slot, where, count))
+        start += count
+    return tuple(segments)

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdlora_megatron.ops.batch import GroupedBatch, Segment
-from bdlora_megatron.ops.slots import SlotFactors, SlotTable
+from bdlora_megatron.ops.slots import Held, SlotFactors, SlotTable
 
 __all__ = ["expand", "shrink"]
 
-#: Up to so many tokens of an adapter are taken one by one: its factors are in the cache after the
-#: first, and a matrix product of its own would be mostly overhead. Measured; flat from 4 to 16.
-FEW_TOKENS = 8
+#: An adapter's tokens are taken one by one as long as that reads no more rows than these again: a
+#: matrix product of its own would be mostly overhead. Measured, and flat around here.
+ROWS_READ_AGAIN = 64
 
 _SUM = 0  # embedding_bag's mode
 
@@ -51,16 +51,16 @@ class _Bags:
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """Rows of one pool to read as a matrix, for one segment.
+    """Rows of one pool to read as a matrix, for the tokens of one adapter.
 
     Attributes:
-        segment: The tokens.
+        rows: The tokens' rows, where the products' tokens are gathered first, else the tokens.
         start: First pool row.
         parts: Per slice (slice, rank): the rows of several slices where they lie together.
         scale: s.
     """
 
-    segment: Segment
+    rows: slice
     start: int
     parts: tuple[tuple[int, int], ...]
     scale: float = 1.0
@@ -73,12 +73,21 @@ class _Product:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a batch reads through one slot table."""
+    """What a batch reads through one slot table.
 
-    shrink_bags: tuple[_Bags, ...]
-    shrink_products: tuple[_Product, ...]
+    Attributes:
+        shrink_bags: The entries of ``shrink``; None where there are none.
+        expand_bags: Those of ``expand``, per slice.
+        order: The products' tokens, adapter after adapter, where they do not stand so already.
+        shrink_products: The products of ``shrink``.
+        expand_products: Those of ``expand``, per slice.
+    """
+
+    shrink_bags: _Bags | None
     expand_bags: tuple[_Bags | None, ...]
-    expand_products: tuple[_Product, ...]
+    order: Tensor | None
+    shrink_products: tuple[_Product, ...]
+    expand_products: tuple[tuple[_Product, ...], ...]
 
 
 def shrink(x: Tensor, slots: SlotFactors, batch: GroupedBatch, z: Tensor) -> None:
@@ -92,18 +101,33 @@ def shrink(x: Tensor, slots: SlotFactors, batch: GroupedBatch, z: Tensor) -> Non
     """
     plan = _plan(slots.table, batch)
     x = x.to(slots.A.dtype)
-    for bags in plan.shrink_bags:
+    if plan.shrink_bags is not None:
+        bags = plan.shrink_bags
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             x, slots.A, bags.rows, bags.offsets, bags.entry_token, _SUM
         )
         z.view(-1)[bags.z_index] = dots.to(z.dtype)
+    if not plan.shrink_products:
+        return
+    # One gather and one scatter for all products, not one for each.
+    source = x if plan.order is None else x.index_select(0, plan.order)
+    target = z if plan.order is None else z.index_select(0, plan.order)
     for product in plan.shrink_products:
-        A = slots.A[product.start : product.stop]
-        ranks = torch.mm(product.segment.take(x), A.t())
-        first = 0
-        for j, rank in product.parts:
-            z[product.segment.tokens, j, :rank] = ranks[:, first : first + rank].to(z.dtype)
-            first += rank
+        _shrink_product(source, slots.A, product, target)
+    if plan.order is not None:
+        z.index_copy_(0, plan.order, target)
+
+
+def _shrink_product(x: Tensor, pool: Tensor, product: _Product, z: Tensor) -> None:
+    A = pool[product.start : product.stop]
+    if len(product.parts) == 1 and z.dtype == A.dtype:
+        ((j, rank),) = product.parts
+        torch.mm(x[product.rows], A.t(), out=z[product.rows, j, :rank])
+        return
+    ranks, first = torch.mm(x[product.rows], A.t()), 0
+    for j, rank in product.parts:
+        z[product.rows, j, :rank] = ranks[:, first : first + rank]
+        first += rank
 
 
 def expand(out: Tensor, z: Tensor, slots: SlotFactors, batch: GroupedBatch) -> None:
@@ -120,11 +144,37 @@ def expand(out: Tensor, z: Tensor, slots: SlotFactors, batch: GroupedBatch) -> N
     for view, pool, bags in zip(views, slots.B, plan.expand_bags, strict=True):
         if bags is not None:
             _expand_bags(view, z, pool, bags)
-    for product in plan.expand_products:
-        ((j, rank),) = product.parts
-        B = slots.B[j][product.start : product.stop]
-        ranks = product.segment.take(z)[:, j, :rank].mul(product.scale).to(B.dtype)
-        _add_product(views[j], product.segment, ranks, B)
+    ranks = z if plan.order is None else z.index_select(0, plan.order)
+    for j, products in enumerate(plan.expand_products):
+        if not products:
+            continue
+        if plan.order is None:
+            for product in products:
+                _add_product(views[j], ranks[:, j], slots.B[j], product)
+            continue
+        # Where an adapter leaves the slice out, its tokens add nothing.
+        delta = slots.B[j].new_zeros(len(plan.order), slots.B[j].shape[1])
+        for product in products:
+            _product(ranks[:, j], slots.B[j], product, delta[product.rows])
+        shaped = delta.unflatten(1, (views[j].shape[1], -1)).to(out.dtype)
+        views[j].index_add_(0, plan.order, shaped)
+
+
+def _product(z: Tensor, pool: Tensor, product: _Product, out: Tensor) -> None:
+    """``out += scale * z B``."""
+    B = pool[product.start : product.stop]
+    out.addmm_(z[product.rows, : len(B)].to(B.dtype), B, alpha=product.scale)
+
+
+def _add_product(view: Tensor, z: Tensor, pool: Tensor, product: _Product) -> None:
+    """Add a product to tokens that stand together, inside it where their columns do too."""
+    part = view[product.rows]
+    if part.shape[1] == 1 and part.dtype == pool.dtype:
+        _product(z, pool, product, part[:, 0])
+        return
+    delta = pool.new_zeros(len(part), pool.shape[1])
+    _product(z, pool, product, delta)
+    part.add_(delta.view(part.shape))
 
 
 def _expand_bags(view: Tensor, z: Tensor, pool: Tensor, bags: _Bags) -> None:
@@ -143,48 +193,60 @@ def _expand_bags(view: Tensor, z: Tensor, pool: Tensor, bags: _Bags) -> None:
         view[bags.tokens] = (view[bags.tokens] + delta).to(view.dtype)
 
 
-def _add_product(view: Tensor, segment: Segment, ranks: Tensor, B: Tensor) -> None:
-    """``view[tokens] += ranks B``, inside the product where the columns lie together."""
-    groups = view.shape[1]
-    in_place = isinstance(segment.tokens, slice) and groups == 1 and view.dtype == B.dtype
-    if in_place:
-        view[segment.tokens, 0].addmm_(ranks, B)
-    else:
-        delta = torch.mm(ranks, B).unflatten(1, (groups, -1))
-        segment.add(view, delta.to(view.dtype))
-
-
 def _plan(table: SlotTable, batch: GroupedBatch) -> _Plan:
-    return batch.plan(table, lambda: _make_plan(table, batch))
+    held = (table.held[segment.slot] for segment in batch.segments)
+    return batch.plan((table.num_slices, table.max_rank, *held), lambda: _make_plan(table, batch))
 
 
 def _make_plan(table: SlotTable, batch: GroupedBatch) -> _Plan:
-    few = [segment for segment in batch.segments if segment.count <= FEW_TOKENS]
-    many = [segment for segment in batch.segments if segment.count > FEW_TOKENS]
-    tokens = _tokens_of(few, batch)
-    bags = [
-        _bags(table, batch, tokens, slices=[j], start=table.b_start, rank=table.b_rank)
-        for j in range(table.num_slices)
-    ]
-    every = list(range(table.num_slices))
-    shrink_bags = _bags(table, batch, tokens, slices=every, start=table.a_start, rank=table.a_rank)
+    few: list[int] = []
+    many: list[Segment] = []
+    for segment in batch.segments:
+        reads_again = (segment.count - 1) * max(table.held[segment.slot].a_rank)
+        if reads_again <= ROWS_READ_AGAIN:
+            few.append(segment.slot)
+        else:
+            many.append(segment)
+    tokens = torch.isin(batch.token_slot, torch.tensor(few, dtype=torch.int32)).nonzero()[:, 0]
+    every = range(table.num_slices)
+    order, rows = _gathered(many)
     return _Plan(
-        shrink_bags=() if shrink_bags is None else (shrink_bags,),
-        shrink_products=tuple(
-            product for segment in many for product in _shrink_products(table, segment)
+        shrink_bags=_bags(
+            table, batch, tokens, slices=list(every), start=table.a_start, rank=table.a_rank
         ),
-        expand_bags=tuple(bags),
+        expand_bags=tuple(
+            _bags(table, batch, tokens, slices=[j], start=table.b_start, rank=table.b_rank)
+            for j in every
+        ),
+        order=order,
+        shrink_products=tuple(
+            product
+            for segment, where in zip(many, rows, strict=True)
+            for product in _shrink_products(table.held[segment.slot], where)
+        ),
         expand_products=tuple(
-            product for segment in many for product in _expand_products(table, segment)
+            tuple(
+                _Product(where, held.b_start[j], ((j, held.b_rank[j]),), held.scale[j])
+                for segment, where in zip(many, rows, strict=True)
+                if (held := table.held[segment.slot]).b_rank[j]
+            )
+            for j in every
         ),
     )
 
 
-def _tokens_of(segments: list[Segment], batch: GroupedBatch) -> Tensor:
-    """The segments' tokens, ascending."""
-    every = torch.arange(batch.num_tokens)
-    pieces = [segment.take(every) for segment in segments]
-    return torch.cat(pieces).sort().values if pieces else every[:0]
+def _gathered(segments: list[Segment]) -> tuple[Tensor | None, list[slice]]:
+    """In which order to gather tokens so that each segment is a slice, and the slices."""
+    slices = [segment.tokens for segment in segments if isinstance(segment.tokens, slice)]
+    if len(slices) == len(segments):
+        return None, slices
+    pieces, rows, first = [], [], 0
+    for segment in segments:
+        where = segment.tokens
+        pieces.append(torch.arange(where.start, where.stop) if isinstance(where, slice) else where)
+        rows.append(slice(first, first + segment.count))
+        first += segment.count
+    return torch.cat(pieces), rows
 
 
 def _bags(
@@ -220,31 +282,15 @@ def _bags(
     )
 
 
-def _shrink_products(table: SlotTable, segment: Segment) -> list[_Product]:
+def _shrink_products(held: Held, rows: slice) -> list[_Product]:
     """One product per run of slices whose rows lie one after another."""
     products: list[_Product] = []
-    starts, ranks = table.a_start[segment.slot].tolist(), table.a_rank[segment.slot].tolist()
-    for j, (start, rank) in enumerate(zip(starts, ranks, strict=True)):
+    for j, (start, rank) in enumerate(zip(held.a_start, held.a_rank, strict=True)):
         if not rank:
             continue
         if products and products[-1].stop == start:
             last = products.pop()
-            products.append(_Product(segment, last.start, (*last.parts, (j, rank))))
+            products.append(_Product(rows, last.start, (*last.parts, (j, rank))))
         else:
-            products.append(_Product(segment, start, ((j, rank),)))
+            products.append(_Product(rows, start, ((j, rank),)))
     return products
-
-
-def _expand_products(table: SlotTable, segment: Segment) -> list[_Product]:
-    slot = segment.slot
-    held = zip(
-        table.b_start[slot].tolist(),
-        table.b_rank[slot].tolist(),
-        table.scale[slot].tolist(),
-        strict=True,
-    )
-    return [
-        _Product(segment, start, ((j, rank),), scale)
-        for j, (start, rank, scale) in enumerate(held)
-        if rank
-    ]

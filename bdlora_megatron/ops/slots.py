@@ -12,14 +12,16 @@ nothing here knows of process groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bdlora_megatron.errors import ShapeError
 
-__all__ = ["Columns", "SlotFactors", "SlotTable"]
+__all__ = ["Columns", "Held", "SlotFactors", "SlotTable"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,11 +65,32 @@ class Columns:
         return columns.unfold(1, self.width, self.stride if self.groups > 1 else self.width)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Held:
+    """What one slot holds, on the host: an entry per slice in each tuple.
+
+    Equal contents are one object (see ``_held``), so that comparing and hashing are by identity.
+    """
+
+    a_start: tuple[int, ...]
+    b_start: tuple[int, ...]
+    a_rank: tuple[int, ...]
+    b_rank: tuple[int, ...]
+    scale: tuple[float, ...]
+
+
+@lru_cache(maxsize=1 << 16)  # an entry that falls out costs a plan, not a wrong answer
+def _held(*columns: tuple[Any, ...]) -> Held:
+    return Held(*columns)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotTable:
     """Which pool rows hold each slot's factors, and each slot's scale; all ``[N, J]``.
 
-    Layers that allocate alike may share one table, and then share what a batch derives from it.
+    The tensors are what kernels read; the host reads ``held`` and never waits for them. Layers
+    whose slots hold the same rows share what a batch derives from them.
+
     A and B have rows of their own because the pools do, and ranks of their own because the S-LoRA
     layout holds a share of A's rows and all of B's; BD-LoRA holds equally many of both.
 
@@ -80,6 +103,7 @@ class SlotTable:
         b_rank: Rows in the slice's pool of B, int32.
         scale: s in ``s * B A``, float32.
         max_rank: Rank room Z of one slice; static, so that ``z`` has a static shape.
+        held: What each slot holds, on the host.
     """
 
     a_start: Tensor
@@ -88,6 +112,12 @@ class SlotTable:
     b_rank: Tensor
     scale: Tensor
     max_rank: int
+    held: list[Held] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        columns = (self.a_start, self.b_start, self.a_rank, self.b_rank, self.scale)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        object.__setattr__(self, "held", [_held(*map(tuple, row)) for row in rows])
 
     @classmethod
     def empty(
@@ -156,19 +186,22 @@ class SlotTable:
                 f"rank {largest} in a table with max_rank={self.max_rank}; make the table with "
                 f"max_rank={largest} or more"
             )
-        for start, rank, rows in (
-            (self.a_start, self.a_rank, a_rows),
-            (self.b_start, self.b_rank, b_rows),
-        ):
-            both = torch.tensor(rows, dtype=torch.int32)
-            start[slot].copy_(both[:, 0])
-            rank[slot].copy_(both[:, 1])
-        self.scale[slot].copy_(torch.tensor(scale, dtype=torch.float32))
+        a_start, a_rank = zip(*a_rows, strict=True)
+        b_start, b_rank = zip(*b_rows, strict=True)
+        # As the kernels will read it, in float32.
+        rounded = torch.tensor(scale, dtype=torch.float32).tolist()
+        self._set(slot, (a_start, b_start, a_rank, b_rank, tuple(rounded)))
 
     def clear(self, slot: int) -> None:
         """Say that a slot holds nothing."""
-        self.a_rank[slot] = 0
-        self.b_rank[slot] = 0
+        nothing = (0,) * self.num_slices
+        self._set(slot, (nothing, nothing, nothing, nothing, (0.0,) * self.num_slices))
+
+    def _set(self, slot: int, rows: tuple[tuple[Any, ...], ...]) -> None:
+        columns = (self.a_start, self.b_start, self.a_rank, self.b_rank, self.scale)
+        for column, row in zip(columns, rows, strict=True):
+            column[slot].copy_(torch.tensor(row, dtype=column.dtype))
+        self.held[slot] = _held(*rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -209,13 +242,12 @@ class SlotFactors:
         return self.A.shape[1]
 
     def a(self, slot: int, slice_index: int) -> Tensor:
-        """A of one slot and slice, a view ``[rank, I]``; reads the table on the host."""
-        table = self.table
-        start, rank = int(table.a_start[slot, slice_index]), int(table.a_rank[slot, slice_index])
-        return self.A.narrow(0, start, rank)
+        """A of one slot and slice, a view ``[rank, I]``."""
+        held = self.table.held[slot]
+        return self.A.narrow(0, held.a_start[slice_index], held.a_rank[slice_index])
 
     def b(self, slot: int, slice_index: int) -> Tensor:
-        """B of one slot and slice, a view ``[rank, O_j]``; reads the table on the host."""
-        table = self.table
-        start, rank = int(table.b_start[slot, slice_index]), int(table.b_rank[slot, slice_index])
-        return self.B[slice_index].narrow(0, start, rank)
+        """B of one slot and slice, a view ``[rank, O_j]``."""
+        held = self.table.held[slot]
+        pool = self.B[slice_index]
+        return pool.narrow(0, held.b_start[slice_index], held.b_rank[slice_index])

@@ -131,9 +131,15 @@ class SlotLedger:
             return Placement(slot=place[0], first_row=place[1], evicted=slots)
         return None
 
+    def touch(self, key: Hashable) -> None:
+        """Count a resident adapter as just used."""
+        self._resident(key)
+        self._residents[key] = self._residents.pop(key)
+
     def acquire(self, key: Hashable) -> int:
         """Count one more use of a resident adapter, and give its slot."""
-        held = self._touch(key)
+        self.touch(key)
+        held = self._residents[key]
         held.uses += 1
         return held.slot
 
@@ -143,10 +149,11 @@ class SlotLedger:
         Raises:
             ConfigError: It was not in use: more releases than acquires.
         """
-        held = self._touch(key)
+        held = self._resident(key)
         if not held.uses:
             raise ConfigError(f"release of {key!r}, which is not in use; release once per acquire")
         held.uses -= 1
+        self.touch(key)
 
     def pin(self, key: Hashable, *, pinned: bool = True) -> None:
         """Keep a resident adapter in its slot, or let it go again."""
@@ -171,11 +178,6 @@ class SlotLedger:
         held = self._residents.get(key)
         if held is None:
             raise AdapterNotFoundError(f"{key!r} is in no slot; load it first")
-        return held
-
-    def _touch(self, key: Hashable) -> _Resident:
-        held = self._resident(key)
-        self._residents[key] = self._residents.pop(key)
         return held
 
     def _find(self, stay: Iterable[_Resident], rows: int) -> tuple[int, int] | None:

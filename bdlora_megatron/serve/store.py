@@ -179,15 +179,19 @@ class AdapterStore:
     # --- loading -----------------------------------------------------------------------------
 
     def prefetch(self, key: AdapterKey) -> None:
-        """Begin to load an adapter if it is neither on the device nor in host memory.
+        """Say that an adapter is wanted soon; load it if it is neither in a slot nor on the host.
 
-        Returns at once. After a load that failed, this begins another.
+        Returns at once. What is there counts as just used. After a load that failed, this begins
+        another.
 
         Args:
             key: What ``register`` or ``key`` gave.
         """
         entry = self._entry(key)
-        if key in self.slots.ledger or self._host.get(key) is not None:
+        in_slot, on_host = key in self.slots.ledger, self._host.get(key) is not None
+        if in_slot:
+            self.slots.ledger.touch(key)
+        if in_slot or on_host:
             self.stats.host_hits += 1
         elif entry.load is None and not entry.waiting:
             entry.error = None

@@ -28,7 +28,8 @@ class RunningServer:
     def __init__(self, folder: Path, log: Path, *arguments: str, start_s: float = 120.0) -> None:
         self.folder = folder
         self.log = log
-        command = [sys.executable, "-m", "bdlora_megatron.serve", "--model", str(folder / "model")]
+        command = [sys.executable, "-m", "bdlora_megatron", "serve"]
+        command += ["--model", str(folder / "model")]
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [*command, "--cpu", "--port", "0", *arguments],

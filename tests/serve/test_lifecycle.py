@@ -109,7 +109,7 @@ def test_ranks_start_again_if_that_is_asked_for_and_none_survives_its_front(fold
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_settings_are_told_before_anything_starts(folder, arguments, says):
-    command = [sys.executable, "-m", "bdlora_megatron.serve", "--model", str(folder / "model")]
+    command = [sys.executable, "-m", "bdlora_megatron", "serve", "--model", str(folder / "model")]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert says in done.stderr

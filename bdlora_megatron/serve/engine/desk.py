@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from bdlora_megatron.config import Layout
-from bdlora_megatron.convert import Adapter, read_peft
+from bdlora_megatron.convert import Adapter
+from bdlora_megatron.convert.formats import read_adapter
 from bdlora_megatron.errors import AdapterFormatError, BDLoRAError
 from bdlora_megatron.serve.engine.engine import ServingEngine
 from bdlora_megatron.serve.files import Fingerprint, fingerprint
@@ -149,4 +150,4 @@ def _read(folder: Path, name: str, wanted: Fingerprint) -> Adapter:
             f"the files of adapter {name!r} have changed since it was loaded; load it again to "
             "serve the new version"
         )
-    return read_peft(folder)
+    return read_adapter(folder)

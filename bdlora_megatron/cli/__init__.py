@@ -1,0 +1,1 @@
+"""The command `bdlora`: convert, inspect and verify adapters."""

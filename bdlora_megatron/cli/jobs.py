@@ -1,0 +1,196 @@
+"""One adapter's conversion, from looking whether it is done to recording that it is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from bdlora_megatron.cli.records import (
+    Record,
+    content_hash,
+    listing,
+    read_record,
+    write_record,
+)
+from bdlora_megatron.convert.pipeline import Conversion, convert_adapter
+from bdlora_megatron.errors import BDLoRAError, ConfigError
+
+__all__ = ["Job", "JobResult", "run_job"]
+
+Status: TypeAlias = Literal["converted", "skipped", "failed"]
+# A change of what a conversion writes must make old records void.
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One adapter to convert.
+
+    Attributes:
+        source: Its folder.
+        out: The folder of all results.
+        conversion: What to make.
+        debug: Keep tracebacks of errors.
+    """
+
+    source: Path
+    out: Path
+    conversion: Conversion
+    debug: bool = False
+
+    @property
+    def name(self) -> str:
+        """The adapter's name, which its result has too."""
+        return os.path.basename(os.path.abspath(self.source))
+
+    @property
+    def target(self) -> Path:
+        """The result's folder."""
+        return self.out / self.name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobResult:
+    """How a job went.
+
+    Attributes:
+        name: The adapter's name.
+        status: Whether it was converted now, had been before, or could not be.
+        seconds: Time taken.
+        summary: The structure report as JSON takes it; None where it failed.
+        error: What went wrong.
+        warnings: What was said on the way.
+    """
+
+    name: str
+    status: Status
+    seconds: float
+    summary: dict[str, Any] | None = None
+    error: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def run_job(job: Job) -> JobResult:
+    """Convert one adapter, unless it is done. Never raises for what one adapter can cause.
+
+    Args:
+        job: What to do.
+
+    Returns:
+        How it went.
+    """
+    start = time.monotonic()
+    with _kept_warnings() as warnings:
+        try:
+            status, summary, error = *_convert_once(job), None
+        except (BDLoRAError, OSError) as caught:
+            status, summary, error = "failed", None, _told(caught, job)
+        except Exception as caught:  # one adapter must not stop the others, whatever it holds
+            known = isinstance(caught, MemoryError) or "allocate memory" in str(caught)
+            kind = "not enough memory" if known else f"internal error, {type(caught).__name__}"
+            status, summary, error = "failed", None, f"{kind}: {_told(caught, job)}"
+    return JobResult(
+        name=job.name,
+        status=status,
+        seconds=time.monotonic() - start,
+        summary=summary,
+        error=error,
+        warnings=warnings,
+    )
+
+
+def _convert_once(job: Job) -> tuple[Status, dict[str, Any]]:
+    request = _request(job.conversion)
+    record = read_record(job.out, job.name)
+    source = None
+    if record is not None and record.holds_for(job.target):
+        source = content_hash(job.source)
+        if (record.source, record.request) == (source, request):
+            return "skipped", record.summary
+    conversion = _replacing(job, record)
+    write_record(job.out, job.name, Record(source=None))
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            # Hashing leaves the interpreter free, so another core does it meanwhile.
+            hashing = _done(source) if source else threads.submit(content_hash, job.source)
+            report = convert_adapter(job.source, job.target, conversion)
+            source = hashing.result()
+    except BaseException:
+        # The folder is as it was before, and so is its record.
+        write_record(job.out, job.name, record)
+        raise
+    summary = report.to_dict()
+    write_record(
+        job.out,
+        job.name,
+        Record(source=source, request=request, files=listing(job.target), summary=summary),
+    )
+    return "converted", summary
+
+
+def _replacing(job: Job, record: Record | None) -> Conversion:
+    """Allow to replace what an unfinished run of ours left, or what the user said.
+
+    Raises:
+        ConfigError: If something else is in the way.
+    """
+    options = job.conversion.options
+    if options.overwrite or not job.target.exists():
+        return job.conversion
+    if record is None or record.source is not None:
+        why = "is not" if record is None else "is made from other files or options, or changed"
+        raise ConfigError(
+            f"{job.target} is there already and {why} the result of this conversion; "
+            "pass --overwrite to replace it, or another --out"
+        )
+    # Killed between finishing the folder and recording it.
+    return replace(job.conversion, options=replace(options, overwrite=True))
+
+
+def _request(conversion: Conversion) -> dict[str, Any]:
+    """All that decides the result, as JSON takes it and gives it back."""
+    request = asdict(conversion)
+    request["options"]["dtype"] = str(request["options"]["dtype"])
+    del request["options"]["overwrite"]
+    return {**request, "version": _VERSION}
+
+
+def _done(value: str) -> Future[str]:
+    future: Future[str] = Future()
+    future.set_result(value)
+    return future
+
+
+def _told(error: BaseException, job: Job) -> str:
+    return "".join(traceback.format_exception(error)) if job.debug else str(error)
+
+
+class _Keeper(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def _kept_warnings() -> Iterator[list[str]]:
+    """Keep what this package logs, to be told beside the adapter's name."""
+    keeper, logger = _Keeper(), logging.getLogger("bdlora_megatron")
+    propagate = logger.propagate
+    logger.addHandler(keeper)
+    logger.propagate = False
+    try:
+        yield keeper.messages
+    finally:
+        logger.removeHandler(keeper)
+        logger.propagate = propagate

@@ -1,0 +1,98 @@
+"""`bdlora plan`: which layout, what rank, how much memory, how fast, before anything is run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bdlora_megatron.cli import output
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.plan import HARDWARE, PRESETS, ModelShape
+from bdlora_megatron.plan.report import Deployment, make_plan
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser.
+
+    Args:
+        commands: What `add_subparsers` returned.
+
+    Returns:
+        The command's own parser.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan",
+        help="predict memory and step times of a deployment, by layout",
+        description="Predict what serving adapters costs in each layout: exact counts of bytes, "
+        "products and collectives, times by a model of the machine. Nothing is run or measured.",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help=f"{' or '.join(PRESETS)}, or a Hugging Face model's folder",
+    )
+    parser.add_argument("--tp", type=int, required=True, help="tensor-parallel ranks")
+    parser.add_argument(
+        "--hardware",
+        choices=sorted(HARDWARE),
+        default="a100-nvlink",
+        help="the machine (default: %(default)s)",
+    )
+    defaults = Deployment.__dataclass_fields__
+    for name, what in (
+        ("lora-rank", "rank of the vanilla LoRA whose parameters a BD-LoRA is to match"),
+        ("adapters", "different adapters in one batch"),
+        ("requests", "requests that decode at once"),
+        ("context", "tokens of each request, prompt and answer"),
+        ("prompt", "tokens of a prompt, for the prefill step"),
+    ):
+        default = defaults[name.replace("-", "_")].default
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)"
+        )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan.
+
+    Args:
+        arguments: The parsed command line.
+
+    Returns:
+        The exit status.
+    """
+    name, shape = _shape(arguments.model)
+    plan = make_plan(
+        Deployment(
+            model=name,
+            shape=shape,
+            hardware=HARDWARE[arguments.hardware],
+            tp=arguments.tp,
+            lora_rank=arguments.lora_rank,
+            adapters=arguments.adapters,
+            requests=arguments.requests,
+            context=arguments.context,
+            prompt=arguments.prompt,
+        )
+    )
+    output.result(plan.table(), plan.to_dict(), as_json=arguments.json)
+    return 0
+
+
+def _shape(model: str) -> tuple[str, ModelShape]:
+    if model in PRESETS:
+        return model, PRESETS[model]
+    folder = Path(model)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"--model {model} is neither a folder nor one of {', '.join(PRESETS)}; pass a folder "
+            "with the model's config.json"
+        )
+    # Imports Megatron-Core, which takes seconds.
+    from bdlora_megatron.convert import read_hf_config
+
+    return folder.resolve().name, ModelShape.from_hf(read_hf_config(folder))

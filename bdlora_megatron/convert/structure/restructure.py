@@ -1,0 +1,228 @@
+"""Giving every module of an adapter another rank or number of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias, get_args
+
+import torch
+
+from bdlora_megatron.blocks import (
+    BlockFactors,
+    ModuleShape,
+    compact,
+    matching_rank,
+    reshard,
+    resharded_rank,
+    truncate,
+)
+from bdlora_megatron.convert.adapter import Adapter, ModuleKey
+from bdlora_megatron.convert.lazy import LazyModules, module_facts
+from bdlora_megatron.convert.problems import Problems
+from bdlora_megatron.convert.structure.report import ModuleChange, StructureReport, measure
+from bdlora_megatron.errors import ConfigError, ShapeError
+
+__all__ = ["Restructured", "Structure", "StructureMode", "module_shapes", "restructure"]
+
+StructureMode: TypeAlias = Literal["keep", "exact", "truncate", "reshard"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structure:
+    """The structure that every module of an adapter is to have.
+
+    | mode | blocks | rank | loss |
+    |---|---|---|---|
+    | `keep` | as they are | as it is | none |
+    | `reshard` | exactly `num_blocks` | what `blocks.resharded_rank` says | none |
+    | `exact` | a multiple of `num_blocks` | the least found by `blocks.compact` | none |
+    | `truncate` | a multiple of `num_blocks` | at most the rank or budget | reported |
+
+    `exact` leaves a module alone whose blocks already fit, and so does `truncate` if its rank does
+    too. A vanilla module needs `num_blocks` times its rank to be exact.
+
+    Raises:
+        ConfigError: If a value is out of range, or two disagree.
+    """
+
+    mode: StructureMode = "keep"
+    """What may change."""
+
+    num_blocks: int = 1
+    """The tensor-parallel size to serve at. Not used by `keep`."""
+
+    rank: int | None = None
+    """For `truncate`: the largest total rank, a multiple of `num_blocks`."""
+
+    budget_of_rank: int | None = None
+    """For `truncate`: have no more parameters than a vanilla LoRA of this rank would."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(StructureMode):
+            raise ConfigError(f"mode={self.mode!r}; wanted one of {list(get_args(StructureMode))}")
+        if self.num_blocks < 1:
+            raise ConfigError(f"num_blocks={self.num_blocks}; wanted 1 or more")
+        if self.mode != "truncate":
+            if self.rank is not None or self.budget_of_rank is not None:
+                raise ConfigError(
+                    f"a rank or a budget is given with the structure {self.mode!r}, which loses "
+                    "nothing; wanted them with 'truncate' only: leave them out or choose it"
+                )
+            return
+        if (self.rank is None) == (self.budget_of_rank is None):
+            raise ConfigError(
+                "the structure 'truncate' needs either a rank or the rank of a LoRA whose "
+                f"parameters are the budget; got rank={self.rank}, "
+                f"budget_of_rank={self.budget_of_rank}"
+            )
+        if self.rank is not None and (self.rank < 1 or self.rank % self.num_blocks):
+            raise ConfigError(
+                f"rank={self.rank} is not a positive multiple of num_blocks={self.num_blocks}; "
+                "every block gets rank / num_blocks"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Restructured:
+    """An adapter of another structure, and what that cost.
+
+    Attributes:
+        adapter: Lazy: each look-up of a module computes it. Usable as long as its source is.
+        structure: What was asked for.
+    """
+
+    adapter: Adapter
+    structure: Structure
+    _changes: dict[ModuleKey, ModuleChange] = field(default_factory=dict)
+
+    def report(self) -> StructureReport:
+        """Every module before and after. Modules that were not looked up yet are computed.
+
+        Returns:
+            The report.
+        """
+        for key in self.adapter.modules:
+            if key not in self._changes:
+                self.adapter.modules[key]
+        return StructureReport(
+            adapter=self.adapter.name,
+            mode=self.structure.mode,
+            modules=tuple(self._changes[key] for key in self.adapter.modules),
+        )
+
+
+def restructure(
+    adapter: Adapter, structure: Structure, *, dtype: torch.dtype | None = None
+) -> Restructured:
+    """Give every module another rank or number of blocks.
+
+    Args:
+        adapter: Lazy or in memory.
+        structure: What the modules are to be like.
+        dtype: The type that the result will be written in, where it is another one; it is counted
+            in the report and not applied.
+
+    Returns:
+        The adapter, computed module by module as it is looked up. `exact` looks at every module
+        once to find the ranks, before this returns.
+
+    Raises:
+        AdapterFormatError: If some modules cannot have that structure. All of them are listed.
+        ConfigError: If even the smallest rank exceeds the budget.
+    """
+    facts = module_facts(adapter)
+    change = _change(structure, facts.values())
+    subject = f"adapter {adapter.name!r} cannot have the structure {structure.mode!r}"
+    new_facts, problems = {}, Problems()
+    for key, fact in facts.items():
+        try:
+            # What compacting wins is in the numbers alone.
+            found = change(adapter.modules[key] if structure.mode == "exact" else fact)
+        except ShapeError as error:
+            problems.add(str(error), str(key))
+        else:
+            new_facts[key] = replace(found, A=found.A.to("meta"), B=found.B.to("meta"))
+    problems.raise_if_any(subject)
+    changes: dict[ModuleKey, ModuleChange] = {}
+    lossy = structure.mode == "truncate" or _narrows(facts.values(), dtype)
+
+    def load(key: ModuleKey) -> BlockFactors:
+        before = adapter.modules[key]
+        after = change(before)
+        rounded = None if dtype is None else _cast(after, dtype)
+        changes[key] = measure(key, before, after, lossy=lossy, rounded=rounded)
+        return after
+
+    modules = LazyModules(new_facts, load, subject=subject)
+    return Restructured(
+        adapter=replace(adapter, modules=modules), structure=structure, _changes=changes
+    )
+
+
+def module_shapes(facts: Iterable[BlockFactors]) -> list[ModuleShape]:
+    """What of the modules decides their parameter counts.
+
+    Args:
+        facts: The modules; their numbers are not looked at.
+
+    Returns:
+        One shape each.
+    """
+    return [
+        ModuleShape(
+            in_features=fact.in_features, out_features=fact.out_features, blocked=fact.blocked
+        )
+        for fact in facts
+    ]
+
+
+def _change(
+    structure: Structure, facts: Iterable[BlockFactors]
+) -> Callable[[BlockFactors], BlockFactors]:
+    blocks = structure.num_blocks
+    if structure.mode == "keep":
+        return lambda factors: factors
+    if structure.mode == "reshard":
+        return lambda factors: reshard(factors, blocks)
+    if structure.mode == "exact":
+        return lambda factors: compact(_fitted(factors, blocks))
+    rank = structure.rank
+    if rank is None:
+        assert structure.budget_of_rank is not None, "checked where the structure is made"
+        rank = matching_rank(
+            module_shapes(facts), lora_rank=structure.budget_of_rank, num_blocks=blocks
+        )
+    return lambda factors: _at_most(factors, blocks, rank)
+
+
+def _fitted(factors: BlockFactors, num_blocks: int) -> BlockFactors:
+    return reshard(factors, num_blocks) if factors.num_blocks % num_blocks else factors
+
+
+def _at_most(factors: BlockFactors, num_blocks: int, rank: int) -> BlockFactors:
+    """No larger rank, and no loss where it is not needed."""
+    blocks = num_blocks if factors.num_blocks % num_blocks else factors.num_blocks
+    exact = resharded_rank(factors.rank, num_blocks=factors.num_blocks, new_num_blocks=blocks)
+    if exact <= rank:
+        return _fitted(factors, num_blocks)
+    if not factors.A.is_meta:
+        return truncate(factors, num_blocks=num_blocks, rank=rank)[0]
+    # The shapes alone: any factors of that rank have them.
+    shape = reshard(factors, num_blocks)
+    columns = rank // num_blocks if shape.blocked == "B" else rank
+    return replace(
+        shape,
+        A=shape.A.new_empty(rank, shape.A.shape[1]),
+        B=shape.B.new_empty(shape.B.shape[0], columns),
+    )
+
+
+def _cast(factors: BlockFactors, dtype: torch.dtype) -> BlockFactors:
+    return replace(factors, A=factors.A.to(dtype), B=factors.B.to(dtype))
+
+
+def _narrows(facts: Iterable[BlockFactors], dtype: torch.dtype | None) -> bool:
+    return dtype is not None and any(
+        torch.promote_types(fact.dtype, dtype) != dtype for fact in facts
+    )

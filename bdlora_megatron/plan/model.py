@@ -1,0 +1,139 @@
+"""The sizes of a Llama-family model that decide what a step costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bdlora_megatron.blocks import Blocked, ModuleShape
+from bdlora_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bdlora_megatron.convert.hf_base import HFConfig
+
+__all__ = ["PRESETS", "Linear", "ModelShape"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """One tensor-parallel layer with the projections that Megatron-Core fuses into it.
+
+    Attributes:
+        name: Megatron-Core's name.
+        in_features: Input size over all ranks.
+        out_features: Output size of each projection over all ranks.
+        blocked: Which factor of a BD-LoRA is block-diagonal: ``"B"`` beside a column-parallel
+            layer, ``"A"`` beside a row-parallel one.
+    """
+
+    name: str
+    in_features: int
+    out_features: tuple[int, ...]
+    blocked: Blocked
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """A dense, gated, grouped-query decoder.
+
+    Attributes:
+        num_layers: Decoder layers.
+        hidden_size: Width of the residual stream.
+        ffn_size: Width inside the gated MLP.
+        num_heads: Query heads.
+        num_kv_heads: Key-value heads.
+        head_dim: Width of a head.
+        vocab_size: Rows of the embedding.
+        tied: The output layer uses the embedding's weight.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool = False
+
+    @classmethod
+    def from_hf(cls, hf: HFConfig) -> ModelShape:
+        """Take the sizes from a model's ``config.json``, as ``read_hf_config`` returns it."""
+        return cls(
+            num_layers=hf.num_layers,
+            hidden_size=hf.hidden_size,
+            ffn_size=hf.ffn_size,
+            num_heads=hf.num_heads,
+            num_kv_heads=hf.num_kv_heads,
+            head_dim=hf.head_dim,
+            vocab_size=hf.vocab_size,
+            tied=hf.tied,
+        )
+
+    def linears(self) -> tuple[Linear, ...]:
+        """The four adapted layers of one decoder layer."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, ffn = self.hidden_size, self.ffn_size
+        return (
+            Linear(name="linear_qkv", in_features=hidden, out_features=(q, kv, kv), blocked="B"),
+            Linear(name="linear_proj", in_features=q, out_features=(hidden,), blocked="A"),
+            Linear(name="linear_fc1", in_features=hidden, out_features=(ffn, ffn), blocked="B"),
+            Linear(name="linear_fc2", in_features=ffn, out_features=(hidden,), blocked="A"),
+        )
+
+    def module_shapes(self) -> list[ModuleShape]:
+        """The seven projections, for ``matching_rank``."""
+        return [
+            ModuleShape(in_features=linear.in_features, out_features=out, blocked=linear.blocked)
+            for linear in self.linears()
+            for out in linear.out_features
+        ]
+
+    def num_parameters(self) -> int:
+        """Weights of all layers, embedding and output; norms and biases are left out."""
+        per_layer = sum(linear.in_features * sum(linear.out_features) for linear in self.linears())
+        tables = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return self.num_layers * per_layer + tables
+
+    def check_tp(self, tp: int) -> None:
+        """Refuse a tensor-parallel size that the layers do not divide by.
+
+        Args:
+            tp: Tensor-parallel ranks.
+
+        Raises:
+            ConfigError: With the sizes that would do.
+        """
+        if tp < 1 or self.num_kv_heads % tp or self.num_heads % tp or self.ffn_size % tp:
+            fit = [
+                size
+                for size in range(1, self.num_kv_heads + 1)
+                if not (self.num_kv_heads % size or self.num_heads % size or self.ffn_size % size)
+            ]
+            raise ConfigError(
+                f"tp={tp} does not divide {self.num_heads} heads, {self.num_kv_heads} key-value "
+                f"heads and an MLP of {self.ffn_size}; use one of {', '.join(map(str, fit))}"
+            )
+
+
+#: Sizes from the models' own config.json.
+PRESETS = {
+    "llama-3.1-8b": ModelShape(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_size=14336,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+    ),
+    "llama-3.1-70b": ModelShape(
+        num_layers=80,
+        hidden_size=8192,
+        ffn_size=28672,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+    ),
+}

@@ -1,0 +1,203 @@
+"""The answer to "which layout, what rank, how much memory, how fast" for one deployment."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bdlora_megatron.blocks import matching_rank
+from bdlora_megatron.config import Layout
+from bdlora_megatron.convert.tables import format_bytes, format_table
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.plan.hardware import Hardware
+from bdlora_megatron.plan.memory import MemoryPlan, memory_plan
+from bdlora_megatron.plan.model import ModelShape
+from bdlora_megatron.plan.predict import StepTime, predict_step
+from bdlora_megatron.plan.work import AdapterLoad, Step
+
+__all__ = ["Deployment", "LayoutPlan", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployment:
+    """What is to be served, and on what.
+
+    Attributes:
+        model: The base model's name, for the report.
+        shape: Its sizes.
+        hardware: The machine.
+        tp: Tensor-parallel ranks.
+        lora_rank: Rank of the vanilla LoRA whose quality is wanted.
+        adapters: Different adapters in one batch.
+        requests: Requests that decode at once.
+        context: Tokens of each, prompt and answer.
+        prompt: Tokens of a prompt, for the prefill step.
+    """
+
+    model: str
+    shape: ModelShape
+    hardware: Hardware
+    tp: int
+    lora_rank: int = 16
+    adapters: int = 8
+    requests: int = 8
+    context: int = 1024
+    prompt: int = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutPlan:
+    """One layout in that deployment.
+
+    Attributes:
+        layout: How ranks hold the adapters.
+        rank: Each adapter's total rank.
+        memory: Bytes on one rank.
+        decode: One step of all requests.
+        prefill: One prompt.
+    """
+
+    layout: Layout
+    rank: int
+    memory: MemoryPlan
+    decode: StepTime
+    prefill: StepTime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All layouts, and which to take.
+
+    Attributes:
+        deployment: What was asked.
+        base_decode: The decoding step without adapters.
+        base_prefill: The prefill step without adapters.
+        layouts: BD-LoRA at the LoRA's parameters, then the layouts of unconverted adapters.
+        unconverted: The faster of these, for adapters that are trained already.
+    """
+
+    deployment: Deployment
+    base_decode: StepTime
+    base_prefill: StepTime
+    layouts: tuple[LayoutPlan, ...]
+    unconverted: Layout
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON takes it; times in seconds."""
+        data = asdict(self)
+        for layout in data["layouts"]:
+            layout["layout"] = layout["layout"].value
+        return {**data, "unconverted": self.unconverted.value}
+
+    def table(self) -> str:
+        """The report for people."""
+        asked, slora = self.deployment, self._of(Layout.SLORA)
+        header = (
+            "layout",
+            "rank",
+            "adapter per rank",
+            "adapters that fit",
+            "decode ms",
+            "of it sent for adapters",
+            "prefill ms",
+            "decode vs S-LoRA",
+        )
+        rows = [
+            (
+                plan.layout.value,
+                str(plan.rank),
+                format_bytes(plan.memory.adapter),
+                f"{plan.memory.adapters_that_fit:,}",
+                f"{1e3 * plan.decode.total:.2f}",
+                f"{1e3 * plan.decode.adapter_communication:.2f}",
+                f"{1e3 * plan.prefill.total:.1f}",
+                f"{slora.decode.total / plan.decode.total:.2f}x",
+            )
+            for plan in self.layouts
+        ]
+        first = self.layouts[0].memory
+        return (
+            f"{asked.model} on {asked.tp} x {asked.hardware.name}; {asked.requests} requests of "
+            f"{asked.context} tokens, {asked.adapters} adapters in a batch\n"
+            f"each rank: weights {format_bytes(first.weights)}, cache {format_bytes(first.cache)}; "
+            f"base model alone: decode {1e3 * self.base_decode.total:.2f} ms, prefill of "
+            f"{asked.prompt} tokens {1e3 * self.base_prefill.total:.1f} ms\n\n"
+            f"{format_table(header, rows)}\n\n{self._advice()}"
+        )
+
+    def _of(self, layout: Layout) -> LayoutPlan:
+        return next(plan for plan in self.layouts if plan.layout is layout)
+
+    def _advice(self) -> str:
+        asked, blocked = self.deployment, self.layouts[0]
+        if blocked.memory.free == 0:
+            return (
+                "The base model and its cache do not leave room for adapters: use more ranks, "
+                "fewer requests or a shorter context."
+            )
+        return (
+            f"New adapters: train BD-LoRA with num_blocks={asked.tp}, rank={blocked.rank} (about "
+            f"the parameters of a LoRA of rank {asked.lora_rank}).\n"
+            f"Adapters that exist: serve them as they are in layout {self.unconverted.value}, or "
+            f"see what `bdlora convert SRC --for-tp {asked.tp}` says of theirs.\n"
+            "Times are predictions of a model, not measurements; kernels and collectives are "
+            "taken not to overlap."
+        )
+
+
+def make_plan(deployment: Deployment) -> Plan:
+    """Predict every layout of a deployment.
+
+    Args:
+        deployment: What is to be served, and on what.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: A number is not positive, or layers and ranks do not divide.
+    """
+    asked = deployment
+    _check(asked)
+    asked.shape.check_tp(asked.tp)
+    decode = Step(tokens=asked.requests, context=asked.context)
+    # A prompt's tokens see half of it on average.
+    prefill = Step(tokens=asked.prompt, context=asked.prompt // 2, reads_cache=False)
+    blocked_rank = matching_rank(
+        asked.shape.module_shapes(), lora_rank=asked.lora_rank, num_blocks=asked.tp
+    )
+    layouts = []
+    for layout in (Layout.BDLORA, Layout.HALF_SHARDED, Layout.SLORA):
+        rank = blocked_rank if layout is Layout.BDLORA else asked.lora_rank
+        many = AdapterLoad(layout=layout, rank=rank, distinct=min(asked.adapters, asked.requests))
+        one = AdapterLoad(layout=layout, rank=rank)
+        layouts.append(
+            LayoutPlan(
+                layout=layout,
+                rank=rank,
+                memory=memory_plan(
+                    asked.shape,
+                    one,
+                    asked.hardware.device,
+                    asked.tp,
+                    requests=asked.requests,
+                    context=asked.context,
+                ),
+                decode=predict_step(asked.shape, decode, asked.hardware, asked.tp, many),
+                prefill=predict_step(asked.shape, prefill, asked.hardware, asked.tp, one),
+            )
+        )
+    return Plan(
+        deployment=asked,
+        base_decode=predict_step(asked.shape, decode, asked.hardware, asked.tp),
+        base_prefill=predict_step(asked.shape, prefill, asked.hardware, asked.tp),
+        layouts=tuple(layouts),
+        unconverted=min(layouts[1:], key=lambda plan: plan.decode.total).layout,
+    )
+
+
+def _check(asked: Deployment) -> None:
+    names = ("tp", "lora_rank", "adapters", "requests", "context", "prompt")
+    wrong = [f"{name}={getattr(asked, name)}" for name in names if getattr(asked, name) < 1]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}; all must be positive")

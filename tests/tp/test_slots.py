@@ -1,0 +1,278 @@
+"""Slots of a model on several ranks: what a mixed batch computes, sends, and leaves alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from bdlora_megatron.config import Layout, LoRAConfig
+from bdlora_megatron.errors import CapacityError, ConfigError, ShapeError, TargetError
+from bdlora_megatron.layers import LoadOptions, apply_lora, load_adapter, lora_layers, remove_lora
+from bdlora_megatron.runtime import record_collectives
+from bdlora_megatron.serve import ModelSlots, SlotRoom
+from tests.harness import run_ranks
+from tests.tolerances import assert_close
+from tests.tp.models import BATCH, SEQUENCE, tokens
+from tests.tp.serving_cases import make_adapter, serving_model
+from tests.tp.session import model_parallel
+
+ADAPTERS = {
+    "vanilla": make_adapter(1, rank=3),
+    "bd4": make_adapter(2, rank=8, num_blocks=4),
+    "bd8": make_adapter(3, rank=16, num_blocks=8, modules=("q_proj", "up_proj", "down_proj")),
+    "one_layer": make_adapter(4, rank=5, layers=(1,), scale=0.7),
+}
+
+
+def logits(model):
+    with torch.no_grad():
+        return gather_from_tensor_model_parallel_region(model(**tokens()))
+
+
+def slots_of_rows(first, second):
+    return torch.tensor([first, second]).expand(SEQUENCE, BATCH).flatten()
+
+
+# --- sequence parallelism, types -------------------------------------------------------------
+
+
+def _rows(rank, world_size, sequence_parallel):
+    """Each row of a batch is what the model gives with that row's adapter in every layer."""
+    with model_parallel(world_size):
+        model = serving_model(world_size, sequence_parallel=sequence_parallel)
+        # The layers' own path is held to fp64 and to PEFT elsewhere.
+        expected = {None: logits(model)}
+        for name, adapter in ADAPTERS.items():
+            load_adapter(model, adapter, LoadOptions())
+            expected[name] = logits(model)
+        remove_lora(model)
+        slots = ModelSlots(model, SlotRoom(num_slots=5, max_rank=16))
+        slot_of = {None: -1}
+        for name, adapter in ADAPTERS.items():
+            slot_of[name] = slots.load(name, slots.share(adapter))
+        for first, second in [
+            ("vanilla", "bd4"),
+            ("bd8", None),
+            ("one_layer", "one_layer"),
+            (None, "bd4"),
+        ]:
+            with slots.serving(slots.batch(slots_of_rows(slot_of[first], slot_of[second]))):
+                made = logits(model)
+            for row, name in enumerate((first, second)):
+                assert_close(made[row], expected[name][row], f"row {row} of {first}, {second}")
+        assert torch.equal(logits(model), expected[None])
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rows_of_a_batch_run_their_own_adapters(world_size, sequence_parallel):
+    run_ranks(world_size, _rows, sequence_parallel)
+
+
+def _bfloat16(rank, world_size):
+    """Slots are no further from float32 than an adapter that is alone in its layers."""
+    with model_parallel(world_size):
+        narrow = {"params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+        wide_model, model = serving_model(world_size), serving_model(world_size, **narrow)
+        for narrow_weight, weight in zip(model.parameters(), wide_model.parameters(), strict=True):
+            weight.data.copy_(narrow_weight)
+        adapter = ADAPTERS["bd4"]
+        load_adapter(wide_model, adapter)
+        load_adapter(model, adapter)
+        wanted, alone = logits(wide_model), logits(model)
+        remove_lora(model)
+        slots = ModelSlots(model, SlotRoom(num_slots=1, max_rank=8))
+        slot = slots.load("bd4", slots.share(adapter))
+        with slots.serving(slots.batch(slots_of_rows(slot, slot))):
+            made = logits(model)
+        assert made.dtype == torch.bfloat16
+        own, others = ((got.float() - wanted).square().mean().sqrt() for got in (made, alone))
+        assert 0 < own < 1.2 * others
+
+
+def test_bfloat16_is_as_close_as_in_the_layers():
+    run_ranks(2, _bfloat16)
+
+
+# --- collectives -----------------------------------------------------------------------------
+
+
+def _record(model):
+    with torch.no_grad(), record_collectives() as log:
+        model(**tokens())
+    return log.calls
+
+
+def _count(rank, world_size, sequence_parallel):
+    with model_parallel(world_size):
+        model = serving_model(world_size, sequence_parallel=sequence_parallel)
+        base = _record(model)
+        slots = ModelSlots(model, SlotRoom(num_slots=3, max_rank=8, layouts=tuple(Layout)))
+        bd = slots.load("bd", slots.share(make_adapter(2, rank=8, num_blocks=4)))
+        vanilla = slots.load("v", slots.share(make_adapter(1, rank=3), Layout.HALF_SHARDED))
+        with slots.serving(slots.batch(slots_of_rows(bd, vanilla))):
+            mixed = _record(model)
+        slora = slots.load("s", slots.share(make_adapter(5, rank=4), Layout.SLORA))
+        with slots.serving(slots.batch(slots_of_rows(bd, slora))):
+            exchanged = _record(model)
+        slots.evict("s")
+        with slots.serving(slots.batch(slots_of_rows(bd, vanilla))):
+            after = _record(model)
+        return base, mixed, exchanged, after
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
+def test_only_the_slora_layout_communicates(sequence_parallel):
+    for base, mixed, exchanged, after in run_ranks(2, _count, sequence_parallel):
+        assert base, "the comparison would be empty if the base model communicated nothing"
+        assert mixed == base
+        assert after == base
+        for call in base:
+            exchanged.remove(call)
+        # Two layers: qkv and fc1 gather their rank, proj and fc2 sum it; float32.
+        T, layers = SEQUENCE * BATCH, 2
+        gathers = [call for call in exchanged if call.kind == "all_gather"]
+        sums = [call for call in exchanged if call.kind == "all_reduce"]
+        assert len(exchanged) == len(gathers) + len(sums) == 4 * layers
+        by_bytes = sorted(call.payload_bytes for call in gathers)
+        assert by_bytes == sorted([4 * T * slices * 8 for slices in (2, 3)] * layers)
+        assert [call.payload_bytes for call in sums] == [4 * T * 8] * 2 * layers
+
+
+# --- slots -----------------------------------------------------------------------------------
+
+
+def _memory(rank, world_size):
+    """A BD-LoRA slot holds 1 / P of an adapter; room is given in adapters or in bytes."""
+    with model_parallel(world_size):
+        bd, vanilla = make_adapter(2, rank=8, num_blocks=4), make_adapter(1, rank=8)
+        whole = sum(4 * factors.num_parameters for factors in bd.modules.values())
+        model = serving_model(world_size)
+        slots = ModelSlots(model, SlotRoom(num_slots=4, max_rank=8))
+        share = slots.share(bd)
+        blocks = 4 // world_size
+        stored = sum(
+            4 * (f.A.numel() * (blocks if f.blocked == "A" else 1) + f.B.numel())
+            if f.blocked == "A"
+            else 4 * (f.A.numel() + f.B.numel() * blocks)
+            for f in bd.modules.values()
+        )
+        assert share.num_bytes * world_size == stored
+        assert world_size < 4 or share.num_bytes * 4 == whole
+        assert share.rows == 8 // world_size
+        assert slots.share(vanilla).rows == 8
+        pools = {
+            id(pool): pool
+            for _, layer in lora_layers(model)
+            for pool in (layer.slots._own.factors[0].A, *layer.slots._own.factors[0].B)
+        }
+        assert sum(4 * pool.numel() for pool in pools.values()) == slots.memory_bytes
+        slots.detach()
+        # Rows for two vanilla adapters hold two of them, or as many BD-LoRAs as there are slots.
+        room = SlotRoom(num_slots=8, max_rank=8, memory_bytes=2 * slots.largest_bytes)
+        slots = ModelSlots(model, room)
+        assert slots.memory_bytes == room.memory_bytes
+        for name in "ab":
+            assert slots.load(name, slots.share(vanilla)) is not None
+            slots.acquire(name)
+        assert slots.load("c", slots.share(bd)) is None
+        slots.release("a")
+        for number in range(world_size):
+            assert slots.load(number, share) is not None
+            slots.acquire(number)
+        assert "b" in slots.ledger
+        assert "a" not in slots.ledger
+        assert slots.load("one more", share) is None
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_slots_hold_a_share_and_room_is_in_adapters_or_bytes(world_size):
+    run_ranks(world_size, _memory)
+
+
+def _untouched(rank, world_size):
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+        slots = ModelSlots(model, SlotRoom(num_slots=3, max_rank=8))
+        used = slots.load("used", slots.share(ADAPTERS["bd4"]))
+        slots.acquire("used")
+        batch = slots.batch(slots_of_rows(used, -1))
+        with slots.serving(batch):
+            before = logits(model)
+        for number in range(7):
+            share = slots.share(make_adapter(10 + number, rank=1 + number))
+            assert slots.load(number, share) not in (used, None)
+        with pytest.raises(CapacityError, match="in use 1 times"):
+            slots.evict("used")
+        with slots.serving(batch):
+            assert torch.equal(logits(model), before)
+        # The same batch follows what its slot holds once that is given up.
+        slots.release("used")
+        slots.evict("used")
+        with slots.serving(batch):
+            empty = logits(model)
+        assert torch.equal(empty, logits(model))
+        share = slots.share(ADAPTERS["vanilla"])
+        assert slots.load("other", share) == used
+        with slots.serving(batch):
+            assert not torch.equal(logits(model)[0], empty[0])
+
+
+def test_a_slot_in_use_is_never_touched():
+    run_ranks(2, _untouched)
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def _refuse(rank, world_size):
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+        with pytest.raises(CapacityError, match="set memory_bytes=120000 or more"):
+            ModelSlots(model, SlotRoom(max_rank=50, memory_bytes=1000))
+        assert not list(lora_layers(model)), "a refusal leaves the model as it was"
+        slots = ModelSlots(model, SlotRoom(num_slots=2, max_rank=4, target_modules=("linear_qkv",)))
+        attention = ("q_proj", "k_proj", "v_proj")
+        big = make_adapter(1, rank=6, modules=attention)
+        with pytest.raises(CapacityError, match=r"takes 6 rank rows.*set SlotRoom.max_rank=6"):
+            slots.share(big)
+        with pytest.raises(TargetError, match=r"no slots; add them to SlotRoom\.target_modules"):
+            slots.share(make_adapter(1, rank=2))
+        with pytest.raises(TargetError, match="does not have"):
+            slots.share(make_adapter(1, rank=2, modules=attention, layers=(5,)))
+        with pytest.raises(ConfigError, match=r"'slora'.*add it to SlotRoom.layouts"):
+            slots.share(big, Layout.SLORA)
+        small = make_adapter(1, rank=2, modules=attention)
+        key = next(iter(small.modules))
+        narrow = replace(small.modules[key], A=small.modules[key].A[:, :-1])
+        torn = replace(small, modules={**small.modules, key: narrow})
+        with pytest.raises(ShapeError, match=r"q_proj.*got \[4, 23\], wanted \[4, 24\]"):
+            slots.share(torn)
+        with pytest.raises(ConfigError, match="carry an adapter or slots already"):
+            ModelSlots(model)
+        with pytest.raises(ConfigError, match="serves several adapters from slots"):
+            load_adapter(model, small)
+        with (
+            slots.serving(slots.batch(torch.zeros(3, dtype=torch.int32))),
+            pytest.raises(ShapeError, match=r"wanted \[3, 24\]"),
+        ):
+            logits(model)
+        slots.detach()
+        assert not list(lora_layers(model))
+        apply_lora(model, LoRAConfig(rank=4, alpha=4, num_blocks=2))
+        with pytest.raises(ConfigError, match="carry an adapter or slots already"):
+            ModelSlots(model)
+
+
+def test_what_does_not_fit_is_refused_with_what_to_set():
+    run_ranks(2, _refuse)
+
+
+def test_settings():
+    with pytest.raises(ConfigError, match="num_slots=0"):
+        SlotRoom(num_slots=0)
+    with pytest.raises(ConfigError, match="target_modules"):
+        SlotRoom(target_modules=("linear_qkv", "q_proj"))

@@ -1,0 +1,226 @@
+"""Random schedules of registering, loading, failing, running and unloading on two ranks.
+
+Hypothesis runs on both ranks at once with the same choices, which depend on nothing but a seed; a
+rank that decided otherwise would be found by the comparison after each step. Each rank's reads wait
+at a gate until the schedule opens it, so that it is the schedule that says which rank is ahead.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from bdlora_megatron.convert import Adapter
+from bdlora_megatron.errors import AdapterLoadError, AdapterNotFoundError
+from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
+from tests.harness import run_ranks
+from tests.tp.serving_cases import make_adapter, serving_model
+from tests.tp.session import model_parallel
+
+NAMES = ("a", "b", "c", "d", "e")
+PROJ = ("o_proj",)
+SLOTS, HOST = 2, 3
+WAIT_S = 30.0
+
+
+class _HalfWay(Mapping):
+    """Modules that load on access, the last of which cannot be read."""
+
+    def __init__(self, modules):
+        self._modules = modules
+
+    def __getitem__(self, key):
+        if key == list(self._modules)[-1]:
+            raise OSError("the disk went away")
+        return self._modules[key]
+
+    def __iter__(self):
+        return iter(self._modules)
+
+    def __len__(self):
+        return len(self._modules)
+
+
+def _source(gate, here, seed, adapter_rank, trouble):
+    """Reads an adapter once its gate is open, with trouble on one rank alone."""
+
+    def read():
+        gate.wait(WAIT_S)
+        adapter = make_adapter(seed, rank=adapter_rank, modules=PROJ)
+        if not here or trouble == "none":
+            return adapter
+        if trouble == "other":
+            return make_adapter(seed, rank=adapter_rank % 4 + 1, modules=PROJ)
+        return Adapter(name=adapter.name, modules=_HalfWay(adapter.modules))
+
+    return read
+
+
+class Schedule(RuleBasedStateMachine):
+    rank: int
+    model: torch.nn.Module
+
+    def __init__(self):
+        super().__init__()
+        room = SlotRoom(
+            num_slots=SLOTS, max_rank=4, target_modules=("linear_proj",), memory_bytes=4800
+        )
+        self.slots = ModelSlots(self.model, room)
+        # A thread for every load that host memory could have under way.
+        options = StoreOptions(host_bytes=HOST * self.slots.largest_bytes, threads=4 * HOST)
+        self.store = AdapterStore(self.slots, options)
+        self.seed = 0
+        self.made = {}  # key -> (seed, rank, whether it will fail)
+        self.gates = {}
+        self.used = []  # one entry per use
+
+    def teardown(self):
+        self.open_all()
+        self.store.close()
+        self.slots.detach()
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        adapter_rank=st.integers(1, 4),
+        trouble=st.sampled_from(["none", "none", "half", "other"]),
+        on_rank=st.integers(0, 1),
+    )
+    def register(self, name, adapter_rank, trouble, on_rank):
+        self.seed += 1
+        gate = threading.Event()
+        read = _source(gate, self.rank == on_rank, self.seed, adapter_rank, trouble)
+        key = self.store.register(name, read)
+        self.gates[key] = gate
+        self.made[key] = (self.seed, adapter_rank, trouble in ("half", "other"))
+
+    @precondition(lambda self: self.store.names)
+    @rule(data=st.data())
+    def unregister(self, data):
+        self.store.unregister(data.draw(st.sampled_from(self.store.names)))
+
+    @precondition(lambda self: self.store.names)
+    @rule(data=st.data())
+    def prefetch(self, data):
+        self.store.prefetch(self.store.key(data.draw(st.sampled_from(self.store.names))))
+
+    @precondition(lambda self: self.store._loading)
+    @rule(data=st.data(), on_rank=st.integers(0, 1))
+    def read_on_one_rank(self, data, on_rank):
+        key = data.draw(st.sampled_from(self.store._loading))
+        if self.rank == on_rank:
+            self.gates[key].set()
+            self.store._entries[key].load.wait(time.monotonic() + WAIT_S)
+
+    @rule()
+    def advance(self):
+        self.store.advance()
+
+    @rule()
+    def wait_for_all(self):
+        loading = list(self.store._loading)
+        self.open_all()
+        self.store.advance(wait_s=WAIT_S)
+        assert not set(loading) & set(self.store._loading)
+
+    def open_all(self):
+        for key in self.store._loading:
+            self.gates[key].set()
+            self.store._entries[key].load.wait(time.monotonic() + WAIT_S)
+
+    @invariant()
+    def gates_close_behind_a_load(self):
+        for key in set(self.gates) - set(self.store._loading):
+            self.gates[key].clear()
+
+    @precondition(lambda self: self.made)
+    @rule(data=st.data())
+    def acquire(self, data):
+        key = data.draw(st.sampled_from(sorted(self.made)))
+        if key.name not in self.store.names or self.store.key(key.name) != key:
+            with pytest.raises(AdapterNotFoundError):
+                self.store.acquire(key)
+        elif self.store.error(key):
+            assert self.made[key][2], "an adapter that can be read was loaded"
+            with pytest.raises(AdapterLoadError, match="rank"):
+                self.store.acquire(key)
+        elif self.store.acquire(key) is not None:
+            assert not self.made[key][2], "an adapter that cannot be read was not"
+            self.used.append(key)
+
+    @precondition(lambda self: self.used)
+    @rule(data=st.data())
+    def release(self, data):
+        place = data.draw(st.integers(0, len(self.used) - 1))
+        self.store.release(self.used.pop(place))
+
+    @invariant()
+    def ranks_decide_alike(self):
+        store = self.store
+        state = (
+            [(k, self.slots.ledger.slot(k), *self.slots.ledger.rows_of(k)) for k in self.keys()],
+            [(k, size, held is None) for k, (size, held) in store._host._entries.items()],
+            store.host_bytes_used,
+            store._loading,
+            store._waiting,
+            [(k, e.error, e.due, e.waiting, e.load is None) for k, e in store._entries.items()],
+            store.stats,
+        )
+        every = [None, None]
+        torch.distributed.all_gather_object(every, state)
+        assert every[0] == every[1]
+        assert store.host_bytes_used <= store.options.host_bytes
+
+    def keys(self):
+        return self.slots.ledger.keys
+
+    @invariant()
+    def slots_in_use_hold_their_adapters(self):
+        for key in set(self.used):
+            assert self.store.uses(key) == self.used.count(key)
+            seed, adapter_rank, _ = self.made[key]
+            share = self.slots.share(make_adapter(seed, rank=adapter_rank, modules=PROJ))
+            slot = self.slots.ledger.slot(key)
+            for name, part in share.layers.items():
+                factors = self.slots._layers[name]._own.factors[0]
+                assert torch.equal(factors.a(slot, 0), part.A)
+                assert torch.equal(factors.b(slot, 0), part.B[0])
+
+    @invariant()
+    def what_is_not_registered_is_gone(self):
+        for key in self.keys():
+            assert key in self.store._entries
+        for key, entry in self.store._entries.items():
+            assert entry.current or self.store.uses(key) or entry.load is not None
+
+
+def _schedules(rank, world_size):
+    with model_parallel(world_size):
+        Schedule.rank, Schedule.model = rank, serving_model(world_size)
+        run_state_machine_as_test(
+            Schedule,
+            settings=settings(
+                max_examples=20,
+                stateful_step_count=30,
+                derandomize=True,
+                database=None,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+
+def test_ranks_decide_alike_whatever_happens_on_one_of_them():
+    run_ranks(2, _schedules)
