@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import multiprocessing
 import os
 import sys
 from dataclasses import fields
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.errors import ConfigError, MissingDependencyError
+from bdlora_megatron.serve import torchrun
+from bdlora_megatron.serve.logs import configure_logging
 from bdlora_megatron.serve.settings import ServeSettings, check_adapter_name
 
 __all__ = ["add_parser", "run", "settings_of"]
@@ -112,11 +115,19 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status.
     """
     settings = settings_of(arguments)
-    from bdlora_megatron.serve.logs import configure_logging
+    rank = torchrun.rank_of(os.environ)
+    configure_logging(rank=rank or None)
+    if rank is not None:
+        settings = torchrun.settings_for(settings, os.environ)
+    if rank:
+        ours, theirs = multiprocessing.Pipe()
+        status = torchrun.serve_rank(settings, rank, theirs)
+        # An end that was dropped earlier would tell the rank that its front has gone.
+        ours.close()
+        return status
     from bdlora_megatron.serve.server import Server
 
-    configure_logging()
-    server = Server(settings)
+    server = Server(settings) if rank is None else Server(settings, torchrun.OwnRank)
     print(f"bdlora: listening on http://{settings.host}:{server.port}", file=sys.stderr)  # noqa: T201
     return server.run()
 

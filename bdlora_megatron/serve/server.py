@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 
@@ -19,6 +19,7 @@ from bdlora_megatron.serve.front.state import Front
 from bdlora_megatron.serve.front.text import Tokenizer
 from bdlora_megatron.serve.ranks import Ranks
 from bdlora_megatron.serve.settings import ServeSettings
+from bdlora_megatron.serve.torchrun import OwnRank
 
 __all__ = ["Server"]
 
@@ -31,19 +32,24 @@ _LOOK_S = 0.1
 class Server:
     """Starts the ranks, answers HTTP, and ends both together."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(
+        self,
+        settings: ServeSettings,
+        start_ranks: Callable[[ServeSettings], Ranks | OwnRank] = Ranks,
+    ) -> None:
         """Read the tokenizer and take the port; nothing is started yet.
 
         Args:
             settings: All of them.
+            start_ranks: Starts the ranks.
 
         Raises:
             ConfigError: The model's folder has no tokenizer, or the port is taken.
         """
         self.settings = settings
         self.front = Front(settings, Tokenizer(settings.model))
-        self._ranks: Ranks | None = None
-        self._ended = asyncio.Event()
+        self._start_ranks = start_ranks
+        self._ranks: Ranks | OwnRank | None = None
         self._stopping = asyncio.Event()
         self._status = 0
         self._socket = socket.socket(
@@ -136,8 +142,8 @@ class Server:
                 logger.critical("a rank has died", extra={"dead": ranks.dead})
 
     @asynccontextmanager
-    async def _running_ranks(self) -> AsyncIterator[Ranks]:
-        self._ranks = ranks = await asyncio.to_thread(Ranks, self._with_adapters())
+    async def _running_ranks(self) -> AsyncIterator[Ranks | OwnRank]:
+        self._ranks = ranks = await asyncio.to_thread(self._start_ranks, self._with_adapters())
         self.front.client.attach(ranks.link)
         try:
             yield ranks

@@ -25,10 +25,17 @@ class RunningServer:
     ``stop`` and the end of a ``with`` block leave no process behind, whatever has happened.
     """
 
-    def __init__(self, folder: Path, log: Path, *arguments: str, start_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        log: Path,
+        *arguments: str,
+        launcher: tuple[str, ...] = (),
+        start_s: float = 120.0,
+    ) -> None:
         self.folder = folder
         self.log = log
-        command = [sys.executable, "-m", "bdlora_megatron", "serve"]
+        command = [sys.executable, "-m", *launcher, "bdlora_megatron", "serve"]
         command += ["--model", str(folder / "model")]
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(

@@ -18,9 +18,11 @@ from tests.serve.servers import RunningServer
 LONG = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 
 
-def start(folder, log, *more, tp="2"):
+def start(folder, log, *more, tp="2", **options):
     names = [f"{name}={folder / 'adapters' / name}" for name in models.ADAPTERS]
-    return RunningServer(folder, log, "--tp", tp, "--adapters", *names, "--set", *SIZES, *more)
+    return RunningServer(
+        folder, log, "--tp", tp, "--adapters", *names, "--set", *SIZES, *more, **options
+    )
 
 
 def stream(server, model):
@@ -95,6 +97,19 @@ def test_ranks_start_again_if_that_is_asked_for_and_none_survives_its_front(fold
         server.process.kill()
         server.process.wait()
         assert server.wait_gone(10) == []
+
+
+def test_torchrun_starts_the_ranks_too(folder, tmp_path, server):
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    body = {"model": "blocks", "prompt": "hello", "max_tokens": 9, "temperature": 0}
+    expected = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    with start(folder, tmp_path / "log", tp="1", launcher=launcher) as other:
+        answer = httpx.post(f"{other.url}/v1/completions", json=body, timeout=60).json()
+        assert answer["choices"] == expected["choices"]
+        other.process.send_signal(signal.SIGTERM)
+        other.process.wait(60)
+        assert other.wait_gone(10) == []
+        assert '"message": "ended", "status": 0' in other.log.read_text()
 
 
 @pytest.mark.parametrize(

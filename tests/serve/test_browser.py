@@ -1,0 +1,67 @@
+"""The status page in headless Chromium, by keyboard alone.
+
+BDLORA_SCREENSHOT=docs/status.png puts a picture of it there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+_CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="no chromium on the PATH")
+
+
+@pytest.fixture
+def page(server):
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 1000})
+        errors = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text))
+        page.goto(server.url)
+        yield page
+        browser.close()
+    # Favicons are asked for by the browser, not by the page.
+    assert [error for error in errors if "favicon" not in error and "404" not in error] == []
+
+
+def test_a_prompt_is_sent_by_keyboard_and_its_answer_streams(page, server):
+    page.wait_for_function("document.getElementById('model').options.length == 4")
+    assert page.text_content("#state") == "ready"
+    before = server.metric('bdlora_requests_total{model="model",status="ok"}')
+    order = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        if order[-1] == "prompt":
+            page.keyboard.press("Control+A")
+            page.keyboard.type("hello")
+        if order[-1] == "most":
+            page.keyboard.press("Control+A")
+            page.keyboard.type("20")
+        if order[-1] == "BUTTON":
+            page.keyboard.press("Enter")
+            break
+    assert order == ["model", "prompt", "most", "key", "BUTTON"]
+    page.wait_for_function("document.getElementById('answer').textContent.length > 0")
+    page.wait_for_function("document.getElementById('stop').disabled")
+    assert "Error" not in page.text_content("#answer")
+    assert server.metric('bdlora_requests_total{model="model",status="ok"}') == before + 1
+    # The plots get their second point with the second refresh.
+    page.wait_for_function("document.getElementById('rate').getAttribute('points')")
+    target = os.environ.get("BDLORA_SCREENSHOT")
+    if target:
+        page.wait_for_timeout(6000)
+        page.screenshot(path=target)
+
+
+def test_errors_are_shown(page):
+    page.wait_for_function("document.getElementById('model').options.length == 4")
+    page.fill("#most", "9999")
+    page.click("#try button")
+    page.wait_for_function("document.getElementById('answer').textContent.includes('256')")
