@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Mapping
@@ -73,6 +74,10 @@ def serve_rank(settings: ServeSettings, rank: int, link: Connection) -> int:
 
     from bdlora_megatron.serve.engine.rank import run_rank
 
+    if rank:
+        # torchrun passes SIGTERM on to all ranks; rank 0 drains, and tells the others when to end.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
     gpu = torch.cuda.is_available() and not settings.cpu
     try:
         if gpu:

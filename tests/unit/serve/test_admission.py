@@ -212,3 +212,29 @@ def test_a_request_that_is_taken_back_closes_nothing():
 def test_settings_are_checked():
     with pytest.raises(ConfigError, match="patience=0"):
         Admission(patience=0)
+
+
+def test_a_slot_that_was_cleared_waits_for_the_adapter_it_was_cleared_for():
+    """The one that waits is being loaded again just then; another must not slip in."""
+
+    class Reloading(Slots):
+        loading = True
+
+        def take(self, adapter):
+            if adapter == "rare" and self.loading and not self.uses["busy"]:
+                return Take.LOADING
+            return super().take(adapter)
+
+    admission, slots = Admission(patience=2), Reloading(1)
+    admission.add(0, "busy")
+    admission.admit(9, slots)
+    admission.add(1, "rare")
+    for _ in range(3):
+        admission.admit(9, slots)
+    assert admission.closed == {"busy"}
+    admission.add(2, "young")
+    admission.finished("busy")
+    slots.release("busy")
+    assert admission.admit(9, slots) == []
+    slots.loading = False
+    assert admission.admit(9, slots) == [Admitted(1, "rare")]
