@@ -58,6 +58,8 @@ class Server:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((settings.host, settings.port))
+            # Who connects from now on waits for the front instead of being refused.
+            self._socket.listen(2048)
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on {settings.host}:{settings.port}: {error}; choose another port"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -37,7 +38,7 @@ def base(server):
 
 
 def test_a_prompt_is_sent_by_keyboard_and_its_answer_streams(page, server):
-    page.wait_for_function("document.getElementById('model').options.length == 4")
+    playwright.expect(page.locator("#model option")).to_have_count(4)
     assert page.text_content("#state") == "ready"
     before = base(server)
     order = []
@@ -54,14 +55,14 @@ def test_a_prompt_is_sent_by_keyboard_and_its_answer_streams(page, server):
             page.keyboard.press("Enter")
             break
     assert order == ["model", "prompt", "most", "key", "BUTTON"]
-    page.wait_for_function("document.getElementById('answer').textContent.length > 0")
-    page.wait_for_function("document.getElementById('stop').disabled")
+    playwright.expect(page.locator("#answer")).not_to_be_empty()
+    playwright.expect(page.locator("#stop")).to_be_disabled(timeout=30_000)
     assert "Error" not in page.text_content("#answer")
     after = base(server)
     assert after["requests"] == before["requests"] + 1
     assert 1 <= after["tokens"] - before["tokens"] <= 20
     # The plots get their second point with the second refresh.
-    page.wait_for_function("document.getElementById('rate').getAttribute('points')")
+    playwright.expect(page.locator("#rate")).to_have_attribute("points", re.compile(r"\d"))
     target = os.environ.get("BDLORA_SCREENSHOT")
     if target:
         page.wait_for_timeout(6000)
@@ -69,7 +70,7 @@ def test_a_prompt_is_sent_by_keyboard_and_its_answer_streams(page, server):
 
 
 def test_errors_are_shown(page):
-    page.wait_for_function("document.getElementById('model').options.length == 4")
+    playwright.expect(page.locator("#model option")).to_have_count(4)
     page.fill("#most", "9999")
     page.click("#try button")
-    page.wait_for_function("document.getElementById('answer').textContent.includes('256')")
+    playwright.expect(page.locator("#answer")).to_contain_text("256")
