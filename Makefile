@@ -49,7 +49,7 @@ clean: ## remove the environment, the demo's files and every cache
 
 .venv/installed.stamp: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) install -c constraints-dev.txt -e '.[dev,demo,docs]'
+	$(PIP) install -c constraints-dev.txt -e '.[dev,demo,docs,serve]'
 	touch $@
 
 .venv/demo-data.stamp: .venv/installed.stamp Makefile

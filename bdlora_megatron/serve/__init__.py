@@ -1,15 +1,22 @@
 """Serving many adapters from one base model.
 
 `ModelSlots` gives a model room for adapters that one batch can mix; `AdapterStore` brings them
-there from disk. `SlotLedger` and `HostCache` are the bookkeeping of both, plain Python.
+there from disk. `SlotLedger` and `HostCache` are the bookkeeping of both, plain Python. `engine`
+runs requests with them on each rank, `front` answers HTTP, and `bdlora serve` starts both.
 """
 
-from bdlora_megatron.serve.host_cache import HostCache
-from bdlora_megatron.serve.ledger import Placement, SlotLedger
-from bdlora_megatron.serve.room import AdapterShare, SlotRoom
-from bdlora_megatron.serve.slots import ModelSlots
-from bdlora_megatron.serve.store import AdapterStore
-from bdlora_megatron.serve.store_types import AdapterKey, StoreOptions, StoreStats
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bdlora_megatron.serve.host_cache import HostCache
+    from bdlora_megatron.serve.ledger import Placement, SlotLedger
+    from bdlora_megatron.serve.room import AdapterShare, SlotRoom
+    from bdlora_megatron.serve.slots import ModelSlots
+    from bdlora_megatron.serve.store import AdapterStore
+    from bdlora_megatron.serve.store_types import AdapterKey, StoreOptions, StoreStats
 
 __all__ = [
     "AdapterKey",
@@ -23,3 +30,20 @@ __all__ = [
     "StoreOptions",
     "StoreStats",
 ]
+
+_HOMES = {
+    "host_cache": ("HostCache",),
+    "ledger": ("Placement", "SlotLedger"),
+    "room": ("AdapterShare", "SlotRoom"),
+    "slots": ("ModelSlots",),
+    "store": ("AdapterStore",),
+    "store_types": ("AdapterKey", "StoreOptions", "StoreStats"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the front and the command line need neither torch nor Megatron-Core.
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,158 @@
+"""Megatron-Core's dynamic context, which also knows the adapter slot of every request.
+
+The context keeps the running requests in rows: paused ones first, then active ones. It moves rows
+as requests come and go, and moves what is in ``request_metadata`` with them; that is where the
+slot of each request stands, so that one gather tells the slot of each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from torch import Tensor
+
+__all__ = ["AdapterContext", "UnpaddedContext"]
+
+_SLOT = "adapter_slot"
+
+
+class AdapterContext(DynamicInferenceContext):
+    """A dynamic context whose requests have adapters.
+
+    Attributes:
+        slot_of: Gives the slot of a request that is about to run; -1 for the base model. The slot
+            stays the request's until it is finished or taken out.
+    """
+
+    active_token_count: int
+    chunked_prefill_request_id: int
+    paused_request_count: int
+    paused_tokens: Any
+    total_request_count: int
+
+    def __init__(self, *, slot_of: Callable[[int], int], **settings: Any) -> None:
+        """Allocate the cache.
+
+        Args:
+            slot_of: See above.
+            **settings: As for ``DynamicInferenceContext``.
+        """
+        self.slot_of = slot_of
+        super().__init__(**settings)
+
+    def allocate_all_tensors(self, *, is_init: bool) -> None:
+        """Allocate Megatron's tensors and one more column of request metadata."""
+        super().allocate_all_tensors(is_init=is_init)
+        # Not among request_metadata_types: those are read from sampling parameters, which do not
+        # survive the eviction of a request.
+        if _SLOT not in self.request_metadata:
+            self.request_metadata[_SLOT] = torch.full_like(self.request_ids, -1)
+
+    def add_request(self, req: Any, chunk_length: int | None = None) -> None:
+        """Add a request, or the next chunk of its prompt, with its adapter's slot."""
+        super().add_request(req, chunk_length)
+        row = self.total_request_count - 1
+        self.request_metadata[_SLOT][row] = self.slot_of(req.request_id)
+
+    def token_slots(self) -> Tensor:
+        """The slot of each token of the coming step, int32, with -1 for padding."""
+        slots = torch.full_like(self.token_to_request_idx[: self.padded_active_token_count], -1)
+        active = self.active_token_count
+        rows = self.token_to_request_idx[:active]
+        slots[:active] = self.request_metadata[_SLOT][rows].long()
+        return slots.int()
+
+    @property
+    def active_ids(self) -> list[int]:
+        """The requests of the coming step, or of the step just run, in the order of its rows."""
+        ids: list[int] = self.request_ids[
+            self.paused_request_count : self.total_request_count
+        ].tolist()
+        return ids
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks of the cache that requests hold."""
+        return int(self.block_allocator.get_total_used())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache in all."""
+        return int(self.block_allocator.total_count) - 1
+
+    def remove_requests(self, request_ids: Collection[int]) -> list[int]:
+        """Take requests out between two steps and free their blocks at once.
+
+        Args:
+            request_ids: Which; those that have no row are passed over.
+
+        Returns:
+            Paused requests that had to go with them, in the order in which to start them again:
+            with no active request beside them, Megatron's engine would never wake them.
+        """
+        count, paused = self.total_request_count, self.paused_request_count
+        ids = self.request_ids[:count].tolist()
+        gone = [request_id in request_ids for request_id in ids]
+        if not any(gone):
+            return []
+        stranded = (
+            [] if not all(gone[paused:]) else [i for i in ids[:paused] if i not in request_ids]
+        )
+        self._drop_rows([leaves or ids[row] in stranded for row, leaves in enumerate(gone)])
+        if self.chunked_prefill_request_id in request_ids:
+            self.chunked_prefill_request_id = -1
+            self.has_explicit_chunked_prefill_req = False
+        return stranded
+
+    def _drop_rows(self, gone: list[bool]) -> None:
+        count, paused = self.total_request_count, self.paused_request_count
+        mask = torch.tensor(gone, device=self.request_ids.device)
+        self.release_memory_blocks_from_request_indexes(mask.nonzero()[:, 0])
+        keep = (~mask).nonzero()[:, 0]
+        for column in self._request_columns():
+            column[: len(keep)] = column[keep]
+        self.request_to_kv_block_ids[len(keep) : count] = -1
+        kept_paused = paused - sum(gone[:paused])
+        if kept_paused:
+            self.paused_tokens = self.paused_tokens[keep[:kept_paused]]
+        # Between steps each active request has one token, at its row's place.
+        tokens = keep[kept_paused:] - paused
+        for column in self._token_columns():
+            column[: len(tokens)] = column[tokens]
+        self.paused_request_count, self.total_request_count = kept_paused, len(keep)
+        self.active_token_count = len(tokens)
+        self.token_to_request_idx[: len(tokens)] = torch.arange(
+            kept_paused, len(keep), device=keep.device
+        )
+
+    def _request_columns(self) -> list[Tensor]:
+        return [
+            self.request_ids,
+            self.request_query_lengths,
+            self.request_output_lengths,
+            self.request_kv_length_offsets,
+            self.request_kv_block_counts,
+            self.request_last_kv_block_id,
+            self.request_last_kv_block_offset,
+            self.request_to_kv_block_ids,
+            *self.request_metadata.values(),
+        ]
+
+    def _token_columns(self) -> list[Tensor]:
+        return [
+            self.token_to_input_ids,
+            self.token_to_pos_ids,
+            self.token_to_block_idx,
+            self.token_to_position_in_request,
+            self.token_to_local_position_within_kv_block,
+        ]
+
+
+class UnpaddedContext(AdapterContext):
+    """For CPUs, where padding a step to whole tiles costs time and saves none."""
+
+    TOKEN_ROUNDER = 1
+    REQUEST_ROUNDER = 1

@@ -1,0 +1,89 @@
+"""What the dynamic engine calls to run the model and to choose tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+    GPTInferenceWrapper,
+)
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+    TextGenerationController,
+)
+from torch import Tensor
+
+from bdlora_megatron.serve.engine.sampling import Sampler
+from bdlora_megatron.serve.messages import Choice
+from bdlora_megatron.serve.slots import ModelSlots
+
+__all__ = ["AdapterController", "AdapterGPT"]
+
+
+class AdapterGPT(GPTInferenceWrapper):
+    """Tells all layers, once per step, which slot each token uses."""
+
+    def __init__(self, *args: Any, slots: ModelSlots | None, **kwargs: Any) -> None:
+        """Wrap a model.
+
+        Args:
+            *args: As for ``GPTInferenceWrapper``.
+            slots: The model's slots; None serves the base model alone.
+            **kwargs: As for ``GPTInferenceWrapper``.
+        """
+        super().__init__(*args, **kwargs)
+        self.slots = slots
+
+    def _forward(self, inference_input: dict[str, Any]) -> Tensor:
+        if self.slots is not None:
+            self.slots.set_batch(self.slots.batch(self.inference_context.token_slots()))
+        logits: Tensor = super()._forward(inference_input)
+        return logits
+
+
+class _NoText:
+    """Text is the front's matter; here there are tokens only."""
+
+    bos = None
+    eod = -1
+
+    def detokenize(self, tokens: Any) -> str:
+        del tokens
+        return ""
+
+
+class AdapterController(TextGenerationController):
+    """Chooses each request's token from a random stream of its own.
+
+    Attributes:
+        choices: What the last step chose, by request; without a prompt not yet read to its end.
+    """
+
+    choices: dict[int, Choice]
+
+    def __init__(self, wrapped_model: AdapterGPT, sampler: Sampler) -> None:
+        """Take over a wrapped model.
+
+        Args:
+            wrapped_model: The model.
+            sampler: The requests' settings and streams.
+        """
+        super().__init__(wrapped_model, _NoText())
+        self.sampler = sampler
+        self.choices = {}
+
+    def _dynamic_step_sample_logits(self, logits: Tensor) -> None:
+        context = self.inference_wrapped_model.inference_context
+        rows = logits.squeeze(0)
+        if not context.materialize_only_last_token_logits:
+            rows = context.last_token_logits(logits)
+        ids, unfinished = context.active_ids, context.chunked_prefill_request_id
+        chosen = self.sampler.choose(rows, ids, idle=unfinished)
+        self._sampled_tokens_cuda[: len(ids)] = torch.tensor(
+            [choice.token for choice in chosen], device=logits.device
+        )
+        self.choices = {
+            request_id: choice
+            for request_id, choice in zip(ids, chosen, strict=True)
+            if request_id != unfinished
+        }

@@ -1,0 +1,153 @@
+"""Loading and unloading adapters while the engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bdlora_megatron.config import Layout
+from bdlora_megatron.convert import Adapter
+from bdlora_megatron.convert.formats import read_adapter
+from bdlora_megatron.errors import AdapterFormatError, BDLoRAError
+from bdlora_megatron.serve.engine.engine import ServingEngine
+from bdlora_megatron.serve.files import Fingerprint, fingerprint
+from bdlora_megatron.serve.messages import Answer, Load, Unload
+from bdlora_megatron.serve.store import AdapterStore
+from bdlora_megatron.serve.store_types import AdapterKey
+
+__all__ = ["AdapterDesk"]
+
+Source = Callable[[], Adapter]
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    source: Source
+    layout: Layout
+
+
+class AdapterDesk:
+    """Carries out ``Load`` and ``Unload``; the same on every rank.
+
+    Collectives: none of its own; what is loading is agreed on by ``AdapterStore.advance``.
+    """
+
+    def __init__(self, engine: ServingEngine, store: AdapterStore) -> None:
+        """Start with what the store has.
+
+        Args:
+            engine: Tells which adapters are used.
+            store: Holds them.
+        """
+        self._engine = engine
+        self._store = store
+        self._held: dict[str, _Held] = {}
+        # Whose load is awaited: ticket, version, and what the name stood for before.
+        self._loading: dict[str, tuple[int, AdapterKey, _Held | None]] = {}
+        self._leaving: dict[str, int] = {}
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an answer is still owed."""
+        return bool(self._loading or self._leaving)
+
+    def load(self, command: Load) -> Answer | None:
+        """Register an adapter, and begin to load it where the command waits for that.
+
+        Args:
+            command: What to load.
+
+        Returns:
+            The answer, if it is known at once; else ``settle`` gives it.
+        """
+        name = command.name
+        if name in self._loading or name in self._leaving:
+            return Answer(
+                command.ticket, f"adapter {name!r} is being loaded or unloaded; try later"
+            )
+        try:
+            held = _Held(_source(Path(command.path), name), Layout(command.layout))
+            key = self._store.register(name, held.source, layout=held.layout)
+        except (BDLoRAError, OSError, ValueError) as error:
+            return Answer(command.ticket, str(error))
+        before = self._held.get(name)
+        self._held[name] = held
+        if not command.wait:
+            return Answer(command.ticket)
+        self._store.prefetch(key)
+        self._loading[name] = (command.ticket, key, before)
+        return None
+
+    def unload(self, command: Unload) -> Answer | None:
+        """Let an adapter go as soon as no request of it waits or runs.
+
+        Args:
+            command: Which.
+
+        Returns:
+            As for ``load``.
+        """
+        name = command.name
+        if name not in self._held:
+            return Answer(command.ticket, f"no adapter is called {name!r}")
+        if name in self._loading or name in self._leaving:
+            return Answer(
+                command.ticket, f"adapter {name!r} is being loaded or unloaded; try later"
+            )
+        self._leaving[name] = command.ticket
+        return None
+
+    def settle(self) -> list[Answer]:
+        """What has become of loads and unloads since the last step."""
+        return [*self._settle_loads(), *self._settle_leaving()]
+
+    def _settle_loads(self) -> list[Answer]:
+        answers = []
+        for name, (ticket, key, before) in list(self._loading.items()):
+            if self._store.is_loading(key):
+                continue
+            error = self._store.error(key)
+            del self._loading[name]
+            if error is not None:
+                self._put_back(name, before)
+            answers.append(Answer(ticket, error))
+        return answers
+
+    def _put_back(self, name: str, before: _Held | None) -> None:
+        """After a load that failed, let the name stand for what it stood for."""
+        if before is None:
+            del self._held[name]
+            self._store.unregister(name)
+        else:
+            self._held[name] = before
+            self._store.register(name, before.source, layout=before.layout)
+
+    def _settle_leaving(self) -> list[Answer]:
+        answers = []
+        for name, ticket in list(self._leaving.items()):
+            if not self._engine.uses(name):
+                del self._leaving[name]
+                del self._held[name]
+                self._store.unregister(name)
+                answers.append(Answer(ticket))
+        return answers
+
+
+def _source(folder: Path, name: str) -> Source:
+    """A reader of a folder that refuses it once its files have changed.
+
+    A version is read again whenever it comes back from disk, and all of its requests must get the
+    same weights.
+    """
+    return partial(_read, folder, name, fingerprint(folder))
+
+
+def _read(folder: Path, name: str, wanted: Fingerprint) -> Adapter:
+    if fingerprint(folder) != wanted:
+        raise AdapterFormatError(
+            f"the files of adapter {name!r} have changed since it was loaded; load it again to "
+            "serve the new version"
+        )
+    return read_adapter(folder)

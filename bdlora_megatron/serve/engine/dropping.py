@@ -1,0 +1,78 @@
+"""Megatron-Core's dynamic engine, with the ends and the drops that it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+from torch import Tensor
+
+__all__ = ["DroppingEngine"]
+
+
+class DroppingEngine(DynamicInferenceEngine):
+    """Ends requests at any of several tokens, and drops them between steps.
+
+    Attributes:
+        finished: Requests that ended in the last step.
+    """
+
+    finished: frozenset[int] = frozenset()
+
+    def drop(self, request_ids: Collection[int]) -> None:
+        """Forget requests and free their cache at once.
+
+        Args:
+            request_ids: Requests that were added and have not ended.
+        """
+        self._take_out(request_ids)
+        for request_id in request_ids:
+            if request_id in self.waiting_request_ids:
+                self.waiting_request_ids.remove(request_id)
+            self.requests.pop(request_id).future.cancel()
+
+    def schedule_waiting_requests(self) -> None:
+        """Choose what the coming step runs, as Megatron-Core does.
+
+        A prompt that is read in chunks has a row between two of them, and a token that is
+        overwritten by the next chunk. Where the next chunk finds no room, Megatron-Core 0.16.1
+        runs that token, which overwrites keys and values of the prompt. Such a prompt gives its
+        cache back instead, and is read from the start when there is room.
+        """
+        unfinished = self.context.chunked_prefill_request_id
+        request = None if unfinished == -1 else self.get_request(unfinished)
+        read = None if request is None else request.finished_chunk_token_count
+        super().schedule_waiting_requests()
+        if request is None or self.context.chunked_prefill_request_id != unfinished:
+            return
+        if request.finished_chunk_token_count == read:
+            self._take_out({unfinished})
+            request.finished_chunk_token_count = 0
+            request.remaining_prompt_tokens = request.prompt_tokens.clone()
+            self.evicted_request_count += 1
+
+    def post_process_requests(
+        self, request_ids: Tensor, finished_request_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Note which requests have ended, then go on as Megatron-Core does."""
+        self.finished = frozenset(finished_request_ids.tolist())
+        return super().post_process_requests(request_ids, finished_request_ids, *args, **kwargs)
+
+    def _take_out(self, request_ids: Collection[int]) -> None:
+        """Remove rows; requests that would then never wake up are started again."""
+        stranded = self.context.remove_requests(request_ids)
+        for request_id in stranded:
+            self.requests[request_id].record.checkpoint()
+        self.evicted_request_count += len(stranded)
+        self.waiting_request_ids.extendleft(reversed(stranded))
+
+    def _get_and_clear_stop_word_finished_ids(self, active_request_ids: list[int]) -> set[int]:
+        # Asked between choosing the tokens and freeing the rows of those that have ended.
+        choices, sampler = self.controller.choices, self.controller.sampler
+        return {
+            request_id
+            for request_id in active_request_ids
+            if request_id in choices
+            and choices[request_id].token in sampler.of(request_id).stop_ids
+        }

@@ -1,0 +1,318 @@
+"""Megatron-Core's dynamic engine, one step at a time, with an adapter for every request.
+
+Megatron-Core batches, schedules prompts in chunks, and keeps the cache. Added are the adapters:
+requests wait here until theirs is in a slot, keep the slot while they run, and give it back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
+    InferenceWrapperConfig,
+)
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.models.gpt import GPTModel
+
+from bdlora_megatron.errors import CapacityError, ConfigError
+from bdlora_megatron.runtime import cpu_is_enabled
+from bdlora_megatron.serve.engine.admission import Admission, Admitted, Refused, Take
+from bdlora_megatron.serve.engine.context import AdapterContext, UnpaddedContext
+from bdlora_megatron.serve.engine.controller import AdapterController, AdapterGPT
+from bdlora_megatron.serve.engine.dropping import DroppingEngine
+from bdlora_megatron.serve.engine.sampling import Sampler
+from bdlora_megatron.serve.messages import Failed, FinishReason, Snapshot, Submit, Token
+from bdlora_megatron.serve.store import AdapterStore
+from bdlora_megatron.serve.store_types import AdapterKey
+
+__all__ = ["EngineOptions", "ServingEngine"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How much the engine does at once."""
+
+    max_requests: int = 64
+    """Requests that run at once, at most."""
+
+    max_tokens: int = 2048
+    """Tokens of one step, at most; longer prompts are read in chunks."""
+
+    max_length: int = 4096
+    """The longest prompt and answer together."""
+
+    cache_bytes: int = 2**30
+    """Memory of the key-value cache on one rank."""
+
+    block_tokens: int = 256
+    """Positions of a block of the cache; flash-attention wants a multiple of 256."""
+
+    patience: int = 64
+    """Steps that a request waits before it closes an adapter to get its slot."""
+
+    per_adapter: int | None = None
+    """Requests of one adapter that run at once, at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_requests", "max_tokens", "max_length", "cache_bytes", "block_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; wanted at least 1")
+        if self.max_tokens < self.max_requests:
+            raise ConfigError(
+                f"max_tokens={self.max_tokens} is less than max_requests={self.max_requests}: a "
+                f"step has a token of every request; set max_tokens={self.max_requests} or more"
+            )
+
+
+class ServingEngine:
+    """Requests in, tokens out, one step at a time.
+
+    Every rank makes the same calls in the same order. Then all ranks schedule alike and choose the
+    same tokens.
+
+    Collectives: those of the model's forward pass, and in ``step`` those of
+    ``AdapterStore.advance``.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        store: AdapterStore | None = None,
+        options: EngineOptions | None = None,
+    ) -> None:
+        """Allocate the cache around a model.
+
+        Args:
+            model: In its place on the device; it is put into evaluation mode.
+            store: The adapters; None serves the base model alone.
+            options: Sizes.
+
+        Raises:
+            CapacityError: ``cache_bytes`` does not hold one request of ``max_length``.
+        """
+        self.options = options or EngineOptions()
+        self.store = store
+        self.admission = Admission(
+            patience=self.options.patience,
+            lookahead=1 if store is None else store.slots.num_slots,
+            per_adapter=self.options.per_adapter,
+        )
+        self._sampler = Sampler()
+        self._waiting: dict[int, Submit] = {}
+        # The version that each running request holds; None for the base model.
+        self._running: dict[int, AdapterKey | None] = {}
+        self._context = _context(model, self.options, self._slot_of)
+        config = InferenceWrapperConfig(
+            hidden_size=model.config.hidden_size,
+            params_dtype=model.config.params_dtype,
+            inference_batch_times_seqlen_threshold=-1,
+            padded_vocab_size=model.vocab_size,
+        )
+        slots = None if store is None else store.slots
+        wrapped = AdapterGPT(model, config, self._context, slots=slots)
+        wrapped.prep_model_for_inference()
+        self._controller = AdapterController(wrapped, self._sampler)
+        self._engine = DroppingEngine(self._controller, self._context, random_seed=0)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids end below this."""
+        return int(self._controller.inference_wrapped_model.model.vocab_size)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._waiting or self._running)
+
+    def submit(self, request: Submit) -> None:
+        """Take a request into the queue.
+
+        Args:
+            request: The request.
+
+        Raises:
+            CapacityError: It could never run: prompt and answer are longer than ``max_length``.
+            ConfigError: The prompt is empty, or holds no token ids.
+        """
+        total = len(request.prompt) + request.sampling.max_tokens
+        if not request.prompt:
+            raise ConfigError("the prompt has no tokens; send at least one")
+        if min(request.prompt) < 0 or max(request.prompt) >= self.vocab_size:
+            raise ConfigError(f"the prompt has token ids beyond 0 to {self.vocab_size - 1}")
+        if total > self.options.max_length:
+            raise CapacityError(
+                f"{len(request.prompt)} tokens of prompt and max_tokens="
+                f"{request.sampling.max_tokens} are {total}, and requests have room for "
+                f"{self.options.max_length}; shorten the prompt or lower max_tokens"
+            )
+        self._waiting[request.request_id] = request
+        self.admission.add(request.request_id, request.adapter)
+
+    def cancel(self, request_id: int) -> None:
+        """Drop a request and free its cache at once; one that has ended is passed over."""
+        if self._waiting.pop(request_id, None) is not None:
+            self.admission.remove(request_id)
+        elif request_id in self._running:
+            self._engine.drop({request_id})
+            self._end(request_id)
+
+    def uses(self, adapter: str) -> int:
+        """Requests of an adapter, waiting and running."""
+        return self.admission.uses(adapter)
+
+    def step(self, *, wait_s: float = 0.0) -> list[Token | Failed]:
+        """Run one step: let requests in, run the model once, choose a token each.
+
+        Args:
+            wait_s: Where nothing runs, how long to wait for adapters that are being loaded.
+
+        Returns:
+            What the requests got, in the order of their rows.
+        """
+        if self.store is not None:
+            self.store.advance(wait_s=0.0 if self._running else wait_s)
+        events: list[Token | Failed] = self._admit()
+        self._controller.choices = {}
+        self._engine.finished = frozenset()
+        if self._running:
+            self._engine.step_modern()
+        for request_id, choice in self._controller.choices.items():
+            finish = self._finish(request_id, choice.token)
+            events.append(Token(request_id, choice, finish))
+            if finish is not None:
+                self._end(request_id)
+        return events
+
+    def snapshot(self) -> Snapshot:
+        """The engine in numbers."""
+        counts: dict[str, Any] = {}
+        if self.store is not None:
+            ledger, stats = self.store.slots.ledger, self.store.stats
+            counts = {
+                "slots_in_use": ledger.num_slots - ledger.available,
+                "num_slots": ledger.num_slots,
+                "resident": tuple(getattr(key, "name", str(key)) for key in ledger.keys),
+                "slot_hits": stats.slot_hits,
+                "slot_loads": stats.slot_loads,
+                "slot_evictions": stats.slot_evictions,
+                "host_loads": stats.host_loads,
+                "host_evictions": stats.host_evictions,
+                "load_failures": stats.failures,
+            }
+        return Snapshot(
+            running=len(self._running),
+            queued=len(self._waiting),
+            used_blocks=self._context.used_blocks,
+            num_blocks=self._context.num_blocks,
+            preemptions=self._engine.evicted_request_count,
+            steps=self._engine.step_count,
+            **counts,
+        )
+
+    def _admit(self) -> list[Token | Failed]:
+        # Megatron's own queue holds what it has no cache for yet, and it goes first.
+        room = 0
+        if not self._engine.waiting_request_ids:
+            room = self.options.max_requests - len(self._running)
+        failed: list[Token | Failed] = []
+        for left in self.admission.admit(room, self):
+            request = self._waiting.pop(left.request_id)
+            if isinstance(left, Refused):
+                failed.append(Failed(left.request_id, left.reason, left.kind))
+            else:
+                self._start(request, left)
+        return failed
+
+    def is_resident(self, adapter: str) -> bool:
+        """Whether the version of an adapter that new requests get is in a slot."""
+        store = self.store
+        return (
+            store is not None
+            and adapter in store.names
+            and (store.key(adapter) in store.slots.ledger)
+        )
+
+    def take(self, adapter: str) -> Take:
+        """Take an adapter into use for a request, if that can be done now.
+
+        Args:
+            adapter: Its name.
+
+        Returns:
+            What became of it.
+
+        Raises:
+            AdapterLoadError: It could not be loaded.
+            AdapterNotFoundError: There is no such adapter.
+            ConfigError: The engine has no adapters.
+        """
+        if self.store is None:
+            raise ConfigError("this engine serves the base model alone")
+        key = self.store.key(adapter)
+        if self.store.acquire(key) is not None:
+            return Take.TAKEN
+        return Take.LOADING if self.store.is_loading(key) else Take.NO_SLOT
+
+    def _start(self, request: Submit, admitted: Admitted) -> None:
+        key = None
+        if admitted.adapter is not None and self.store is not None:
+            key = self.store.key(admitted.adapter)
+        self._running[request.request_id] = key
+        self._sampler.add(request.request_id, request.sampling)
+        self._engine.add_request(
+            request.request_id,
+            list(request.prompt),
+            # Tokens are chosen by the controller's sampler; Megatron only counts them.
+            SamplingParams(num_tokens_to_generate=request.sampling.max_tokens, termination_id=-1),
+        )
+
+    def _slot_of(self, request_id: int) -> int:
+        key = self._running[request_id]
+        return -1 if key is None or self.store is None else self.store.slots.ledger.slot(key)
+
+    def _finish(self, request_id: int, token: int) -> FinishReason | None:
+        if request_id not in self._engine.finished:
+            return None
+        return "stop" if token in self._sampler.of(request_id).stop_ids else "length"
+
+    def _end(self, request_id: int) -> None:
+        key = self._running.pop(request_id)
+        self._sampler.remove(request_id)
+        self.admission.finished(None if key is None else key.name)
+        if key is not None and self.store is not None:
+            self.store.release(key)
+
+
+def _context(model: GPTModel, options: EngineOptions, slot_of: Any) -> AdapterContext:
+    """The cache.
+
+    Raises:
+        CapacityError: It does not hold one request of ``max_length``.
+    """
+    config = model.config
+    kind = UnpaddedContext if cpu_is_enabled() else AdapterContext
+    context = kind(
+        slot_of=slot_of,
+        params_dtype=config.params_dtype,
+        num_layers=config.num_layers,
+        kv_channels=config.kv_channels,
+        num_attention_heads=config.num_query_groups,
+        max_sequence_length=options.max_length,
+        buffer_size_gb=options.cache_bytes / 2**30,
+        max_requests=options.max_requests,
+        # A step is padded to whole tiles, up to this.
+        max_tokens=kind.round_up_tokens(options.max_tokens),
+        block_size_tokens=options.block_tokens,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+    )
+    needed = -(-options.max_length // options.block_tokens)
+    if context.num_blocks < needed:
+        block_bytes = context.block_size_bytes
+        raise CapacityError(
+            f"cache_bytes={options.cache_bytes} holds {context.num_blocks} blocks of "
+            f"{options.block_tokens} tokens, and one request of max_length={options.max_length} "
+            f"takes {needed}; set cache_bytes={(needed + 1) * block_bytes} or more, or a smaller "
+            "max_length"
+        )
+    return context

@@ -1,0 +1,254 @@
+"""One rank's process: the model, the engine, and the loop that carries out commands and steps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+from bdlora_megatron import runtime
+from bdlora_megatron.config import Layout
+from bdlora_megatron.convert import load_hf_model, read_hf_config
+from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
+from bdlora_megatron.serve.engine.desk import AdapterDesk
+from bdlora_megatron.serve.engine.engine import EngineOptions, ServingEngine
+from bdlora_megatron.serve.logs import configure_logging
+from bdlora_megatron.serve.messages import (
+    Answer,
+    Cancel,
+    Command,
+    Failed,
+    Load,
+    Ready,
+    Snapshot,
+    StepReport,
+    Stop,
+    Submit,
+    Token,
+    Unload,
+)
+from bdlora_megatron.serve.room import SlotRoom
+from bdlora_megatron.serve.settings import ServeSettings
+from bdlora_megatron.serve.slots import ModelSlots
+from bdlora_megatron.serve.store import AdapterStore
+from bdlora_megatron.serve.store_types import StoreOptions
+
+__all__ = ["ORPHANED", "build_engine", "rank_main", "run_rank"]
+
+logger = logging.getLogger(__name__)
+
+#: Exit status of a rank whose front has gone.
+ORPHANED = 3
+#: How long rank 0 waits for commands before it tells its peers that there are none.
+_IDLE_S = 1.0
+#: How long an engine without requests waits for adapters that are being loaded.
+_LOAD_WAIT_S = 0.02
+
+
+def rank_main(rank: int, settings: ServeSettings, store: str, link: Connection) -> None:
+    """Run one rank in a process of its own, and end the process.
+
+    Args:
+        rank: Which.
+        settings: The server's.
+        store: A file through which the ranks find each other.
+        link: To the front; its end is the end of the rank.
+    """
+    # The front decides when ranks end; a Ctrl-C reaches the whole process group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    configure_logging(rank=rank)
+    status = 1
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(rank)
+        torch.distributed.init_process_group(
+            "nccl" if torch.cuda.is_available() and not settings.cpu else "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=settings.tp,
+            timeout=timedelta(seconds=settings.rank_timeout_s),
+        )
+        run_rank(settings, link)
+        status = 0
+    except BDLoRAError as error:
+        logger.critical("rank %d: %s", rank, error)
+    except Exception:
+        logger.critical("rank %d failed:\n%s", rank, traceback.format_exc())
+    # Skips the interpreter's tear-down: gloo's threads can hang there once a peer has failed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run_rank(settings: ServeSettings, link: Connection) -> None:
+    """Serve until a ``Stop`` comes; the default process group exists already.
+
+    Args:
+        settings: The server's.
+        link: To the front. Rank 0 takes commands from it and reports to it; the others only watch
+            it.
+
+    Raises:
+        BDLoRAError: Model, adapters or sizes are wrong.
+
+    Collectives: each round, one broadcast of the commands from rank 0 (two, where there are any);
+    and those of ``ServingEngine.step``.
+    """
+    inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(link, inbox), daemon=True, name="link").start()
+    if settings.cpu:
+        enable_cpu_inference()
+    with runtime.model_parallel(settings.tp), torch.inference_mode():
+        control = torch.distributed.new_group(
+            backend="gloo", timeout=timedelta(seconds=settings.rank_timeout_s)
+        )
+        engine, desk = build_engine(settings, control)
+        for ticket, (name, path) in enumerate(settings.adapters.items(), start=1):
+            answer = desk.load(
+                Load(ticket=-ticket, name=name, path=path, layout=settings.layout, wait=False)
+            )
+            if answer is not None and answer.error is not None:
+                raise BDLoRAError(f"adapter {name!r}: {answer.error}")
+        chief = torch.distributed.get_rank() == 0
+        torch.distributed.barrier(group=control)
+        if chief:
+            link.send(Ready(max_length=settings.max_length, vocab_size=engine.vocab_size))
+        _Loop(engine, desk, control, inbox, link if chief else None).run()
+
+
+def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, AdapterDesk]:
+    """The model in its slots, the store around it, the engine around both.
+
+    Args:
+        settings: The server's.
+        control: A gloo group of all ranks, for the store's agreements.
+
+    Returns:
+        The engine and the desk.
+    """
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    # Slots are in Megatron-Core's own layers, also where Transformer Engine is installed.
+    spec = get_gpt_layer_local_spec(
+        qk_layernorm=read_hf_config(settings.model).qk_norm, normalization="RMSNorm"
+    )
+    model = load_hf_model(
+        settings.model, dtype=dtype, max_sequence_length=settings.max_length, layer_spec=spec
+    )
+    layouts = (Layout.BDLORA, Layout.HALF_SHARDED)
+    if settings.layout == Layout.SLORA.value:
+        layouts = (*layouts, Layout.SLORA)  # type: ignore[assignment]
+    slots = ModelSlots(
+        model.eval(),
+        SlotRoom(num_slots=settings.num_slots, max_rank=settings.max_rank, layouts=layouts),
+    )
+    store = AdapterStore(slots, StoreOptions(host_bytes=settings.host_cache_bytes), group=control)
+    options = EngineOptions(
+        max_requests=settings.max_requests,
+        max_tokens=settings.step_tokens,
+        max_length=settings.max_length,
+        cache_bytes=settings.cache_bytes,
+        block_tokens=settings.block_tokens,
+        patience=settings.patience_steps,
+        per_adapter=settings.max_per_adapter,
+    )
+    engine = ServingEngine(model, store, options)
+    return engine, AdapterDesk(engine, store)
+
+
+def _receive(link: Connection, inbox: queue.SimpleQueue[Command]) -> None:
+    """Take commands as they come; without a front there is nothing to live for."""
+    while True:
+        try:
+            inbox.put(link.recv())
+        except (EOFError, OSError):
+            # Wherever the main thread is, perhaps in a collective that will never end.
+            os._exit(ORPHANED)
+
+
+class _Loop:
+    """Commands, then a step, for ever."""
+
+    def __init__(
+        self,
+        engine: ServingEngine,
+        desk: AdapterDesk,
+        control: Any,
+        inbox: queue.SimpleQueue[Command],
+        link: Connection | None,
+    ) -> None:
+        self._engine = engine
+        self._desk = desk
+        self._control = control
+        self._inbox = inbox
+        self._link = link
+        self._told = Snapshot()
+
+    def run(self) -> None:
+        while True:
+            commands = self._commands()
+            if any(isinstance(command, Stop) for command in commands):
+                return
+            events: list[Token | Failed | Answer] = []
+            for command in commands:
+                events += self._carry_out(command)
+            events += self._engine.step(wait_s=_LOAD_WAIT_S)
+            events += self._desk.settle()
+            self._report(events)
+
+    def _commands(self) -> list[Command]:
+        """The commands of this round, the same on every rank."""
+        commands = list(self._drain()) if self._link is not None else []
+        if self._control.size() > 1:
+            # An empty round sends one number; commands follow only where there are any.
+            count = torch.tensor([len(commands)])
+            torch.distributed.broadcast(count, 0, group=self._control)
+            if int(count):
+                shared: list[Any] = [commands]
+                torch.distributed.broadcast_object_list(shared, 0, group=self._control)
+                commands = shared[0]
+        return commands
+
+    def _drain(self) -> Iterable[Command]:
+        busy = self._engine.has_work or self._desk.is_waiting
+        try:
+            yield self._inbox.get(block=not busy, timeout=None if busy else _IDLE_S)
+            while True:
+                yield self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _carry_out(self, command: Command) -> list[Failed | Answer]:
+        answer: Failed | Answer | None = None
+        if isinstance(command, Submit):
+            try:
+                self._engine.submit(command)
+            except BDLoRAError as error:
+                answer = Failed(command.request_id, str(error), type(error).__name__)
+        elif isinstance(command, Cancel):
+            self._engine.cancel(command.request_id)
+        elif isinstance(command, Load):
+            answer = self._desk.load(command)
+        elif isinstance(command, Unload):
+            answer = self._desk.unload(command)
+        return [] if answer is None else [answer]
+
+    def _report(self, events: list[Token | Failed | Answer]) -> None:
+        if self._link is None:
+            return
+        snapshot = self._engine.snapshot()
+        if events or snapshot != self._told:
+            self._told = snapshot
+            self._link.send(StepReport(events=tuple(events), snapshot=snapshot))

@@ -1,0 +1,115 @@
+"""Choosing the next token of each request, and what it was worth.
+
+Every request draws from a stream of its own, so that what it is given does not depend on who shares
+its steps. A draw is one number between 0 and 1, found on the host, and picks from the cumulated
+probabilities; ranks that see the same logits therefore choose the same token.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bdlora_megatron.serve.messages import Choice, Sampling
+
+__all__ = ["Sampler", "choose_tokens"]
+
+
+class Sampler:
+    """The random streams of the requests in flight."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Sampling, random.Random]] = {}
+
+    def add(self, request_id: int, sampling: Sampling) -> None:
+        """Start a request's stream."""
+        self._known[request_id] = (sampling, random.Random(sampling.seed))
+
+    def remove(self, request_id: int) -> None:
+        """Forget a request."""
+        self._known.pop(request_id, None)
+
+    def of(self, request_id: int) -> Sampling:
+        """A request's settings."""
+        return self._known[request_id][0]
+
+    def choose(self, logits: Tensor, request_ids: Sequence[int], *, idle: int = -1) -> list[Choice]:
+        """Choose the next token of each request.
+
+        Args:
+            logits: ``[requests, vocabulary]``, the same on every rank.
+            request_ids: Whose rows they are.
+            idle: A request whose token will be thrown away, as that of a prompt not yet read to its
+                end; it keeps its place in its stream.
+
+        Returns:
+            The choices, by row.
+
+        Collectives:
+            None.
+        """
+        known = [self._known[request_id] for request_id in request_ids]
+        draws = [
+            0.0 if sampling.greedy or request_id == idle else stream.random()
+            for request_id, (sampling, stream) in zip(request_ids, known, strict=True)
+        ]
+        settings = [sampling for sampling, _ in known]
+        tokens = choose_tokens(logits, settings, draws).tolist()
+        choices = [Choice(token) for token in tokens]
+        for row, sampling in enumerate(settings):
+            if sampling.logprobs is not None:
+                choices[row] = _worth(logits[row], tokens[row], sampling.logprobs)
+        return choices
+
+
+def choose_tokens(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
+    """Choose a token per row.
+
+    Args:
+        logits: ``[requests, vocabulary]``.
+        settings: Of each row.
+        draws: A number in [0, 1) for each row.
+
+    Returns:
+        Token ids ``[requests]``.
+
+    Collectives:
+        None.
+    """
+    tokens = logits.argmax(dim=-1)
+    drawn = [row for row, sampling in enumerate(settings) if not sampling.greedy]
+    if not drawn:
+        return tokens
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+
+    chosen = [settings[row] for row in drawn]
+    rows = torch.tensor(drawn, device=logits.device)
+    scaled = logits[rows].float() / column([sampling.temperature for sampling in chosen])
+    probabilities, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    place = torch.arange(logits.shape[-1], device=logits.device)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    allowed = before < column([sampling.top_p for sampling in chosen])
+    allowed &= place < column([float(s.top_k or logits.shape[-1]) for s in chosen])
+    # The most probable token stays allowed whatever rounding did.
+    allowed[:, 0] = True
+    kept = torch.where(allowed, probabilities, 0.0).cumsum(dim=-1)
+    target = column([draws[row] for row in drawn]) * kept[:, -1:]
+    # The first place whose cumulated probability exceeds the draw: one of zero width never is.
+    pick = (kept <= target).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    last = allowed.sum(dim=-1) - 1
+    pick = torch.minimum(pick, last)
+    tokens[rows] = order.gather(1, pick[:, None])[:, 0]
+    return tokens
+
+
+def _worth(logits: Tensor, token: int, count: int) -> Choice:
+    """The log-probabilities of a token and of ``count`` most probable ones."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Choice(token, float(logprobs[token]), top)

@@ -1,0 +1,1 @@
+"""The front: OpenAI's API over HTTP, in a process without torch."""

@@ -1,0 +1,176 @@
+"""Models, loading and unloading adapters, health and metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+
+from bdlora_megatron.errors import AdapterFormatError, ConfigError
+from bdlora_megatron.serve.files import Fingerprint, fingerprint
+from bdlora_megatron.serve.front.errors import APIError, BadRequestError
+from bdlora_megatron.serve.front.schema import LoadRequest, UnloadRequest
+from bdlora_megatron.serve.front.state import AdapterCard, Front
+from bdlora_megatron.serve.settings import check_adapter_name
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The base model and the adapters that the key may use."""
+    front: Front = request.app.state.front
+    names = front.allowed(front.authorize(request))
+    return {"object": "list", "data": [_card(front, name) for name in names]}
+
+
+@router.get("/v1/models/{model:path}")
+async def model(request: Request, model: str) -> dict[str, Any]:
+    """One model."""
+    front: Front = request.app.state.front
+    front.resolve(model, front.authorize(request))
+    return _card(front, model)
+
+
+@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+async def load_lora_adapter(request: Request, body: LoadRequest) -> str:
+    """Load an adapter, or a new version of one whose files or folder have changed.
+
+    Raises:
+        APIError: Loading is off, or the name is being loaded or unloaded.
+        BadRequestError: The adapter can't be loaded; the message tells why.
+    """
+    front: Front = request.app.state.front
+    front.authorize_admin(request)
+    if not front.settings.adapter_dirs:
+        raise APIError(403, "loading is off: the server was started without adapter_dirs")
+    path, files = _find(front, body)
+    known = front.adapters.get(body.lora_name)
+    same = known is not None and known.path == path and known.files == files
+    if same and not body.load_inplace:
+        raise BadRequestError(
+            f"the lora adapter {body.lora_name!r} has already been loaded; its files have not "
+            "changed since: send load_inplace=true to load them again",
+            param="lora_name",
+        )
+    async with _Changing(front, body.lora_name):
+        error = await front.client.load(body.lora_name, str(path), front.settings.layout)
+        if error is not None:
+            raise BadRequestError(f"adapter {body.lora_name!r} was not loaded: {error}")
+        version = 1 if known is None else known.version + 1
+        front.adapters[body.lora_name] = AdapterCard(
+            body.lora_name, path, version=version, files=files
+        )
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+async def unload_lora_adapter(request: Request, body: UnloadRequest) -> str:
+    """Unload an adapter: no new request gets it, and it goes when the last one has ended.
+
+    Raises:
+        APIError: There is no such adapter, or it is being loaded or unloaded.
+    """
+    front: Front = request.app.state.front
+    front.authorize_admin(request)
+    if body.lora_name not in front.adapters:
+        raise APIError(
+            404, f"the lora adapter {body.lora_name!r} cannot be found", param="lora_name"
+        )
+    async with _Changing(front, body.lora_name):
+        card = front.adapters.pop(body.lora_name)
+        error = await front.client.unload(body.lora_name)
+        if error is not None:
+            front.adapters[body.lora_name] = card
+            raise APIError(500, error)
+        front.metrics.forget(body.lora_name)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+@router.get("/health", response_class=PlainTextResponse)
+async def health(request: Request) -> Response:
+    """Whether the server's processes live."""
+    front: Front = request.app.state.front
+    alive = front.client.is_attached
+    return PlainTextResponse("ok" if alive else "the engine has ended", 200 if alive else 503)
+
+
+@router.get("/ready", response_class=PlainTextResponse)
+async def ready(request: Request) -> Response:
+    """Whether requests would be answered."""
+    front: Front = request.app.state.front
+    if front.draining:
+        return PlainTextResponse("draining", 503)
+    if not front.client.is_ready:
+        return PlainTextResponse("loading", 503)
+    return PlainTextResponse("ready")
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Metrics in Prometheus's text form. Where keys are asked for, the admin's."""
+    front: Front = request.app.state.front
+    if front.settings.api_keys or front.settings.admin_key is not None:
+        front.authorize_admin(request)
+    return Response(front.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+class _Changing:
+    """Holds a name while it is loaded or unloaded."""
+
+    def __init__(self, front: Front, name: str) -> None:
+        self._front = front
+        self._name = name
+
+    async def __aenter__(self) -> None:
+        if self._name in self._front.changing:
+            raise APIError(
+                409, f"adapter {self._name!r} is being loaded or unloaded; try again later"
+            )
+        self._front.changing.add(self._name)
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._front.changing.discard(self._name)
+
+
+def _find(front: Front, body: LoadRequest) -> tuple[Path, Fingerprint]:
+    """The folder to load, and what its files are like.
+
+    Raises:
+        BadRequestError: The name can't be one, or there is no such folder.
+        APIError: Status 403; the folder is not below those that are allowed.
+    """
+    if body.lora_name == front.settings.base_name:
+        raise BadRequestError(f"{body.lora_name!r} is the base model's name", param="lora_name")
+    try:
+        check_adapter_name(body.lora_name)
+    except ConfigError as error:
+        raise BadRequestError(str(error), param="lora_name") from error
+    try:
+        path = front.settings.adapter_path(body.lora_path)
+    except (ConfigError, ValueError) as error:
+        raise APIError(403, str(error), param="lora_path") from error
+    try:
+        return path, fingerprint(path)
+    except (AdapterFormatError, OSError) as error:
+        raise BadRequestError(
+            f"{body.lora_path!r} is no adapter's folder", param="lora_path"
+        ) from error
+
+
+def _card(front: Front, name: str) -> dict[str, Any]:
+    base = front.settings.base_name
+    card = front.adapters.get(name)
+    return {
+        "id": name,
+        "object": "model",
+        "created": front.started if card is None else card.created,
+        "owned_by": "bdlora-megatron",
+        "root": str(front.settings.model if card is None else card.path),
+        "parent": None if card is None else base,
+        "max_model_len": front.settings.max_length,
+    }

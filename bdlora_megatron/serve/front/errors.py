@@ -1,0 +1,136 @@
+"""Errors in the shape in which OpenAI's API tells them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.serve.front.client import EngineGoneError, RequestFailedError
+
+__all__ = ["APIError", "BadRequestError", "as_api_error", "install"]
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+class APIError(Exception):
+    """An answer other than 200.
+
+    Attributes:
+        status: HTTP's.
+        body: What the client gets.
+        headers: With it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+        kind = _TYPES.get(status, "server_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+class BadRequestError(APIError):
+    """An answer of status 400: the client must send something else."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(400, message, param=param, code=code)
+
+
+def as_api_error(error: Exception) -> APIError:
+    """What a client is told of an error.
+
+    Args:
+        error: Anything that was raised while a request was answered.
+
+    Returns:
+        The answer; of what was not foreseen it tells nothing.
+    """
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, EngineGoneError):
+        return APIError(503, str(error), headers={"Retry-After": "5"})
+    if isinstance(error, RequestFailedError):
+        if error.kind == "AdapterNotFoundError":
+            return APIError(404, str(error), code="model_not_found", param="model")
+        if error.kind in {"CapacityError", "ConfigError"}:
+            return BadRequestError(str(error))
+        return APIError(500, str(error))
+    if isinstance(error, TimeoutError):
+        return APIError(504, "the request took too long and was cancelled")
+    if isinstance(error, BDLoRAError):
+        return BadRequestError(str(error))
+    logger.error("unforeseen error", exc_info=error)
+    return APIError(500, "internal error; the server's log tells more")
+
+
+def install(app: FastAPI) -> None:
+    """Let an app tell all its errors in this shape.
+
+    Args:
+        app: The app.
+    """
+
+    async def any_error(request: Request, error: Exception) -> JSONResponse:
+        del request
+        return as_api_error(error).response()
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        what = f"{error.detail}: {request.method} {request.url.path}"
+        headers = None if error.headers is None else dict(error.headers)
+        return APIError(error.status_code, what, headers=headers).response()
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        del request
+        assert isinstance(error, RequestValidationError)
+        return _invalid(list(error.errors())).response()
+
+    app.add_exception_handler(APIError, any_error)
+    app.add_exception_handler(BDLoRAError, any_error)
+    app.add_exception_handler(TimeoutError, any_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, any_error)
+
+
+def _invalid(problems: list[Any]) -> APIError:
+    """All that is wrong with a body; its first place is the ``param``."""
+    texts, params = [], []
+    for problem in problems[:8]:
+        place = ".".join(str(part) for part in problem["loc"] if part != "body")
+        params.append(place)
+        text = str(problem["msg"])
+        if problem["type"] == "extra_forbidden":
+            text = "unknown or unsupported parameter; leave it out"
+        texts.append(f"{place}: {text}" if place else text)
+    return BadRequestError("; ".join(texts), param=params[0] or None)

@@ -1,0 +1,267 @@
+"""From a request to pieces of text, whichever API it came by."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from bdlora_megatron.serve.front.errors import BadRequestError, as_api_error
+from bdlora_megatron.serve.front.schema import GenerationFields
+from bdlora_megatron.serve.front.state import Front
+from bdlora_megatron.serve.front.text import Piece, TextStream
+from bdlora_megatron.serve.messages import Sampling
+
+__all__ = ["Answer", "Job", "Prompt", "answer", "plan", "stream"]
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as text and as tokens."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """All answers that one HTTP request asks for.
+
+    Attributes:
+        adapter: The adapter; None for the base model.
+        model: What the request called it.
+        prompts: What to answer.
+        count: Answers to each; answer ``i`` of prompt ``p`` has index ``p * count + i``.
+        sampling: How; each answer gets a seed of its own.
+        stop: Texts that end an answer.
+    """
+
+    adapter: str | None
+    model: str
+    prompts: tuple[Prompt, ...]
+    count: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+    arrived_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def answers(self) -> int:
+        """How many answers are asked for."""
+        return len(self.prompts) * self.count
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    def prompt_of(self, index: int) -> Prompt:
+        """The prompt of an answer."""
+        return self.prompts[index // self.count]
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole answer."""
+
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        return sum(len(piece.choices) for piece in self.pieces)
+
+
+def plan(
+    front: Front,
+    fields: GenerationFields,
+    adapter: str | None,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> Job:
+    """Check what a request asks for.
+
+    Args:
+        front: The front.
+        fields: The request's body.
+        adapter: What its ``model`` means.
+        prompts: What to answer.
+        max_tokens: The longest answer; what has room when None.
+        logprobs: Report log-probabilities, and of so many tokens beside the chosen one.
+
+    Returns:
+        The job.
+
+    Raises:
+        BadRequestError: It asks for what can't be.
+        ConfigError: Likewise.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    room = front.settings.max_length - longest
+    if min(len(prompt.ids) for prompt in prompts) == 0:
+        raise BadRequestError("a prompt has no tokens; send at least one", param="prompt")
+    if room < (max_tokens or 1):
+        raise BadRequestError(
+            f"this model's longest prompt and answer together are {front.settings.max_length} "
+            f"tokens; the prompt has {longest} and max_tokens is {max_tokens or 1}: shorten one",
+            code="context_length_exceeded",
+            param="max_tokens",
+        )
+    stop_ids = frozenset(fields.stop_token_ids or ())
+    if not fields.ignore_eos:
+        stop_ids |= front.tokenizer.stop_ids
+    top_k = fields.top_k or 0
+    sampling = Sampling(
+        temperature=1.0 if fields.temperature is None else fields.temperature,
+        top_p=1.0 if fields.top_p is None else fields.top_p,
+        top_k=max(top_k, 0),
+        seed=random.getrandbits(63) if fields.seed is None else fields.seed,
+        logprobs=logprobs,
+        max_tokens=room if max_tokens is None else max_tokens,
+        stop_ids=stop_ids,
+    )
+    return Job(
+        adapter=adapter,
+        model=fields.model,
+        prompts=tuple(prompts),
+        count=fields.n,
+        sampling=sampling,
+        stop=fields.stop_texts,
+    )
+
+
+async def stream(front: Front, job: Job) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The pieces of all answers of a job, as they come. Leaving early cancels what is left.
+
+    Args:
+        front: The front.
+        job: What to do.
+
+    Yields:
+        An answer's index and its next piece.
+
+    Raises:
+        APIError: There is no room.
+        TimeoutError: It took too long.
+    """
+    front.make_room(job.adapter, job.answers)
+    inbox: asyncio.Queue[tuple[int, Piece] | BaseException] = asyncio.Queue()
+
+    async def one(index: int) -> None:
+        try:
+            async with aclosing(_pieces(front, job, index)) as pieces:
+                async for piece in pieces:
+                    inbox.put_nowait((index, piece))
+        except Exception as error:
+            # Told to whoever reads the queue, who ends the others too.
+            inbox.put_nowait(error)
+
+    tasks = [asyncio.create_task(one(index)) for index in range(job.answers)]
+    status, tokens, first_s = "cancelled", 0, None
+    try:
+        left, deadline_s = job.answers, job.arrived_s + front.settings.request_timeout_s
+        while left:
+            item = await _in_time(inbox.get(), deadline_s)
+            if isinstance(item, BaseException):
+                raise item
+            if first_s is None:
+                first_s = time.monotonic()
+            tokens += len(item[1].choices)
+            left -= item[1].finish is not None
+            yield item
+        status = "ok"
+    except Exception as error:
+        status = f"error {as_api_error(error).status}"
+        raise
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        _record(front, job, status, tokens, first_s)
+
+
+async def _in_time(work: Coroutine[Any, Any, Result], deadline_s: float) -> Result:
+    """Wait until a time on the monotonic clock.
+
+    Raises:
+        TimeoutError: It is past.
+    """
+    try:
+        return await asyncio.wait_for(work, max(deadline_s - time.monotonic(), 0.0))
+    except asyncio.TimeoutError as error:
+        # Python 3.10's is no TimeoutError.
+        raise TimeoutError from error
+
+
+async def answer(front: Front, job: Job) -> list[Answer]:
+    """All answers of a job, whole.
+
+    Args:
+        front: The front.
+        job: What to do.
+
+    Returns:
+        The answers, by index.
+    """
+    answers = [Answer() for _ in range(job.answers)]
+    async with aclosing(stream(front, job)) as pieces:
+        async for index, piece in pieces:
+            answers[index].pieces.append(piece)
+    return answers
+
+
+async def _pieces(front: Front, job: Job, index: int) -> AsyncGenerator[Piece, None]:
+    prompt = job.prompt_of(index)
+    text = TextStream(front.tokenizer, prompt.ids, job.stop)
+    # The same seed for every prompt of a request, another for each answer to it.
+    sampling = replace(job.sampling, seed=job.sampling.seed + index % job.count)
+    async with aclosing(front.client.stream(prompt.ids, sampling, job.adapter)) as tokens:
+        async for token in tokens:
+            piece = text.push(token)
+            if piece is None:
+                continue
+            yield piece
+            if piece.finish is not None:
+                return
+
+
+def _record(front: Front, job: Job, status: str, tokens: int, first_s: float | None) -> None:
+    now, metrics = time.monotonic(), front.metrics
+    known = job.adapter is None or job.adapter in front.adapters
+    model = (job.adapter or front.settings.base_name) if known else "unloaded"
+    metrics.requests.labels(model, status).inc()
+    metrics.prompt_tokens.labels(model).inc(job.prompt_tokens)
+    metrics.generated_tokens.labels(model).inc(tokens)
+    if first_s is not None:
+        metrics.first_token_s.labels(model).observe(first_s - job.arrived_s)
+        if tokens > job.answers:
+            per_answer = (tokens - job.answers) / job.answers
+            metrics.per_token_s.labels(model).observe((now - first_s) / per_answer)
+    seen = {"prompts": [p.text for p in job.prompts]} if front.settings.log_prompts else {}
+    logger.info(
+        "request",
+        extra={
+            "model": model,
+            "status": status,
+            "answers": job.answers,
+            "prompt_tokens": job.prompt_tokens,
+            "generated_tokens": tokens,
+            "first_token_s": None if first_s is None else round(first_s - job.arrived_s, 4),
+            "total_s": round(now - job.arrived_s, 4),
+            **seen,
+        },
+    )

@@ -1,0 +1,46 @@
+"""``PUT /api``, as Megatron-LM's text generation server answers it, with an optional adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from bdlora_megatron.serve.front.errors import BadRequestError
+from bdlora_megatron.serve.front.generation import Prompt, answer, plan
+from bdlora_megatron.serve.front.openai import until_gone
+from bdlora_megatron.serve.front.schema import GenerationFields, MegatronRequest
+from bdlora_megatron.serve.front.state import Front
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+@router.put("/api")
+async def generate(request: Request, body: MegatronRequest) -> dict[str, Any]:
+    """Go on with texts; each text of the answer begins with its prompt.
+
+    Raises:
+        BadRequestError: ``top_k`` and ``top_p`` are both set, which Megatron-LM refuses too.
+    """
+    front: Front = request.app.state.front
+    model = body.adapter or front.settings.base_name
+    adapter = front.resolve(model, front.authorize(request))
+    if body.top_k and body.top_p:
+        raise BadRequestError("cannot set both top-k and top-p samplings.", param="top_p")
+    prompts = [Prompt(text, tuple(front.tokenizer.encode(text))) for text in body.prompts]
+    fields = GenerationFields(model=model, top_k=body.top_k, seed=body.random_seed)
+    # A temperature beyond OpenAI's bound is allowed here; the sampler has a bound of its own.
+    fields.temperature, fields.top_p = body.temperature, body.top_p or 1.0
+    job = plan(front, fields, adapter, prompts, max_tokens=body.tokens_to_generate, logprobs=None)
+    made = await until_gone(request, answer(front, job))
+    ids = [
+        [*prompt.ids, *(choice.token for piece in one.pieces for choice in piece.choices)]
+        for prompt, one in zip(prompts, made, strict=True)
+    ]
+    return {
+        "text": [prompt.text + one.text for prompt, one in zip(prompts, made, strict=True)],
+        "tokens": ids,
+        "segments": [[front.tokenizer.decode([token], special=True) for token in t] for t in ids],
+    }

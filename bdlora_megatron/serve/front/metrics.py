@@ -1,0 +1,101 @@
+"""What Prometheus is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from bdlora_megatron.serve.front.client import EngineClient
+
+__all__ = ["Metrics"]
+
+_FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_PER_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
+_GAUGES = {
+    "running": "Requests that run",
+    "queued": "Requests that wait for a slot or for room",
+    "used_blocks": "Blocks of the key-value cache in use",
+    "num_blocks": "Blocks of the key-value cache",
+    "slots_in_use": "Adapter slots that requests use",
+    "num_slots": "Adapter slots",
+}
+_COUNTERS = {
+    "steps": "Steps of the engine",
+    "preemptions": "Requests that gave their cache to others and began again",
+    "slot_hits": "Requests whose adapter was in a slot already",
+    "slot_loads": "Adapters copied into a slot",
+    "slot_evictions": "Adapters that left a slot for another",
+    "host_loads": "Adapters read from disk",
+    "host_evictions": "Adapters that left host memory for another",
+    "load_failures": "Loads that failed",
+}
+
+
+class Metrics:
+    """Counts and times of requests, by adapter, beside the engine's own numbers."""
+
+    def __init__(self, client: EngineClient) -> None:
+        """Make empty metrics.
+
+        Args:
+            client: Whose snapshot is reported.
+        """
+        self.registry = CollectorRegistry()
+        self._client = client
+        self.registry.register(self)
+        labels, registry = ("model",), self.registry
+        self.requests = Counter(
+            "bdlora_requests", "Requests that have ended", ("model", "status"), registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "bdlora_prompt_tokens", "Tokens of prompts", labels, registry=registry
+        )
+        self.generated_tokens = Counter(
+            "bdlora_generated_tokens", "Tokens of answers", labels, registry=registry
+        )
+        self.rejected = Counter(
+            "bdlora_rejected_requests",
+            "Requests refused for lack of room",
+            labels,
+            registry=registry,
+        )
+        self.first_token_s = Histogram(
+            "bdlora_time_to_first_token_seconds",
+            "From a request's arrival to its first token",
+            labels,
+            buckets=_FIRST_TOKEN_S,
+            registry=registry,
+        )
+        self.per_token_s = Histogram(
+            "bdlora_time_per_token_seconds",
+            "Between two tokens of an answer, on its average",
+            labels,
+            buckets=_PER_TOKEN_S,
+            registry=registry,
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        """The engine's numbers, as they are when Prometheus asks."""
+        snapshot = self._client.snapshot
+        for name, help_text in _GAUGES.items():
+            yield GaugeMetricFamily(f"bdlora_{name}", help_text, getattr(snapshot, name))
+        for name, help_text in _COUNTERS.items():
+            yield CounterMetricFamily(f"bdlora_{name}", help_text, getattr(snapshot, name))
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus's text form."""
+        return generate_latest(self.registry)
+
+    def forget(self, model: str) -> None:
+        """Drop an adapter that was unloaded, so that names do not gather for ever."""
+        for metric in (
+            self.prompt_tokens,
+            self.generated_tokens,
+            self.rejected,
+            self.first_token_s,
+            self.per_token_s,
+        ):
+            metric.remove_by_labels({"model": model})
+        self.requests.remove_by_labels({"model": model})

@@ -1,0 +1,197 @@
+"""From text to tokens, and from tokens to text as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.serve.messages import Choice, FinishReason, Token
+
+__all__ = ["Piece", "TextStream", "Tokenizer"]
+
+#: So many tokens of the prompt decide how the first token of the answer is spelt.
+_CONTEXT = 6
+_UNFINISHED = "\ufffd"
+
+
+class Tokenizer:
+    """A Hugging Face model's tokenizer and chat template.
+
+    Attributes:
+        stop_ids: The tokens with which the model ends an answer.
+    """
+
+    def __init__(self, folder: str) -> None:
+        """Read it from the model's folder; nothing is downloaded.
+
+        Args:
+            folder: The model's folder.
+
+        Raises:
+            ConfigError: There is no tokenizer in it.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"no tokenizer could be read from {folder}: {error}; copy the model's tokenizer "
+                "files there"
+            ) from error
+        self.stop_ids = _stop_ids(Path(folder), self._tokenizer.eos_token_id)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model says how a conversation is written down."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with what the model puts before every text."""
+        ids: list[int] = self._tokenizer.encode(text)
+        return ids
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins.
+
+        Args:
+            messages: ``role`` and ``content`` of each.
+
+        Returns:
+            The ids.
+
+        Raises:
+            ConfigError: The model has no chat template, or it refuses the conversation.
+        """
+        if not self.has_chat_template:
+            raise ConfigError(
+                "this model has no chat template; use /v1/completions, or put a chat_template "
+                "into its tokenizer_config.json"
+            )
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, TypeError) as error:
+            raise ConfigError(f"the model's chat template refuses the messages: {error}") from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of some tokens.
+
+        Args:
+            ids: Token ids.
+            special: Spell out special tokens too.
+
+        Returns:
+            The text.
+        """
+        text: str = self._tokenizer.decode(
+            list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that can be shown, and the tokens that have come since the last piece.
+
+    Attributes:
+        text: The text; empty at an end without any.
+        choices: The tokens.
+        finish: Why this is the last piece, if it is.
+    """
+
+    text: str
+    choices: tuple[Choice, ...]
+    finish: FinishReason | None = None
+
+
+class TextStream:
+    """The text of one answer, as its tokens come.
+
+    Text is held back while it may be half of a character or the beginning of a stop text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        """Begin an answer.
+
+        Args:
+            tokenizer: The model's.
+            prompt: The prompt's token ids.
+            stop: Texts that end the answer and are cut off.
+        """
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids = list(prompt[-_CONTEXT:])
+        # Tokens from _read on are not shown yet; they are spelt together with those from _begin.
+        self._begin, self._read = 0, len(self._ids)
+        self._held = ""
+        self._choices: list[Choice] = []
+
+    def push(self, token: Token) -> Piece | None:
+        """Take a token.
+
+        Args:
+            token: The next.
+
+        Returns:
+            What can be shown now; None if that is nothing. With a finish reason, the answer is
+            over, also where the engine would go on.
+        """
+        self._ids.append(token.choice.token)
+        self._choices.append(token.choice)
+        self._held += self._new_text(last=token.finish is not None)
+        at = min((i for i in map(self._held.find, self._stop) if i >= 0), default=-1)
+        if at >= 0:
+            return self._piece(self._held[:at], "stop")
+        if token.finish is not None:
+            return self._piece(self._held, token.finish)
+        shown = self._held[: len(self._held) - self._undecided()]
+        if not shown:
+            return None
+        return self._piece(shown, None)
+
+    def _new_text(self, *, last: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._begin : self._read])
+        now = self._tokenizer.decode(self._ids[self._begin :])
+        if len(now) <= len(before) or (now.endswith(_UNFINISHED) and not last):
+            return ""
+        self._begin, self._read = self._read, len(self._ids)
+        return now[len(before) :]
+
+    def _undecided(self) -> int:
+        """Characters at the end that may begin a stop text."""
+        for length in range(min(max(map(len, self._stop), default=0), len(self._held)), 0, -1):
+            if any(text.startswith(self._held[-length:]) for text in self._stop):
+                return length
+        return 0
+
+    def _piece(self, text: str, finish: FinishReason | None) -> Piece:
+        self._held = self._held[len(text) :]
+        choices, self._choices = tuple(self._choices), []
+        return Piece(text, choices, finish)
+
+
+def _stop_ids(folder: Path, own: int | None) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's, and those of ``generation_config.json``.
+
+    Raises:
+        ConfigError: The file can't be read.
+    """
+    path = folder / "generation_config.json"
+    listed: Any = None
+    if path.is_file():
+        try:
+            listed = json.loads(path.read_text()).get("eos_token_id")
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise ConfigError(f"{path} is not a JSON object: {error}; mend or remove it") from error
+    ids = listed if isinstance(listed, list) else [listed]
+    return frozenset(token for token in [*ids, own] if isinstance(token, int))

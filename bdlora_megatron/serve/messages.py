@@ -1,0 +1,250 @@
+"""What the front and the ranks say to each other: plain values, without the code of either side.
+
+The front sends commands to rank 0, which passes them to the other ranks in the order in which it
+takes them; every rank carries out the same ones before the same step. Rank 0 answers with what a
+step gave.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from bdlora_megatron.errors import ConfigError
+
+__all__ = [
+    "Answer",
+    "Cancel",
+    "Choice",
+    "Command",
+    "Failed",
+    "Load",
+    "Ready",
+    "Sampling",
+    "Snapshot",
+    "StepReport",
+    "Stop",
+    "Submit",
+    "Token",
+    "Unload",
+]
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How a request's tokens are chosen."""
+
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+
+    top_p: float = 1.0
+    """Draw from the fewest most probable tokens that together have this probability."""
+
+    top_k: int = 0
+    """Draw from so many most probable tokens; 0 from all."""
+
+    seed: int = 0
+    """Where the request's stream of random numbers starts."""
+
+    logprobs: int | None = None
+    """Report the log-probability of each token, and of so many most probable ones."""
+
+    max_tokens: int = 16
+    """End after so many tokens, with reason ``length``."""
+
+    stop_ids: frozenset[int] = field(default_factory=frozenset)
+    """Tokens that end a request, with reason ``stop``; they are reported too."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ConfigError(f"temperature={self.temperature}; wanted 0 to 100")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p={self.top_p}; wanted more than 0 and at most 1")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k}; wanted 0 (no limit) or more")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens}; wanted at least 1")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise ConfigError(f"logprobs={self.logprobs}; wanted 0 to 20")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken, without a draw."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+# --- from the front --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submit:
+    """Answer a prompt.
+
+    Attributes:
+        request_id: A number never used before.
+        prompt: Token ids, at least one.
+        sampling: How to go on.
+        adapter: Its name; None for the base model.
+    """
+
+    request_id: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop a request and free what it holds; nothing more is said of it."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """Register an adapter and load it; of a known name, make a new version.
+
+    Attributes:
+        ticket: The answer carries it.
+        name: What requests will call it.
+        path: Its folder, on every rank's machine.
+        layout: How ranks hold it: ``bdlora``, ``half_sharded`` or ``slora``.
+        wait: Answer when it is loaded or could not be; else at once, and load it when it is asked
+            for.
+    """
+
+    ticket: int
+    name: str
+    path: str
+    layout: str = "bdlora"
+    wait: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unload:
+    """Forget an adapter, once the requests that were sent before this have ended."""
+
+    ticket: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the ranks; what is running is dropped."""
+
+
+Command: TypeAlias = Submit | Cancel | Load | Unload | Stop
+
+
+# --- from rank 0 -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A chosen token.
+
+    Attributes:
+        token: Its id.
+        logprob: Its log-probability under the model, before temperature and truncation.
+        top: The most probable tokens with theirs, most probable first.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A request got a token.
+
+    Attributes:
+        request_id: Which.
+        choice: The token.
+        finish: Why it was the last, if it was.
+    """
+
+    request_id: int
+    choice: Choice
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request could not be answered.
+
+    Attributes:
+        request_id: Which.
+        reason: Why, for the client.
+        kind: The error's class.
+    """
+
+    request_id: int
+    reason: str
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a ``Load`` or ``Unload``.
+
+    Attributes:
+        ticket: Whose.
+        error: Why it failed; None if it did not.
+    """
+
+    ticket: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """The engine in numbers, after a step."""
+
+    running: int = 0
+    queued: int = 0
+    used_blocks: int = 0
+    num_blocks: int = 0
+    slots_in_use: int = 0
+    num_slots: int = 0
+    resident: tuple[str, ...] = ()
+    """Adapters in slots, least recently used first."""
+
+    preemptions: int = 0
+    """Requests whose cache was given to others, to be computed again; since the start."""
+
+    steps: int = 0
+    slot_hits: int = 0
+    slot_loads: int = 0
+    slot_evictions: int = 0
+    host_loads: int = 0
+    host_evictions: int = 0
+    load_failures: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """All that a step gave.
+
+    Attributes:
+        events: In order; a request's tokens one after another.
+        snapshot: The engine afterwards.
+    """
+
+    events: tuple[Token | Failed | Answer, ...] = ()
+    snapshot: Snapshot = Snapshot()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """The ranks have loaded the model.
+
+    Attributes:
+        max_length: The longest prompt and answer together, in tokens.
+        vocab_size: Token ids end below this.
+    """
+
+    max_length: int
+    vocab_size: int

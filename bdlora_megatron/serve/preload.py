@@ -1,0 +1,16 @@
+"""What the server that forks ranks imports once. No tensor operation runs in it."""
+
+import atexit
+import os
+import signal
+import warnings
+
+# Nothing here needs torch's tear-down, which takes a second.
+atexit.register(os._exit, 0)
+with warnings.catch_warnings():
+    # Megatron-Core's, about Apex and Transformer Engine.
+    warnings.simplefilter("ignore")
+    import bdlora_megatron.serve.engine.rank  # noqa: F401
+# A SIGTERM to the whole process group is the front's to answer: it drains, then ends the ranks. Set
+# after torch's own handler, which prints a stack.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,99 @@
+"""Starting the ranks' processes, and making sure that none is left."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from bdlora_megatron.serve.entry import enter_rank
+from bdlora_megatron.serve.messages import Stop
+from bdlora_megatron.serve.settings import ServeSettings
+
+__all__ = ["Ranks"]
+
+
+class Ranks:
+    """The processes of one server's ranks on this machine.
+
+    A rank ends when its link to this process does, so none survives this process, however it ends.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        """Start the processes; they load the model by themselves.
+
+        Args:
+            settings: The server's.
+        """
+        # Imports torch and Megatron-Core once, and never runs a tensor operation: ranks are cheap
+        # forks of a process without threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["bdlora_megatron.serve.preload"])
+        if settings.cpu:
+            # Ranks of one machine talk over its loopback, where nobody else listens.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            threads = max(len(os.sched_getaffinity(0)) // settings.tp, 1)
+            os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        self._folder = tempfile.mkdtemp(prefix="bdlora-")
+        self._links: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        for rank in range(settings.tp):
+            ours, theirs = context.Pipe()
+            store = str(Path(self._folder, "store"))
+            process = context.Process(
+                target=enter_rank, args=(rank, settings, store, theirs), name=f"bdlora-rank-{rank}"
+            )
+            process.start()
+            theirs.close()
+            self._links.append(ours)
+            self.processes.append(process)
+
+    @property
+    def link(self) -> Connection:
+        """To rank 0."""
+        return self._links[0]
+
+    @property
+    def dead(self) -> dict[int, int]:
+        """Ranks that have ended, with their exit statuses."""
+        return {
+            rank: process.exitcode
+            for rank, process in enumerate(self.processes)
+            if process.exitcode is not None
+        }
+
+    def stop(self, *, timeout_s: float) -> bool:
+        """Ask the ranks to end, and end those that do not.
+
+        Args:
+            timeout_s: How long they may take.
+
+        Returns:
+            Whether all ended by themselves, and well.
+        """
+        try:
+            self.link.send(Stop())
+        except OSError:
+            timeout_s = 0.0
+        deadline_s = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(deadline_s - time.monotonic(), 0.0))
+        well = all(process.exitcode == 0 for process in self.processes)
+        self.kill()
+        return well
+
+    def kill(self) -> None:
+        """End all ranks at once; they are gone when this returns."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+        for process in self.processes:
+            process.join()
+        for link in self._links:
+            link.close()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,259 @@
+"""All settings of a server, validated once; free of torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from bdlora_megatron.errors import ConfigError
+
+__all__ = ["ApiKey", "ServeSettings", "check_adapter_name"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:-]{0,127}")
+_LAYOUTS = ("bdlora", "half_sharded", "slora")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def check_adapter_name(name: str) -> str:
+    """An adapter's name, if it can be one.
+
+    Raises:
+        ConfigError: It is empty, too long, or holds strange characters.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"adapter name {name[:140]!r}; wanted 1 to 128 letters, digits and . _ / @ : - that "
+            "begin with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApiKey:
+    """A key that clients send as ``Authorization: Bearer KEY``."""
+
+    key: str = field(repr=False)
+    """The secret."""
+
+    models: tuple[str, ...] | None = None
+    """The models that it may use, the base model's name among them; all when unset."""
+
+    def __post_init__(self) -> None:
+        if len(self.key) < 8:
+            raise ConfigError("an API key has fewer than 8 characters; make a longer one")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeSettings:
+    """A server: model, adapters, ranks, sizes, keys."""
+
+    model: str
+    """Folder of the base model in Hugging Face's form."""
+
+    served_name: str | None = None
+    """What requests call the base model; the folder's name when unset."""
+
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Folders of adapters by name, registered at the start."""
+
+    adapter_dirs: tuple[str, ...] = ()
+    """Folders below which ``/v1/load_lora_adapter`` may find adapters; without any it is off."""
+
+    tp: int = 1
+    """Tensor-parallel ranks."""
+
+    cpu: bool = False
+    """Run on this machine's CPU, with gloo."""
+
+    dtype: str | None = None
+    """The model's type; as stored when unset."""
+
+    layout: str = "bdlora"
+    """How ranks hold adapters: ``bdlora`` (serves any), ``half_sharded`` or ``slora``."""
+
+    num_slots: int = 32
+    """Adapters on the device at once."""
+
+    max_rank: int = 64
+    """The largest rank, per tensor-parallel rank, that a slot holds."""
+
+    host_cache_bytes: int = 2**32
+    """Memory of each rank's host for adapters that are in no slot."""
+
+    max_requests: int = 64
+    """Requests that run at once."""
+
+    step_tokens: int = 2048
+    """Tokens of one step; longer prompts are read in chunks."""
+
+    max_length: int = 4096
+    """The longest prompt and answer together, in tokens."""
+
+    cache_bytes: int = 2**30
+    """Key-value cache on each rank."""
+
+    block_tokens: int = 256
+    """Positions of a block of the cache."""
+
+    max_queue: int = 256
+    """Requests that may wait beside those that run; further ones get status 429."""
+
+    max_per_adapter: int | None = None
+    """Requests of one adapter that run at once; no limit of its own when unset."""
+
+    max_queue_per_adapter: int | None = None
+    """Requests of one adapter that are waiting or running; further ones get status 429."""
+
+    patience_steps: int = 64
+    """Steps that a request waits for a slot before one is cleared for it."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+
+    api_keys: tuple[ApiKey, ...] = ()
+    """Keys of clients; without any, all requests are served."""
+
+    admin_key: str | None = field(default=None, repr=False)
+    """The key that may load and unload adapters and see the metrics."""
+
+    max_body_bytes: int = 2**22
+    """The largest request body."""
+
+    request_timeout_s: float = 600.0
+    """A request that takes longer is cancelled."""
+
+    drain_s: float = 30.0
+    """How long requests in flight may go on after SIGTERM."""
+
+    rank_timeout_s: float = 120.0
+    """A rank that hears nothing from its peers for so long gives up."""
+
+    restarts: int = 0
+    """How often ranks are started again after one has died, before the server ends."""
+
+    log_prompts: bool = False
+    """Write prompts and answers to the log."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "tp", "num_slots", "max_rank", "host_cache_bytes", "max_requests", "step_tokens",
+            "max_length", "cache_bytes", "block_tokens", "patience_steps", "max_body_bytes",
+            "request_timeout_s", "rank_timeout_s",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}; wanted more than 0")
+        for name in ("port", "max_queue", "drain_s", "restarts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}; wanted 0 or more")
+        if self.layout not in _LAYOUTS:
+            raise ConfigError(f"layout={self.layout!r}; wanted one of {_LAYOUTS}")
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r}; wanted one of {_DTYPES}")
+        if self.admin_key is not None and len(self.admin_key) < 8:
+            raise ConfigError("admin_key has fewer than 8 characters; make a longer one")
+        for name in self.adapters:
+            if check_adapter_name(name) == self.base_name:
+                raise ConfigError(
+                    f"an adapter is called {name!r}, as the base model is; name it otherwise, or "
+                    "set served_name"
+                )
+
+    @property
+    def base_name(self) -> str:
+        """What requests call the base model."""
+        return self.served_name or Path(self.model).resolve().name
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ServeSettings:
+        """Settings from plain values, as a file gives them.
+
+        Args:
+            values: Names to values; ``api_keys`` are texts or ``{key: ..., models: [...]}``.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ConfigError: A name is unknown (the nearest known one is named), or a value is wrong.
+        """
+        known = {f.name: f for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}"
+                raise ConfigError(f"unknown setting {name!r}{hint}")
+        made = {name: _plain(name, value, str(known[name].type)) for name, value in values.items()}
+        if "model" not in made:
+            raise ConfigError("no model is given; name the folder of the base model")
+        return cls(**made)
+
+    def adapter_path(self, path: str) -> Path:
+        """The folder that a client named, if it may be read.
+
+        Args:
+            path: What was sent.
+
+        Returns:
+            Its real path, links resolved.
+
+        Raises:
+            ConfigError: It lies below none of ``adapter_dirs``.
+        """
+        real = Path(os.path.realpath(path))
+        for allowed in self.adapter_dirs:
+            if real.is_relative_to(os.path.realpath(allowed)):
+                return real
+        raise ConfigError(
+            f"adapter path {path!r} is below none of the folders that this server may load from"
+        )
+
+
+def _plain(name: str, value: Any, kind: str) -> Any:
+    """One value of a file in the type that its field has.
+
+    Raises:
+        ConfigError: It is of another type.
+    """
+    if name == "api_keys":
+        return tuple(_api_key(item) for item in _list(name, value))
+    if name == "adapter_dirs":
+        return tuple(str(item) for item in _list(name, value))
+    if name == "adapters":
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"adapters={value!r}; wanted names with their folders")
+        return {str(key): str(path) for key, path in value.items()}
+    wanted: tuple[type, ...] = {"int": (int,), "float": (int, float), "bool": (bool,)}.get(
+        kind.removesuffix(" | None"), (str,)
+    )
+    nothing = value is None and kind.endswith("None")
+    if not nothing and (
+        not isinstance(value, wanted) or (isinstance(value, bool) != (bool in wanted))
+    ):
+        raise ConfigError(f"{name}={value!r}; wanted {kind}")
+    return value
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{name}={value!r}; wanted a list")
+    return list(value)
+
+
+def _api_key(item: Any) -> ApiKey:
+    if isinstance(item, ApiKey):
+        return item
+    if isinstance(item, str):
+        return ApiKey(key=item)
+    if isinstance(item, Mapping) and set(item) <= {"key", "models"} and "key" in item:
+        models = item.get("models")
+        return ApiKey(key=str(item["key"]), models=None if models is None else tuple(models))
+    raise ConfigError("an entry of api_keys is neither a text nor {key: ..., models: [...]}")

@@ -1,0 +1,131 @@
+"""How a server ends: after a drain, with a rank, with its front. Nothing may be left behind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import signal
+import subprocess
+import sys
+
+import httpx2 as httpx
+import pytest
+
+from tests.serve import models
+from tests.serve.conftest import SIZES
+from tests.serve.servers import RunningServer
+
+LONG = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+
+
+def start(folder, log, *more, tp="2", **options):
+    names = [f"{name}={folder / 'adapters' / name}" for name in models.ADAPTERS]
+    return RunningServer(
+        folder, log, "--tp", tp, "--adapters", *names, "--set", *SIZES, *more, **options
+    )
+
+
+def stream(server, model):
+    """Everything a stream says, until it ends or is cut off."""
+    with (
+        httpx.Client(timeout=60) as client,
+        client.stream(
+            "POST", f"{server.url}/v1/completions", json={**LONG, "model": model, "stream": True}
+        ) as answer,
+    ):
+        assert answer.status_code == 200
+        lines = answer.iter_lines()
+        yield next(lines)
+        yield from (line for line in lines if line)
+
+
+def test_sigterm_lets_requests_finish_and_takes_no_new_ones(folder, tmp_path):
+    with start(folder, tmp_path / "log") as server:
+        lines = stream(server, "blocks")
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        for _ in range(100):
+            if server.get("/ready")[1] == b"draining":
+                break
+        else:
+            raise AssertionError("the server did not say that it drains")
+        refused = httpx.post(f"{server.url}/v1/completions", json={**LONG, "model": "model"})
+        assert refused.status_code == 503
+        assert refused.headers["Retry-After"]
+        *chunks, last = lines
+        assert last == "data: [DONE]"
+        assert json.loads(chunks[-1][6:])["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(30) == 0
+        assert server.wait_gone(5) == []
+        log = server.log.read_text()
+        assert "hello" not in log, "prompts are not logged unless that is asked for"
+        records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+        done = [r for r in records if r["message"] == "request"]
+        assert [(r["model"], r["status"]) for r in done] == [("blocks", "ok")]
+        assert done[0]["generated_tokens"] == 200
+
+
+def test_a_rank_that_dies_takes_the_server_down_within_seconds(folder, tmp_path):
+    with start(folder, tmp_path / "log") as server:
+        ranks = server.ranks()
+        assert len(ranks) == 2, [p.cmdline() for p in ranks]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            lines = stream(server, "blocks")
+            next(lines)
+            ranks[1].kill()
+            rest = pool.submit(list, lines)
+            assert server.process.wait(20) == 1
+            assert "[DONE]" not in rest.result(20)[-1]
+            assert '"error"' in rest.result()[-1]
+        assert server.wait_gone(5) == []
+
+
+def test_ranks_start_again_if_that_is_asked_for_and_none_survives_its_front(folder, tmp_path):
+    with start(folder, tmp_path / "log", "restarts=1", tp="1") as server:
+        body = {"model": "blocks", "prompt": "hello", "max_tokens": 5, "temperature": 0}
+        before = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        (rank,) = server.ranks()
+        rank.kill()
+        rank.wait(10)
+        for _ in range(600):
+            if not server.is_ready():
+                break
+        server.wait_ready(60)
+        after = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert after.json()["choices"] == before.json()["choices"]
+        assert server.ranks()
+        server.process.kill()
+        server.process.wait()
+        assert server.wait_gone(10) == []
+
+
+def test_torchrun_starts_the_ranks_too(folder, tmp_path, server):
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    body = {"model": "blocks", "prompt": "hello", "max_tokens": 9, "temperature": 0}
+    expected = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    with start(folder, tmp_path / "log", tp="1", launcher=launcher) as other:
+        answer = httpx.post(f"{other.url}/v1/completions", json=body, timeout=60).json()
+        assert answer["choices"] == expected["choices"]
+        other.process.send_signal(signal.SIGTERM)
+        other.process.wait(60)
+        assert other.wait_gone(10) == []
+        assert '"message": "ended", "status": 0' in other.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--set", "num_slot=3"], "did you mean 'num_slots'"),
+        (["--set", "tp=0"], "tp=0"),
+        (["--adapters", "here=/nowhere"], "/nowhere"),
+        (["--model", "/nowhere"], "config.json"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_settings_are_told_before_anything_starts(folder, arguments, says):
+    command = [sys.executable, "-m", "bdlora_megatron", "serve", "--model", str(folder / "model")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,272 @@
+"""The engine gives each request what the request would get alone, whoever shares its steps.
+
+The reference knows nothing of the engine: a plain model with one adapter loaded, run over the whole
+sequence again for every token, in fp64.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from bdlora_megatron import runtime
+from bdlora_megatron.layers import load_adapter, remove_lora
+from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
+from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
+from bdlora_megatron.serve.engine import EngineOptions, ServingEngine
+from bdlora_megatron.serve.engine.sampling import Sampler
+from bdlora_megatron.serve.messages import Choice, Failed, Sampling, Submit, Token
+from tests.harness import run_ranks
+from tests.tp.models import VOCAB
+from tests.tp.serving_cases import make_adapter, serving_model
+
+ADAPTERS = {
+    "vanilla": {"rank": 4},
+    "two": {"rank": 4, "num_blocks": 2},
+    "four": {"rank": 8, "num_blocks": 4},
+    "attention": {"rank": 3, "modules": ("q_proj", "o_proj")},
+}
+BLOCK, LENGTH = 4, 32
+
+
+def make(name: str) -> Any:
+    return make_adapter(list(ADAPTERS).index(name), name=name, **ADAPTERS[name])
+
+
+def requests(count: int, seed: int) -> list[Submit]:
+    rng = random.Random(seed)
+    made = []
+    for request_id in range(count):
+        prompt = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 20)))
+        sampled = rng.random() < 0.5
+        sampling = Sampling(
+            temperature=rng.uniform(0.5, 1.5) if sampled else 0.0,
+            top_p=rng.choice([1.0, 0.9]),
+            top_k=rng.choice([0, 7]),
+            seed=rng.randrange(2**32),
+            logprobs=rng.choice([None, 2]),
+            max_tokens=rng.randint(1, 12),
+            stop_ids=frozenset(rng.sample(range(VOCAB), 3)),
+        )
+        adapter = rng.choice([None, *ADAPTERS])
+        made.append(
+            Submit(request_id=request_id, prompt=prompt, sampling=sampling, adapter=adapter)
+        )
+    return made
+
+
+def engine_for(world: int, *, blocks: int, num_slots: int = 2, **options: Any) -> ServingEngine:
+    slots = ModelSlots(_model(world), SlotRoom(num_slots=num_slots, max_rank=8))
+    store = AdapterStore(slots, StoreOptions(host_bytes=3 * slots.largest_bytes))
+    for name in ADAPTERS:
+        store.register(name, partial(make, name))
+    # Per position: keys and values, 2 layers, 24 / P numbers of 8 bytes; one block is Megatron's.
+    cache_bytes = (blocks + 1) * BLOCK * 2 * 2 * (24 // world) * 8
+    sizes = {
+        "max_requests": 6,
+        "max_tokens": 10,
+        "max_length": LENGTH,
+        "block_tokens": BLOCK,
+        "cache_bytes": cache_bytes,
+        "patience": 4,
+    }
+    return ServingEngine(_model_of(slots), store, EngineOptions(**{**sizes, **options}))
+
+
+def _model(world: int) -> Any:
+    return serving_model(world, params_dtype=torch.float64, pipeline_dtype=torch.float64).double()
+
+
+def _model_of(slots: ModelSlots) -> Any:
+    return slots._model
+
+
+def run(engine: ServingEngine, arrivals: dict[int, list[Submit]], cancels: dict[int, list[int]]):
+    """Drive the engine; returns each request's tokens and finish reason."""
+    got: dict[int, list[Choice]] = {}
+    ends: dict[int, Any] = {}
+    for step in range(2000):
+        for request in arrivals.pop(step, ()):
+            engine.submit(request)
+            got[request.request_id] = []
+        for request_id in cancels.pop(step, ()):
+            engine.cancel(request_id)
+        if not (arrivals or cancels or engine.has_work):
+            return got, ends
+        for event in engine.step(wait_s=0.05):
+            assert isinstance(event, Token), event
+            assert event.request_id not in ends
+            got[event.request_id].append(event.choice)
+            if event.finish is not None:
+                ends[event.request_id] = event.finish
+    raise AssertionError("the engine did not come to an end")
+
+
+@torch.inference_mode()
+def alone(model: Any, request: Submit) -> tuple[list[Choice], str]:
+    """What the request gets from a plain model that runs nothing else."""
+    sampler = Sampler()
+    sampler.add(0, request.sampling)
+    tokens, choices = list(request.prompt), []
+    while True:
+        ids = torch.tensor([tokens])
+        logits = model(ids, torch.arange(len(tokens))[None], causal(len(tokens)))
+        logits = gather_from_tensor_model_parallel_region(logits)[0, -1:]
+        choice = sampler.choose(logits, [0])[0]
+        choices.append(choice)
+        tokens.append(choice.token)
+        if choice.token in request.sampling.stop_ids:
+            return choices, "stop"
+        if len(choices) == request.sampling.max_tokens:
+            return choices, "length"
+
+
+def causal(length: int) -> torch.Tensor:
+    return torch.ones(length, length).triu(1).bool()[None, None]
+
+
+def all_alone(world: int, made: list[Submit]) -> dict[int, tuple[list[Choice], str]]:
+    model, expected = _model(world), {}
+    for name in (None, *ADAPTERS):
+        if name is not None:
+            load_adapter(model, make(name))
+        for request in made:
+            if request.adapter == name:
+                expected[request.request_id] = alone(model.eval(), request)
+        remove_lora(model)
+    return expected
+
+
+def check_equal(got: list[Choice], expected: list[Choice], *, whole: bool, label: str = "") -> None:
+    wanted = [choice.token for choice in expected][: None if whole else len(got)]
+    assert [choice.token for choice in got] == wanted, label
+    for mine, theirs in zip(got, expected, strict=whole):
+        assert (mine.logprob is None) == (theirs.logprob is None)
+        if mine.logprob is not None:
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+            assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+
+
+def mixed_body(rank: int, world: int) -> dict[str, Any]:
+    enable_cpu_inference()
+    with runtime.model_parallel(world):
+        made = requests(40, seed=1)
+        rng = random.Random(2)
+        arrivals: dict[int, list[Submit]] = {}
+        for request in made:
+            arrivals.setdefault(rng.randint(0, 60), []).append(request)
+        cancelled = {3, 8, 13, 21, 30}
+        cancels: dict[int, list[int]] = {}
+        for request_id in sorted(cancelled):
+            when = next(s for s, rs in arrivals.items() if made[request_id] in rs)
+            cancels.setdefault(when + rng.randint(1, 12), []).append(request_id)
+        engine = engine_for(world, blocks=15)
+        got, ends = run(engine, arrivals, cancels)
+        after = engine.snapshot()
+        expected = all_alone(world, made)
+        for request in made:
+            request_id = request.request_id
+            choices, end = expected[request_id]
+            whole = request_id in ends
+            assert whole or request_id in cancelled
+            check_equal(got[request_id], choices, whole=whole)
+            assert not whole or ends[request_id] == end
+        assert (after.running, after.queued, after.used_blocks, after.slots_in_use) == (0, 0, 0, 0)
+        assert after.preemptions > 0, "the cache was never short: the test shows less than it says"
+        assert after.slot_evictions > 0
+        assert "stop" in ends.values()
+        cut = [request_id for request_id in cancelled if request_id not in ends]
+        return {"got": got, "ends": ends, "after": after, "cut": len(cut)}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone(world):
+    """Chunks of prompts, preemption, more adapters than slots, several blocks, cancellations."""
+    first, *others = run_ranks(world, mixed_body)
+    assert first["cut"] >= 2, "too few cancellations met a request in flight"
+    for other in others:
+        # Also what ranks decided without asking each other: order, slots, evictions.
+        assert other == first
+
+
+def cancel_body(rank: int, world: int) -> None:
+    enable_cpu_inference()
+    with runtime.model_parallel(world):
+        long = Sampling(temperature=0.0, max_tokens=12)
+        engine = engine_for(world, blocks=8, max_tokens=6)
+        # One prompt is being read in chunks, two run: each state in which a request can be dropped.
+        made = [
+            Submit(request_id=i, prompt=tuple(range(1, n + 1)), sampling=long, adapter=a)
+            for i, (n, a) in enumerate([(3, None), (4, "two"), (20, "two"), (2, None)])
+        ]
+        expected = all_alone(world, made)
+        for victims in ([2], [0], [0, 1], [1, 2], [0, 1, 2], [3]):
+            for after in range(1, 9):
+                for request in made:
+                    engine.submit(request)
+                got: dict[int, list[Choice]] = {request.request_id: [] for request in made}
+                for step in range(200):
+                    if step == after:
+                        before = engine.snapshot().used_blocks
+                        for request_id in victims:
+                            engine.cancel(request_id)
+                        freed = before - engine.snapshot().used_blocks
+                        assert freed >= 0
+                    if not engine.has_work:
+                        break
+                    for event in engine.step(wait_s=0.05):
+                        got[event.request_id].append(event.choice)
+                assert engine.snapshot().used_blocks == 0
+                assert engine.snapshot().slots_in_use == 0
+                for request in made:
+                    whole = request.request_id not in victims
+                    check_equal(
+                        got[request.request_id],
+                        expected[request.request_id][0],
+                        whole=whole,
+                        label=f"request {request.request_id}, without {victims} after {after}",
+                    )
+
+
+def test_a_cancelled_request_frees_its_cache_and_disturbs_nobody():
+    run_ranks(1, cancel_body)
+
+
+def failing_body(rank: int, world: int) -> None:
+    enable_cpu_inference()
+    with runtime.model_parallel(world):
+        engine = engine_for(world, blocks=20)
+        sampling = Sampling(temperature=0.0, max_tokens=2)
+        assert engine.store is not None
+
+        def broken() -> Any:
+            if rank == world - 1:
+                raise OSError("the disk is gone")
+            return make("two")
+
+        engine.store.register("broken", broken)
+        names = ["broken", None, "two", "nobody"]
+        for request_id, name in enumerate(names):
+            engine.submit(
+                Submit(request_id=request_id, prompt=(1, 2), sampling=sampling, adapter=name)
+            )
+        events = []
+        for _ in range(50):
+            events += engine.step(wait_s=0.05)
+        failed = {event.request_id: event.reason for event in events if isinstance(event, Failed)}
+        assert set(failed) == {0, 3}
+        assert f"rank {world - 1}" in failed[0]
+        assert "the disk is gone" in failed[0]
+        assert "'nobody'" in failed[3]
+        done = [e.request_id for e in events if isinstance(e, Token) and e.finish]
+        assert sorted(done) == [1, 2]
+        assert not engine.has_work
+
+
+def test_an_adapter_that_fails_on_one_rank_fails_its_requests_alone():
+    run_ranks(2, failing_body)

@@ -1,0 +1,111 @@
+"""Choosing tokens: the right distribution, streams of one's own, the right log-probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.serve.engine.sampling import Sampler, choose_tokens
+from bdlora_megatron.serve.messages import Sampling
+
+LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9], dtype=torch.float64)
+
+
+def expected(temperature: float, top_k: int, top_p: float) -> list[float]:
+    """The distribution, in plain Python."""
+    weights = [math.exp(x / temperature) for x in LOGITS.tolist()]
+    total = sum(weights)
+    ranked = sorted(range(5), key=lambda i: -weights[i])
+    kept, before = [], 0.0
+    for place, token in enumerate(ranked):
+        if (before < top_p and (top_k == 0 or place < top_k)) or place == 0:
+            kept.append(token)
+        before += weights[token] / total
+    mass = sum(weights[token] for token in kept)
+    return [weights[token] / mass if token in kept else 0.0 for token in range(5)]
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (2, 1.0), (0, 0.6), (3, 0.9), (0, 1e-9)])
+def test_evenly_spaced_draws_give_the_distribution(temperature, top_k, top_p):
+    """A thousand draws, evenly spread over [0, 1), fall on each token as often as they should."""
+    count = 1000
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    draws = [(i + 0.5) / count for i in range(count)]
+    tokens = choose_tokens(LOGITS.expand(count, -1), [sampling] * count, draws)
+    got = torch.bincount(tokens, minlength=5) / count
+    torch.testing.assert_close(
+        got, torch.tensor(expected(temperature, top_k, top_p)), rtol=0, atol=1.5 / count
+    )
+
+
+def test_zero_temperature_takes_the_most_probable():
+    settings = [Sampling(temperature=0.0), Sampling(temperature=5.0, top_k=1)]
+    assert choose_tokens(LOGITS.expand(2, -1), settings, [0.99, 0.99]).tolist() == [1, 1]
+
+
+def test_extreme_draws_and_impossible_tokens_stay_within_bounds():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf]])
+    for draw in (0.0, 1 - 2**-53):
+        assert choose_tokens(logits, [Sampling()], [draw]).tolist() == [1]
+
+
+def test_a_stream_does_not_depend_on_its_neighbours():
+    logits = torch.randn(30, 50, generator=torch.Generator().manual_seed(0))
+
+    def tokens(with_others: bool) -> list[int]:
+        sampler, got = Sampler(), []
+        sampler.add(7, Sampling(seed=3))
+        for step in range(30):
+            ids = [7]
+            if with_others:
+                sampler.add(100 + step, Sampling(seed=step))
+                ids = [100 + step, 7] if step % 2 else [7, 100 + step]
+            rows = torch.stack([logits[step] if i == 7 else -logits[step] for i in ids])
+            got.append(sampler.choose(rows, ids)[ids.index(7)].token)
+        return got
+
+    assert tokens(True) == tokens(False)
+    assert len(set(tokens(False))) > 5
+
+
+def test_a_token_that_is_thrown_away_takes_nothing_from_the_stream():
+    plain, interrupted = Sampler(), Sampler()
+    for sampler in (plain, interrupted):
+        sampler.add(1, Sampling(seed=5))
+    wide = torch.zeros(1, 1000)
+    interrupted.choose(wide, [1], idle=1)
+    assert interrupted.choose(wide, [1]) == plain.choose(wide, [1])
+
+
+def test_log_probabilities_are_the_models_own():
+    """Neither temperature nor truncation changes what is reported."""
+    sampler = Sampler()
+    sampler.add(1, Sampling(temperature=0.2, top_k=1, logprobs=2))
+    choice = sampler.choose(LOGITS[None], [1])[0]
+    logprobs = LOGITS.log_softmax(-1)
+    assert choice.token == 1
+    assert choice.logprob == pytest.approx(float(logprobs[1]), abs=1e-6)
+    assert [token for token, _ in choice.top] == [1, 3]
+    assert [value for _, value in choice.top] == pytest.approx(logprobs[[1, 3]].tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_tokens": 0},
+        {"logprobs": 21},
+    ],
+    ids=str,
+)
+def test_settings_are_checked(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sampling(**wrong)

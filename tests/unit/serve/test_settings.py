@@ -1,0 +1,108 @@
+"""Settings from files, arguments and the environment, and where adapters may be loaded from."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.serve import cli
+from bdlora_megatron.serve.settings import ApiKey, ServeSettings
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    return cli.settings_of(parser.parse_args(["serve", *map(str, arguments)]))
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for name in ("a", "b", ".hidden"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+    return folder
+
+
+def test_arguments_win_over_the_file(model, tmp_path):
+    config = tmp_path / "serve.yaml"
+    config.write_text(
+        f"model: {model}\ntp: 4\nport: 9000\nnum_slots: 3\n"
+        f"adapters: {{b: {tmp_path}/adapters/a, c: {tmp_path}/adapters/b}}\n"
+        "api_keys: [longenough, {key: limited-key, models: [b]}]\n"
+    )
+    made = parse("--config", config, "--tp", "2", "--set", "num_slots=5", "--adapters",
+                 tmp_path / "adapters")  # fmt: skip
+    assert (made.tp, made.port, made.num_slots) == (2, 9000, 5)
+    assert set(made.adapters) == {"a", "b", "c"}
+    assert made.adapters["b"] == str(tmp_path / "adapters" / "b")
+    assert made.api_keys == (
+        ApiKey(key="longenough"),
+        ApiKey(key="limited-key", models=("b",)),
+    )
+    assert made.base_name == "base"
+    assert "longenough" not in repr(made)
+
+
+def test_keys_come_from_the_environment(model, monkeypatch):
+    monkeypatch.setenv("BDLORA_API_KEYS", "first-key,second-key")
+    monkeypatch.setenv("BDLORA_ADMIN_KEY", "admin-key")
+    made = parse("--model", model)
+    assert [key.key for key in made.api_keys] == ["first-key", "second-key"]
+    assert made.admin_key == "admin-key"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"num_slot": 3}, "did you mean 'num_slots'"),
+        ({"tp": "two"}, "tp='two'; wanted int"),
+        ({"tp": True}, "tp=True"),
+        ({"cpu": 1}, "cpu=1"),
+        ({"port": -1}, "port=-1"),
+        ({"layout": "diagonal"}, "layout='diagonal'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"adapters": ["a"]}, "adapters="),
+        ({"adapters": {"base": "x"}, "served_name": "base"}, "as the base model is"),
+        ({"adapters": {"a b": "x"}}, "adapter name"),
+        ({"api_keys": ["short"]}, "fewer than 8"),
+        ({"api_keys": [{"key": "longenough", "model": 1}]}, "api_keys"),
+        ({"admin_key": "short"}, "admin_key"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(values, says):
+    with pytest.raises(ConfigError, match=says):
+        ServeSettings.from_dict({"model": "/m/base0", **values})
+
+
+def test_adapters_of_the_same_name_are_refused(model, tmp_path):
+    with pytest.raises(ConfigError, match=r"several adapters are called \['a'\]"):
+        parse("--model", model, "--adapters", tmp_path / "adapters", f"a={model}")
+
+
+def test_only_folders_below_the_allowed_ones_are_found(tmp_path):
+    allowed, outside = tmp_path / "in", tmp_path / "in-not"
+    for folder in (allowed / "x", outside):
+        folder.mkdir(parents=True)
+    (allowed / "link").symlink_to(outside)
+    made = ServeSettings(model="m", adapter_dirs=(str(allowed),))
+    assert made.adapter_path(str(allowed / "x")) == allowed / "x"
+    for path in (outside, allowed / ".." / "in-not", allowed / "link", "/"):
+        with pytest.raises(ConfigError, match="below none"):
+            made.adapter_path(str(path))
+
+
+def test_the_command_line_does_not_import_torch():
+    """`bdlora --help` stays fast, and the front's process small."""
+    code = (
+        "import sys, bdlora_megatron.serve.cli, bdlora_megatron.serve.server, "
+        "bdlora_megatron.serve.generate\n"
+        "assert 'torch' not in sys.modules and 'megatron.core' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,90 @@
+"""Text as its tokens come: whatever the cuts, it is the text of all tokens, cut at the stop."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.serve.front.text import TextStream, Tokenizer
+from bdlora_megatron.serve.messages import Choice, Token
+from tests.serve.models import make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return Tokenizer(str(folder))
+
+
+def pieces(tokenizer, prompt, ids, stop, finish="length"):
+    stream, shown = TextStream(tokenizer, prompt, stop), []
+    for place, token in enumerate(ids):
+        last = finish if place == len(ids) - 1 else None
+        piece = stream.push(Token(1, Choice(token), last))
+        if piece is not None:
+            shown.append(piece)
+            if piece.finish is not None:
+                break
+    return shown
+
+
+def cut(text, stop):
+    places = [place for place in (text.find(s) for s in stop) if place >= 0]
+    return (text[: min(places)], "stop") if places else (text, "length")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text(alphabet="abä€𝄞 ", min_size=1, max_size=24),
+    stop=st.lists(st.text(alphabet="abä€", min_size=1, max_size=3), max_size=3),
+    prompt=st.text(alphabet="aä€", max_size=3),
+)
+def test_pieces_add_up_to_the_text_cut_at_the_first_stop(tokenizer, text, stop, prompt):
+    """One byte a token, so that characters and stop texts are torn at every place."""
+    ids = tokenizer.encode(text)
+    shown = pieces(tokenizer, tokenizer.encode(prompt), ids, stop)
+    expected, finish = cut(text, stop)
+    assert "".join(piece.text for piece in shown) == expected
+    assert shown[-1].finish == finish
+    assert all(piece.finish is None for piece in shown[:-1])
+    taken = [choice.token for piece in shown for choice in piece.choices]
+    assert taken == ids[: len(taken)]
+    assert finish == "stop" or taken == ids
+
+
+def test_text_is_shown_as_soon_as_it_can_no_longer_be_a_stop(tokenizer):
+    shown = pieces(tokenizer, [], tokenizer.encode("abcabd"), ["abd"])
+    assert [piece.text for piece in shown] == ["abc", ""]
+    assert shown[-1].finish == "stop"
+
+
+def test_a_torn_character_at_the_end_is_told_as_such(tokenizer):
+    ids = tokenizer.encode("a€")[:-1]
+    assert "".join(piece.text for piece in pieces(tokenizer, [], ids, [])) == "a\ufffd"
+
+
+def test_the_end_token_has_no_text(tokenizer):
+    ids = [*tokenizer.encode("ab"), *tokenizer.stop_ids]
+    shown = pieces(tokenizer, [], ids, [], finish="stop")
+    assert "".join(piece.text for piece in shown) == "ab"
+    assert shown[-1].finish == "stop"
+    assert sum(len(piece.choices) for piece in shown) == 3
+
+
+def test_all_end_tokens_that_the_model_names_count(tmp_path):
+    make_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9]}))
+    assert Tokenizer(str(tmp_path)).stop_ids == {1, 5, 9}
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(ConfigError, match="generation_config"):
+        Tokenizer(str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tokenizer"):
+        Tokenizer(str(tmp_path))
