@@ -9,12 +9,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from bdlora_megatron.cli import convert, inspect, verify
+from bdlora_megatron.cli import bench, convert, inspect, verify
 from bdlora_megatron.errors import BDLoRAError
 
 __all__ = ["main"]
 
-_COMMANDS = (convert, inspect, verify)
+_COMMANDS = (convert, inspect, verify, bench)
 _TROUBLE, _INTERRUPTED = 2, 130
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bdlora", description="Convert, inspect and verify LoRA and BD-LoRA adapters."
+        prog="bdlora", description="Convert, inspect, verify and time LoRA and BD-LoRA adapters."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
