@@ -38,7 +38,7 @@ class Contenders:
         for arm in plan.arms():
             if arm.layout is not None:
                 self._attach(arm)
-        self._caches: dict[Setting, StaticInferenceContext] = {}
+        self._caches: dict[tuple[str, int, int], StaticInferenceContext] = {}
 
     def _attach(self, arm: Arm) -> None:
         assert arm.layout is not None
@@ -102,13 +102,13 @@ class Contenders:
 
     def _cache(self, setting: Setting) -> StaticInferenceContext:
         """The cache of a step, which is left as full as it was: every step is the same."""
-        cache = self._caches.get(setting)
+        cache = self._caches.get(setting.step)
         if cache is None:
             cache = StaticInferenceContext(setting.batch, setting.length + 1)
             self._infer(self._inputs(setting.batch, setting.length, 0), cache)
             if setting.phase == "decode":
                 cache.increment_sequence_len_offset(setting.length)
-            self._caches[setting] = cache
+            self._caches[setting.step] = cache
         return cache
 
     @torch.inference_mode()

@@ -68,6 +68,11 @@ class Setting:
     latency_s: float = 0.0
 
     @property
+    def step(self) -> tuple[Phase, int, int]:
+        """The step, without the link."""
+        return self.phase, self.batch, self.length
+
+    @property
     def label(self) -> str:
         """What a table calls the step, without the link."""
         return f"{self.phase} {self.batch} x {self.length}"

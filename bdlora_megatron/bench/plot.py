@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from bdlora_megatron.bench.plan import Arm
 from bdlora_megatron.bench.report import BenchReport
 from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import MissingDependencyError
 
-__all__ = ["plot_report"]
+__all__ = ["figure_class", "plot_report"]
+
+
+def figure_class() -> Any:
+    """Matplotlib's figure, to be asked for before minutes of measuring are at stake.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    try:
+        # The figure alone, without pyplot's windows and global state.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "drawing needs matplotlib, which is not installed; "
+            "install the extra: pip install 'bdlora-megatron[plot]', or leave --out away"
+        ) from error
+    return Figure
 
 
 def plot_report(report: BenchReport, path: str | Path) -> Path:
@@ -22,18 +40,7 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
 
     Returns:
         The path.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
     """
-    try:
-        # The figure alone, without pyplot's windows and global state.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "drawing needs matplotlib, which is not installed; "
-            "install the extra: pip install 'bdlora-megatron[plot]'"
-        ) from error
     plan = report.plan
     rank = plan.ranks[0]
     arms = {
@@ -43,7 +50,7 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
         f"S-LoRA, rank {rank}": Arm(layout=Layout.SLORA, rank=rank),
     }
     steps = list(dict.fromkeys(setting.label for setting in plan.settings()))
-    figure = Figure(figsize=(2.6 * len(steps) + 1.0, 3.4), layout="constrained")
+    figure = figure_class()(figsize=(2.6 * len(steps) + 1.0, 3.4), layout="constrained")
     panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
     for axes, label in zip(panels, steps, strict=True):
         settings = [setting for setting in plan.settings() if setting.label == label]

@@ -35,6 +35,7 @@ class BenchReport:
         calibration: The cost model's fit; None where it was not tried.
         command: What makes it again.
         seconds: How long it took.
+        load: The machine's load average when it began: what else was running.
     """
 
     plan: BenchPlan
@@ -42,12 +43,13 @@ class BenchReport:
     calibration: Calibration | None
     command: str
     seconds: float
+    load: float
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as plain values."""
         return {
             "command": self.command,
-            "machine": machine(),
+            "machine": {**machine(), "load_before": self.load},
             "plan": asdict(self.plan),
             "cells": [
                 {
@@ -79,9 +81,15 @@ class BenchReport:
             ],
         }
 
-    def markdown(self) -> str:
-        """The page."""
+    def markdown(self, picture: str | None = None) -> str:
+        """The page.
+
+        Args:
+            picture: The name of a picture to show.
+        """
         parts = [*self._about()]
+        if picture is not None:
+            parts += [f"![Each layout's time over the base model's]({picture})", ""]
         for rank in self.plan.ranks:
             parts += self._times(rank)
         parts += self._traffic()
@@ -113,7 +121,10 @@ class BenchReport:
         yield ""
         yield f"Made by `{self.command}` in {self.seconds:.0f} s on {here['date']}."
         yield ""
-        yield f"- Machine: {here['processor']}; {here['cores']} cores; {here['accelerator']}."
+        yield (
+            f"- Machine: {here['processor']}; {here['cores']} cores; {here['accelerator']}; load "
+            f"average before the run {self.load:.1f}."
+        )
         yield f"- Versions: {', '.join(f'{k} {v}' for k, v in here['versions'].items())}."
         yield (
             f"- Model `{plan.model}`: {shape.num_layers} layers, hidden {shape.hidden_size}, MLP "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -98,7 +98,13 @@ def _rank_main(rank: int, folder: Path, plan: BenchPlan, tell: Callable[[str], N
 
 def _measure_rank(plan: BenchPlan, tell: Callable[[str], None]) -> list[Cell]:
     contenders = Contenders(plan)
-    cells = [_count(contenders, arm, at) for at in plan.settings() for arm in plan.arms()]
+    # What a step communicates does not depend on the link's speed.
+    counted = {(at.step, arm): _count(contenders, arm, at) for at, arm in _fastest(plan)}
+    cells = [
+        replace(counted[at.step, arm], setting=at, seconds=[])
+        for at in plan.settings()
+        for arm in plan.arms()
+    ]
     # Ranks visit in the same order, so they draw from the same seed.
     order = random.Random(0)
     groups = [[c for c in cells if c.setting == setting] for setting in plan.settings()]
@@ -111,6 +117,14 @@ def _measure_rank(plan: BenchPlan, tell: Callable[[str], None]) -> list[Cell]:
                     cell.seconds.append(seconds)
     _keep_slowest(cells, contenders.device)
     return cells
+
+
+def _fastest(plan: BenchPlan) -> Iterator[tuple[Setting, Arm]]:
+    """Every step of every contender, on the first link."""
+    for setting in plan.settings():
+        if setting.latency_s == plan.latencies_s[0]:
+            for arm in plan.arms():
+                yield setting, arm
 
 
 def _count(contenders: Contenders, arm: Arm, setting: Setting) -> Cell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -73,12 +74,15 @@ def run(arguments: argparse.Namespace) -> int:
     """
     # Late: they import Megatron-Core, which takes seconds that other commands need not wait.
     from bdlora_megatron.bench.calibrate import calibrate
-    from bdlora_megatron.bench.plot import plot_report
+    from bdlora_megatron.bench.plot import figure_class, plot_report
     from bdlora_megatron.bench.report import BenchReport, machine
     from bdlora_megatron.bench.run import measure
 
     plan = _plan(arguments)
-    started = time.perf_counter()
+    if arguments.out is not None:
+        figure_class()
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    started, load = time.perf_counter(), os.getloadavg()[0]
     cells = measure(plan, tell=output.note)
     size = 2 if machine()["dtype"] == "bfloat16" else 4
     report = BenchReport(
@@ -87,14 +91,15 @@ def run(arguments: argparse.Namespace) -> int:
         calibration=calibrate(plan, cells, size),
         command=" ".join(["bdlora bench", *_said(arguments)]),
         seconds=time.perf_counter() - started,
+        load=load,
     )
     output.result(report.markdown(), report.to_dict(), as_json=arguments.json)
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        picture = plot_report(report, arguments.out.with_suffix(".png"))
         written = json.dumps(report.to_dict(), indent=1)
         arguments.out.with_suffix(".json").write_text(written + "\n", "utf-8")
-        arguments.out.with_suffix(".md").write_text(report.markdown(), "utf-8")
-        plot_report(report, arguments.out.with_suffix(".png"))
+        page = report.markdown(picture.name)
+        arguments.out.with_suffix(".md").write_text(page, "utf-8")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -53,12 +54,15 @@ def test_every_collective_waits_and_nothing_else():
 
 
 def test_the_command_measures_counts_and_writes(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="draws a picture")
     options = ["--layers", "1", "--lora-ranks", "4", "--latency-ms", "0", "--repeats", "2"]
     steps = ["--decode", "2x8", "--prefill", "1x8", "--train", "1x8"]
     stem = tmp_path / "new" / "layouts"
     assert main(["bench", *options, *steps, "--out", str(stem)]) == 0
     page = stem.with_suffix(".md").read_text("utf-8")
-    assert page in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "](layouts.png)" in page
+    assert page.splitlines()[-1] in printed.splitlines()
     assert stem.with_suffix(".png").stat().st_size > 1000
     data = json.loads(stem.with_suffix(".json").read_text("utf-8"))
     said = "--lora-ranks 4 --decode 2x8 --prefill 1x8 --train 1x8 --latency-ms 0 --repeats 2"
@@ -78,6 +82,15 @@ def test_the_command_measures_counts_and_writes(tmp_path, capsys):
     base, extra = (found["train", arm]["collectives"] for arm in ("base", "half_sharded 4"))
     assert found["train", "bdlora 8"]["collectives"] == base
     assert extra["all_reduce"] == base["all_reduce"] + 4
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_before_measuring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["bench", "--out", str(tmp_path / "new" / "layouts")]) == 2
+    told = capsys.readouterr().err
+    assert "install the extra: pip install 'bdlora-megatron[plot]'" in told
+    assert "round" not in told
+    assert not list(tmp_path.iterdir())
 
 
 def test_impossible_options_are_told(capsys):

@@ -23,7 +23,12 @@ def _report(calibration=None):
         plan, lambda cell: [ms / 1e3 for ms in ROUNDS.get(cell.arm.label, (1, 1, 1))]
     )
     return BenchReport(
-        plan=plan, cells=cells, calibration=calibration, command="bdlora bench -x", seconds=12.0
+        plan=plan,
+        cells=cells,
+        calibration=calibration,
+        command="bdlora bench -x",
+        seconds=12.0,
+        load=3.25,
     )
 
 
@@ -38,7 +43,10 @@ def test_times_spreads_and_ratios():
     assert cells[7] == "2.00 (1.75 to 2.50)"
     assert cells[8] == "30.00 (25.00 to 60.00)"
     assert "| decode 1 x 128 | 5 AR; 2.5 kB |" in page
+    assert "load average before the run 3.2" in page
     assert "cost model" not in page
+    assert "](a.png)" in _report().markdown("a.png")
+    assert ".png" not in page
 
 
 def test_errors_of_the_prediction():
