@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from bdlora_megatron.bench.plan import Arm
-from bdlora_megatron.bench.report import BenchReport
+from bdlora_megatron.bench.report import BenchReport, quartiles, ratios
 from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import MissingDependencyError
 
@@ -32,7 +31,7 @@ def figure_class() -> Any:
 
 
 def plot_report(report: BenchReport, path: str | Path) -> Path:
-    """Draw each contender's time over the base model's against the link's latency.
+    """Draw each contender's time over the base model's, with quartiles, by the link's latency.
 
     Args:
         report: What was measured; the first of its ranks is drawn.
@@ -56,18 +55,21 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
         settings = [setting for setting in plan.settings() if setting.label == label]
         places = range(len(settings))
         for number, (name, arm) in enumerate(arms.items()):
-            heights = [
-                median(report.cell(arm, setting).seconds)
-                / median(report.cell(Arm(), setting).seconds)
-                for setting in settings
-            ]
+            low, middle, high = zip(
+                *(
+                    quartiles(ratios(report.cell(arm, setting), report.cell(Arm(), setting)))
+                    for setting in settings
+                ),
+                strict=True,
+            )
             shifted = [place + 0.2 * (number - 1.5) for place in places]
-            axes.bar(shifted, heights, width=0.2, label=name)
+            axes.bar(shifted, middle, width=0.2, label=name if axes is panels[0] else None)
+            axes.vlines(shifted, low, high, color="black", linewidth=1.0)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_xticks(list(places), [f"{1e3 * s.latency_s:g}" for s in settings])
         axes.set(title=label, xlabel="added link latency, ms")
     panels[0].set_ylabel("time over the base model's")
-    panels[0].legend(fontsize="x-small", loc="lower left")
+    figure.legend(loc="outside lower center", ncols=len(arms), fontsize="small")
     target = Path(path)
     figure.savefig(target, format="png", dpi=110)
     return target

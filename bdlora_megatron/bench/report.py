@@ -20,7 +20,7 @@ from bdlora_megatron.bench.run import Cell
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.tables import format_bytes
 
-__all__ = ["BenchReport", "machine", "ratios"]
+__all__ = ["BenchReport", "machine", "quartiles", "ratios"]
 
 _PACKAGES = ("bdlora-megatron", "megatron-core", "torch")
 
@@ -228,10 +228,16 @@ def ratios(slow: Cell, fast: Cell) -> list[float]:
     return [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
 
 
-def _spread(values: Sequence[float], digits: int = 1) -> str:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
     if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
+        return (values[0],) * 3
     low, middle, high = quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    low, middle, high = quartiles(values)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
