@@ -30,6 +30,8 @@ __all__ = ["Calibration", "Machine", "Predicted", "calibrate"]
 
 _FIRST_STEP, _LAST_STEP, _SWEEPS = 0.7, 0.005, 400
 _NEAR = 0.1
+#: A number that the measurements do not tell must not run off to nothing.
+_REACH = math.log(100.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +166,8 @@ def _fit(plan: BenchPlan, cells: Sequence[Cell], size: int) -> Machine:
     measured = [math.log(median(cell.seconds)) for cell in cells]
 
     def loss(point: Sequence[float]) -> float:
+        if any(abs(new - old) > _REACH for new, old in zip(point, origin, strict=True)):
+            return math.inf
         machine = Machine(**dict(zip(names, map(math.exp, point), strict=True)))
         return sum(
             math.hypot(_NEAR, math.log(_predict(plan, cell, machine, size)) - wanted)
@@ -172,7 +176,8 @@ def _fit(plan: BenchPlan, cells: Sequence[Cell], size: int) -> Machine:
 
     start = Machine()
     names = list(Machine.__slots__)
-    point = [math.log(getattr(start, name)) for name in names]
+    origin = [math.log(getattr(start, name)) for name in names]
+    point = origin
     best, step = loss(point), _FIRST_STEP
     for _ in range(_SWEEPS):
         moved, value = _around(loss, point, best, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from tests.compat.releases import CORE, Release
 ROOT = Path(__file__).parents[2]
 #: What the core's tests import, beside this package's own requirements.
 _TOOLS = ("hypothesis", "peft", "psutil", "pytest", "pytest-timeout", "safetensors", "transformers")
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception): ")
 _VERSIONS = """
 import importlib.metadata, json, platform
 names = ("torch", "numpy", "peft", "megatron-core")
@@ -127,7 +129,8 @@ def _count(case: ElementTree.Element, result: Result) -> None:
 def _reason(text: str) -> str:
     """The exception that explains a failure: the first one that a traceback ends with."""
     lines = [line.removeprefix("E").strip() for line in text.splitlines()]
-    named = [line for line in lines if "Error: " in line and "RankError" not in line]
+    # A failed rank's own exception says more than the one that collects them.
+    named = [line for line in lines if _EXCEPTION.match(line) and "RankError" not in line]
     chosen = named or [line for line in lines if line]
     return chosen[0][:200] if chosen else "unknown"
 
