@@ -59,7 +59,8 @@ def _draw_gated_layers(model: GPTModel, seed: int) -> None:
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, layer in model.named_modules():
-        if not name.endswith("linear_fc1") or layer.is_expert:
+        # An expert has rows of its own; layers of Transformer Engine do not say that they are none.
+        if not name.endswith("linear_fc1") or getattr(layer, "is_expert", False):
             continue
         rows, columns = size * layer.weight.size(0), layer.weight.size(1)
         whole = 0.02 * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
