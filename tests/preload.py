@@ -8,6 +8,9 @@ for _name in (
     "megatron.core.dist_checkpointing",
     "bdlora_megatron.layers",
     "bdlora_megatron.runtime",
+    "bdlora_megatron.train.loop",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
 ):
     try:
         importlib.import_module(_name)

@@ -7,6 +7,7 @@ Exact operations move, repeat or zero-fill numbers and never round them: `reshar
 
 from bdlora_megatron.blocks.counts import ModuleShape, matching_rank, num_parameters, rank_within
 from bdlora_megatron.blocks.factors import Blocked, BlockFactors
+from bdlora_megatron.blocks.finite import all_finite
 from bdlora_megatron.blocks.norms import output_distances, output_norms, subtract, update_norm
 from bdlora_megatron.blocks.partition import shard, unshard
 from bdlora_megatron.blocks.product import dense_update, forward
@@ -17,6 +18,7 @@ __all__ = [
     "BlockFactors",
     "Blocked",
     "ModuleShape",
+    "all_finite",
     "compact",
     "dense_update",
     "forward",

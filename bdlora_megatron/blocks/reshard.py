@@ -6,6 +6,8 @@ D width of the dense side (see `bdlora_megatron.blocks.factors`).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def reshard(factors: BlockFactors, num_blocks: int) -> BlockFactors:
         num_blocks: M.
 
     Returns:
-        An update with M blocks and the same scale; the same object when M is N.
+        An update with M blocks and the same scale; the same object when M is N. It shares the
+        memory of a factor that stays as it is.
 
     Raises:
         ConfigError: If M is not positive.
@@ -45,6 +48,8 @@ def reshard(factors: BlockFactors, num_blocks: int) -> BlockFactors:
     if num_blocks == old:
         return factors
     check_num_blocks(factors, num_blocks)
+    if num_blocks % old == 0:
+        return _refine(factors, num_blocks // old)
     packed, dense = block_views(factors)
     old_width, block_rank = packed.shape[1:]
     width = packed.shape[0] * old_width
@@ -167,6 +172,21 @@ def check_num_blocks(factors: BlockFactors, num_blocks: int) -> None:
             f"{side}={width} is not a multiple of num_blocks={num_blocks}; "
             "use a number of blocks that divides it"
         )
+
+
+def _refine(factors: BlockFactors, pieces: int) -> BlockFactors:
+    """Cut every block into `pieces`, writing each number once."""
+    A, B, blocks = factors.A, factors.B, factors.num_blocks
+    if factors.blocked == "B":
+        # B's packed rows stay; A's rows are repeated block by block.
+        A = A.unflatten(0, (blocks, 1, -1)).expand(-1, pieces, -1, -1).flatten(0, 2)
+    else:
+        # A's packed rows are cut across; B's columns are repeated block by block.
+        A = A.reshape(blocks, -1, pieces, A.shape[1] // pieces).transpose(1, 2).flatten(0, 2)
+        B = B.unflatten(1, (blocks, 1, -1)).expand(-1, -1, pieces, -1).flatten(1, 3)
+    return replace(
+        factors, A=A.contiguous(), B=B.contiguous(), num_blocks=factors.num_blocks * pieces
+    )
 
 
 def _overlapped(m: int, old: int, new: int) -> range:

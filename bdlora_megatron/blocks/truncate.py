@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bdlora_megatron.blocks.factors import BlockFactors, block_views, from_block_views
+from bdlora_megatron.blocks.finite import all_finite
 from bdlora_megatron.blocks.reshard import check_num_blocks, reshard
 from bdlora_megatron.errors import ShapeError, UnsupportedError
 
@@ -45,7 +46,7 @@ def truncate(factors: BlockFactors, *, num_blocks: int, rank: int) -> tuple[Bloc
             f"rank={rank} is not a positive multiple of num_blocks={num_blocks}; "
             "every block gets rank / num_blocks"
         )
-    if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
+    if not all_finite(factors.A, factors.B):
         raise UnsupportedError(
             "cannot truncate factors that hold NaN or infinity; wanted finite numbers; "
             "use an adapter whose training did not diverge"

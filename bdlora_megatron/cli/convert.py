@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -17,7 +17,6 @@ from bdlora_megatron.cli.pool import run_jobs
 from bdlora_megatron.cli.progress import progress
 from bdlora_megatron.cli.records import locked
 from bdlora_megatron.cli.sources import find_sources
-from bdlora_megatron.convert.adapter import BaseShape
 from bdlora_megatron.convert.formats import FORMATS, open_adapter
 from bdlora_megatron.convert.pipeline import Conversion
 from bdlora_megatron.convert.structure import (
@@ -29,6 +28,9 @@ from bdlora_megatron.convert.structure import (
 from bdlora_megatron.convert.tables import format_bytes, format_table
 from bdlora_megatron.convert.write_options import WriteOptions
 from bdlora_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bdlora_megatron.convert.hf_base import HFConfig
 
 __all__ = ["add_parser", "run"]
 
@@ -175,26 +177,16 @@ def _conversion(arguments: argparse.Namespace) -> Conversion:
             dense=arguments.dense,
             fused=arguments.fused,
         ),
-        base=None if arguments.base is None else _base_shape(arguments.base),
+        base=None if arguments.base is None else _base(arguments.base),
         allow_pickle=arguments.allow_pickle,
     )
 
 
-def _base_shape(folder: Path) -> BaseShape:
+def _base(folder: Path) -> HFConfig:
     # Imports Megatron-Core, which takes seconds, for a caller that asks for it alone.
     from bdlora_megatron.convert.hf_base import read_hf_config
 
-    config = read_hf_config(folder)
-    return BaseShape(
-        hidden_size=config.hidden_size,
-        ffn_size=config.ffn_size,
-        q_size=config.num_heads * config.head_dim,
-        kv_size=config.num_kv_heads * config.head_dim,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        num_layers=config.num_layers,
-    )
+    return read_hf_config(folder)
 
 
 def _check_apart(sources: list[Path], out: Path) -> None:

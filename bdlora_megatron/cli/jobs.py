@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal, TypeAlias
 
 from bdlora_megatron.cli.records import (
@@ -117,12 +119,17 @@ def _convert_once(job: Job) -> tuple[Status, dict[str, Any]]:
             return "skipped", record.summary
     conversion = _replacing(job, record)
     write_record(job.out, job.name, Record(source=None))
+    stop = Event()
     try:
+        # Hashing leaves the interpreter free, so another core does it meanwhile.
         with ThreadPoolExecutor(1) as threads:
-            # Hashing leaves the interpreter free, so another core does it meanwhile.
-            hashing = _done(source) if source else threads.submit(content_hash, job.source)
-            report = convert_adapter(job.source, job.target, conversion)
-            source = hashing.result()
+            hashing = threads.submit(content_hash, job.source, stop=stop) if not source else None
+            try:
+                report = convert_adapter(job.source, job.target, conversion)
+            except BaseException:
+                stop.set()
+                raise
+            source = hashing.result() if hashing else source
     except BaseException:
         # The folder is as it was before, and so is its record.
         write_record(job.out, job.name, record)
@@ -146,13 +153,20 @@ def _replacing(job: Job, record: Record | None) -> Conversion:
     if options.overwrite or not job.target.exists():
         return job.conversion
     if record is None or record.source is not None:
-        why = "is not" if record is None else "is made from other files or options, or changed"
         raise ConfigError(
-            f"{job.target} is there already and {why} the result of this conversion; "
+            f"{job.target} is there already and {_whose(job.target, record)}; "
             "pass --overwrite to replace it, or another --out"
         )
     # Killed between finishing the folder and recording it.
     return replace(job.conversion, options=replace(options, overwrite=True))
+
+
+def _whose(target: Path, record: Record | None) -> str:
+    if record is None:
+        return "was not made by this command"
+    if record.holds_for(target):
+        return "was made from other files or with other options"
+    return "was changed since it was made"
 
 
 def _request(conversion: Conversion) -> dict[str, Any]:
@@ -160,13 +174,8 @@ def _request(conversion: Conversion) -> dict[str, Any]:
     request = asdict(conversion)
     request["options"]["dtype"] = str(request["options"]["dtype"])
     del request["options"]["overwrite"]
-    return {**request, "version": _VERSION}
-
-
-def _done(value: str) -> Future[str]:
-    future: Future[str] = Future()
-    future.set_result(value)
-    return future
+    # Tuples come back from a record as lists.
+    return dict(json.loads(json.dumps({**request, "version": _VERSION})))
 
 
 def _told(error: BaseException, job: Job) -> str:

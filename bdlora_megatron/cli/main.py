@@ -13,10 +13,11 @@ from bdlora_megatron.cli import convert, inspect, plan, verify
 from bdlora_megatron.errors import BDLoRAError
 from bdlora_megatron.serve import cli as serve
 from bdlora_megatron.serve import generate
+from bdlora_megatron.train import cli as train
 
 __all__ = ["main"]
 
-_COMMANDS = (convert, inspect, verify, plan, serve, generate)
+_COMMANDS = (convert, inspect, verify, plan, train, serve, generate)
 _TROUBLE, _INTERRUPTED = 2, 130
 
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bdlora",
-        description="LoRA and BD-LoRA adapters for Megatron-Core: convert, check, plan, serve.",
+        description="LoRA and BD-LoRA adapters for Megatron-Core: convert, check, plan, train, "
+        "serve.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from bdlora_megatron.convert.formats import detect_format
 from bdlora_megatron.convert.peft_config import CONFIG_NAME
 from bdlora_megatron.convert.peft_tensors import PICKLE_NAME, SAFETENSORS_NAME
+from bdlora_megatron.convert.slora import adapter_name
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 
 __all__ = ["RECORDS", "Record", "content_hash", "locked", "read_record", "write_record"]
@@ -57,11 +59,13 @@ class Record:
         return self.source is not None and self.files == listing(target)
 
 
-def content_hash(folder: Path) -> str:
+def content_hash(folder: Path, *, stop: Event | None = None) -> str:
     """Hash the names, sizes and contents of the files that an adapter is read from.
 
     Args:
         folder: The adapter's folder.
+        stop: Set by another thread when the hash is not wanted any more; what is returned then
+            means nothing.
 
     Returns:
         SHA-256 in hexadecimal.
@@ -69,7 +73,11 @@ def content_hash(folder: Path) -> str:
     Raises:
         AdapterFormatError: If the folder is no adapter.
     """
-    if detect_format(folder) == "peft":
+    kind = detect_format(folder)
+    if kind == "slora" and not folder.exists():
+        # One of the numbered names of an adapter.
+        folder = folder.with_name(adapter_name(folder))
+    if kind == "peft":
         files = [folder / name for name in _PEFT_FILES if (folder / name).is_file()]
     else:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -78,7 +86,7 @@ def content_hash(folder: Path) -> str:
         own = hashlib.sha256()
         with path.open("rb", buffering=0) as file:
             buffer = bytearray(_CHUNK)
-            while count := file.readinto(buffer):
+            while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
                 own.update(memoryview(buffer)[:count])
         total.update(f"{path.relative_to(folder)}\0{own.hexdigest()}\n".encode())
     if not files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bdlora_megatron.convert.adapter import Adapter, BaseShape, ModuleKey
+from bdlora_megatron.convert.base_check import check_base
 from bdlora_megatron.convert.formats import (
     FormatName,
     detect_format,
@@ -27,6 +28,7 @@ __all__ = [
     "LazyModules",
     "ModuleKey",
     "WriteOptions",
+    "check_base",
     "detect_format",
     "in_memory",
     "load_hf_model",

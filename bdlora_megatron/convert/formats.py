@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from bdlora_megatron.convert.adapter import Adapter
+from bdlora_megatron.convert.adapter import Adapter, BaseShape
+from bdlora_megatron.convert.bridge import open_bridge, write_bridge
+from bdlora_megatron.convert.bridge_config import BRIDGE_SIGNS
 from bdlora_megatron.convert.folders import new_folder
 from bdlora_megatron.convert.lazy import in_memory
+from bdlora_megatron.convert.megatron_format import MANIFEST_NAME, open_megatron, write_megatron
 from bdlora_megatron.convert.peft_config import CONFIG_NAME
 from bdlora_megatron.convert.peft_reader import open_peft
 from bdlora_megatron.convert.peft_writer import write_peft
+from bdlora_megatron.convert.slora import MANIFEST_NAME as SLORA_NAME
+from bdlora_megatron.convert.slora import adapter_name, open_slora, write_slora
 from bdlora_megatron.convert.write_options import WriteOptions, prepare
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 
@@ -34,27 +39,44 @@ FormatName: TypeAlias = Literal["peft", "megatron", "bridge", "slora"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Reading:
+    """What a reader may be told."""
+
+    allow_pickle: bool
+    base: BaseShape | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Format:
     """One format.
 
     Attributes:
-        sign: The file that tells a folder of this format.
-        open: Opens a folder; the second argument allows pickles.
+        signs: Files that tell a folder of this format.
+        open: Opens a folder.
         write: Fills an empty folder.
     """
 
-    sign: str
-    open: Callable[[Path, bool], AbstractContextManager[Adapter]]
+    signs: tuple[str, ...]
+    open: Callable[[Path, _Reading], AbstractContextManager[Adapter]]
     write: Callable[[Adapter, Path, WriteOptions], None]
 
 
 #: The first whose sign is there counts.
 FORMATS: Mapping[FormatName, _Format] = {
     "peft": _Format(
-        sign=CONFIG_NAME,
-        open=lambda path, allow_pickle: open_peft(path, allow_pickle=allow_pickle),
+        signs=(CONFIG_NAME,),
+        open=lambda path, reading: open_peft(path, allow_pickle=reading.allow_pickle),
         write=write_peft,
     ),
+    "megatron": _Format(
+        signs=(MANIFEST_NAME,), open=lambda path, _: open_megatron(path), write=write_megatron
+    ),
+    "bridge": _Format(
+        signs=BRIDGE_SIGNS,
+        open=lambda path, reading: open_bridge(path, base=reading.base),
+        write=write_bridge,
+    ),
+    "slora": _Format(signs=(SLORA_NAME,), open=lambda path, _: open_slora(path), write=write_slora),
 }
 
 
@@ -71,12 +93,15 @@ def detect_format(path: str | Path) -> FormatName:
         AdapterFormatError: If the folder is missing or of no format that is known.
     """
     folder = Path(path)
+    if not folder.exists() and (folder.with_name(adapter_name(folder)) / SLORA_NAME).is_file():
+        # S-LoRA lists one adapter several times, told apart by a number at the end.
+        return "slora"
     if not folder.is_dir():
         raise AdapterFormatError(f"{folder} is no folder; pass the folder of an adapter")
     for name, kind in FORMATS.items():
-        if next(folder.glob(kind.sign), None):
+        if any(next(folder.glob(sign), None) for sign in kind.signs):
             return name
-    signs = ", ".join(f"{kind.sign} ({name})" for name, kind in FORMATS.items())
+    signs = ", ".join(f"{sign} ({n})" for n, kind in FORMATS.items() for sign in kind.signs)
     raise AdapterFormatError(
         f"{folder} is no adapter of a known format: looked for {signs}; pass the folder that holds "
         "one of these"
@@ -85,7 +110,11 @@ def detect_format(path: str | Path) -> FormatName:
 
 @contextmanager
 def open_adapter(
-    path: str | Path, *, allow_pickle: bool = False, format: FormatName | None = None
+    path: str | Path,
+    *,
+    allow_pickle: bool = False,
+    format: FormatName | None = None,
+    base: BaseShape | None = None,
 ) -> Iterator[Adapter]:
     """Open an adapter of any format, whatever its size.
 
@@ -93,6 +122,7 @@ def open_adapter(
         path: The adapter's folder.
         allow_pickle: Also read files that are pickles, tensors and plain values only.
         format: Its format; told from its files when unset.
+        base: The base model's heads, for fused checkpoints that do not tell them (`bridge`).
 
     Yields:
         The adapter. A module is read each time it is looked up, as long as the adapter is open, so
@@ -106,12 +136,16 @@ def open_adapter(
         ConfigError: If there is no such format.
     """
     kind = _format(format or detect_format(path))
-    with kind.open(Path(path), allow_pickle) as adapter:
+    with kind.open(Path(path), _Reading(allow_pickle=allow_pickle, base=base)) as adapter:
         yield adapter
 
 
 def read_adapter(
-    path: str | Path, *, allow_pickle: bool = False, format: FormatName | None = None
+    path: str | Path,
+    *,
+    allow_pickle: bool = False,
+    format: FormatName | None = None,
+    base: BaseShape | None = None,
 ) -> Adapter:
     """Read an adapter of any format.
 
@@ -119,11 +153,12 @@ def read_adapter(
         path: The adapter's folder.
         allow_pickle: Also read files that are pickles, tensors and plain values only.
         format: Its format; told from its files when unset.
+        base: The base model's heads, for fused checkpoints that do not tell them (`bridge`).
 
     Returns:
         The adapter, in memory of its own.
     """
-    with open_adapter(path, allow_pickle=allow_pickle, format=format) as adapter:
+    with open_adapter(path, allow_pickle=allow_pickle, format=format, base=base) as adapter:
         return in_memory(adapter)
 
 

@@ -23,6 +23,8 @@ from bdlora_megatron.errors import AdapterFormatError
 __all__ = ["BDLoRAOptions", "ModuleSettings", "PeftConfig", "find_refused", "parse_peft_config"]
 
 CONFIG_NAME = "adapter_config.json"
+# A rank and an alpha for each module of a model with a thousand layers fit in a tenth.
+_LARGEST_CONFIG = 16 << 20
 
 _READ = frozenset(
     {
@@ -185,6 +187,11 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterFormatError(
             f"{folder} holds no {CONFIG_NAME}; pass a folder as PEFT's save_pretrained writes it"
+        )
+    size = path.stat().st_size
+    if size > _LARGEST_CONFIG:
+        raise AdapterFormatError(
+            f"{path} has {size} bytes, wanted at most {_LARGEST_CONFIG}; save the adapter again"
         )
     try:
         raw = json.loads(path.read_text("utf-8"))

@@ -52,6 +52,8 @@ _FACTOR = re.compile(
 )
 # Longer ones are no model's, and PEFT's patterns are matched against them.
 _LONGEST_NAME = 128
+# VeLoRA's direction for compressing what backward keeps; the forward pass does not depend on it.
+_TRAINING_ONLY = re.compile(r"\.lora_velora_embed$")
 # An encoder's layers carry the same names as a decoder's.
 _NO_DECODER = re.compile(r"encoder|vision|visual|audio|speech")
 
@@ -153,6 +155,8 @@ def _plan(
     pairs: dict[ModuleKey, dict[str, re.Match[str]]] = {}
     prefixes = set()
     for name in facts:
+        if _TRAINING_ONLY.search(name):
+            continue
         found = _FACTOR.fullmatch(name)
         if found is None or len(name) > _LONGEST_NAME:
             problems.add(_leftover(name), name)

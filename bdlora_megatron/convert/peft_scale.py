@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-__all__ = ["choose_alphas", "peft_scale"]
+__all__ = ["choose_alphas", "nearest_alpha", "peft_scale", "warn_inexact"]
+
+logger = logging.getLogger(__name__)
 
 
 def peft_scale(alpha: float, rank: int, *, use_rslora: bool) -> float:
@@ -31,7 +34,7 @@ def choose_alphas(
     best: tuple[bool, dict[tuple[int, float], float]] = (False, {})
     fewest = len(pairs) + 1
     for use_rslora in (False, True):
-        alphas = {pair: _alpha(*pair, use_rslora=use_rslora) for pair in pairs}
+        alphas = {pair: nearest_alpha(*pair, use_rslora=use_rslora) for pair in pairs}
         missed = sum(
             peft_scale(alpha, pair[0], use_rslora=use_rslora) != pair[1]
             for pair, alpha in alphas.items()
@@ -41,8 +44,8 @@ def choose_alphas(
     return best
 
 
-def _alpha(rank: int, scale: float, *, use_rslora: bool) -> float:
-    """The whole number that gives the scale, or the float near `scale * rank` that does."""
+def nearest_alpha(rank: int, scale: float, *, use_rslora: bool) -> float:
+    """The whole number that gives the scale, or else the float that gives it or comes nearest."""
     middle = scale * (math.sqrt(rank) if use_rslora else rank)
     below, above = math.nextafter(middle, -math.inf), math.nextafter(middle, math.inf)
     candidates = (round(middle), middle, below, above)
@@ -51,3 +54,20 @@ def _alpha(rank: int, scale: float, *, use_rslora: bool) -> float:
         return abs(peft_scale(alpha, rank, use_rslora=use_rslora) - scale)
 
     return min(candidates, key=error)
+
+
+def warn_inexact(name: str, missed: Sequence[object]) -> None:
+    """Tell that some scales were written to the nearest one.
+
+    Args:
+        name: The adapter's name.
+        missed: The modules whose scale no alpha gives.
+    """
+    if missed:
+        logger.warning(
+            "the scale of %d modules of adapter %r, such as %s, is no quotient of an alpha and the "
+            "rank; it is written to the nearest one, a float64's last place away",
+            len(missed),
+            name,
+            missed[0],
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,15 +20,13 @@ from bdlora_megatron.convert.adapter import (
 )
 from bdlora_megatron.convert.lazy import module_facts
 from bdlora_megatron.convert.peft_config import CONFIG_NAME
-from bdlora_megatron.convert.peft_scale import choose_alphas, peft_scale
+from bdlora_megatron.convert.peft_scale import choose_alphas, peft_scale, warn_inexact
 from bdlora_megatron.convert.peft_tensors import SAFETENSORS_NAME
 from bdlora_megatron.convert.tensor_files import write_safetensors
 from bdlora_megatron.convert.write_options import WriteOptions
 from bdlora_megatron.errors import UnsupportedError
 
 __all__ = ["write_peft"]
-
-logger = logging.getLogger(__name__)
 
 _CAUSAL_PREFIX = "base_model.model.model."
 
@@ -71,7 +68,12 @@ def _config(
     use_rslora, alphas = choose_alphas({(f.rank, f.scale) for f in facts.values()})
     ranks = {key: factors.rank for key, factors in facts.items()}
     alpha_of = {key: alphas[factors.rank, factors.scale] for key, factors in facts.items()}
-    _warn_inexact(adapter, facts, alpha_of, use_rslora=use_rslora)
+    missed = [
+        key
+        for key, factors in facts.items()
+        if peft_scale(alpha_of[key], factors.rank, use_rslora=use_rslora) != factors.scale
+    ]
+    warn_inexact(adapter.name, missed)
     rank, rank_pattern = _patterns(ranks)
     alpha, alpha_pattern = _patterns(alpha_of)
     targets, layers = _targets(adapter, facts, prefix)
@@ -96,28 +98,6 @@ def _config(
         "layers_to_transform": layers,
         "use_bdlora": _bdlora(facts),
     }
-
-
-def _warn_inexact(
-    adapter: Adapter,
-    facts: Mapping[ModuleKey, BlockFactors],
-    alphas: Mapping[ModuleKey, float],
-    *,
-    use_rslora: bool,
-) -> None:
-    missed = [
-        key
-        for key, factors in facts.items()
-        if peft_scale(alphas[key], factors.rank, use_rslora=use_rslora) != factors.scale
-    ]
-    if missed:
-        logger.warning(
-            "the scale of %d modules of adapter %r, such as %s, is no quotient of an alpha and the "
-            "rank; it is written to the nearest one, a float64's last place away",
-            len(missed),
-            adapter.name,
-            missed[0],
-        )
 
 
 def _patterns(values: Mapping[ModuleKey, Any]) -> tuple[Any, dict[str, Any]]:

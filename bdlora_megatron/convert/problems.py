@@ -7,6 +7,7 @@ from bdlora_megatron.errors import AdapterFormatError, UnsupportedError
 __all__ = ["Problems"]
 
 _NAMED = 4
+_LONGEST = 200
 
 
 class Problems:
@@ -48,6 +49,11 @@ def _listed(names: list[str]) -> str:
     if not names:
         return ""
     # Names come from strangers' files: control characters have no place in a log line.
-    shown = [name if name.isprintable() else ascii(name) for name in sorted(names)[:_NAMED]]
+    shown = [_shortened(name) for name in sorted(names)[:_NAMED]]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f" (in {', '.join(shown)}{more})"
+
+
+def _shortened(name: str) -> str:
+    name = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
+    return name if name.isprintable() else ascii(name)

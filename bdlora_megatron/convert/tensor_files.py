@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,14 +62,16 @@ def open_safetensors(path: Path) -> Iterator[TensorSource]:
     Raises:
         AdapterFormatError: If the file is broken.
     """
-    try:
-        with path.open("rb") as file:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("rb"))
             header, start = _read_header(file)
-            yield _source(path, file, header, start)
-    except (OSError, SafetensorError) as error:
-        raise AdapterFormatError(
-            f"{path} cannot be read: {error}; copy or save the adapter again"
-        ) from error
+            source = _source(path, file, header, start)
+        except (OSError, SafetensorError, MemoryError) as error:
+            raise AdapterFormatError(
+                f"{path} cannot be read: {error}; copy or save the adapter again"
+            ) from error
+        yield source
 
 
 TensorWriter = Callable[[str, Tensor], None]
@@ -153,7 +155,13 @@ def _source(path: Path, file: BinaryIO, header: Mapping[str, Any], start: int) -
     def load(name: str) -> Tensor:
         fact = facts[name]
         assert fact is not None, "the caller has refused tensors that are no floats"
-        tensor = torch.empty(fact.shape, dtype=fact.dtype)
+        try:
+            tensor = torch.empty(fact.shape, dtype=fact.dtype)
+        except (RuntimeError, MemoryError) as error:
+            raise AdapterFormatError(
+                f"{path} cannot be read: tensor {name} takes {fact.nbytes} bytes, more memory than "
+                "there is; read it where there is more"
+            ) from error
         file.seek(start + header[name]["data_offsets"][0])
         target = _bytes_of(tensor)
         read = 0

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bdlora_megatron.blocks import BlockFactors, reshard
+from bdlora_megatron.blocks import BlockFactors, all_finite, reshard
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
-from bdlora_megatron.convert.lazy import map_modules
+from bdlora_megatron.convert.lazy import LazyModules, map_modules
 from bdlora_megatron.convert.tensor_files import FLOATS
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 
@@ -64,6 +64,9 @@ def prepare(adapter: Adapter, options: WriteOptions) -> Adapter:
     if not adapter.modules:
         raise AdapterFormatError(f"adapter {adapter.name!r} has no modules; there is nothing to do")
 
+    if isinstance(adapter.modules, LazyModules) and not options.dense and options.dtype is None:
+        return adapter
+
     def change(key: ModuleKey, factors: BlockFactors) -> BlockFactors:
         factors = reshard(factors, 1) if options.dense else factors
         return factors if options.dtype is None else _cast(factors, options.dtype)
@@ -73,9 +76,10 @@ def prepare(adapter: Adapter, options: WriteOptions) -> Adapter:
 
 def _cast(factors: BlockFactors, dtype: torch.dtype) -> BlockFactors:
     A, B = factors.A.to(dtype), factors.B.to(dtype)
-    limit = torch.finfo(dtype).max
-    if not A.is_meta and max(A.abs().max(), B.abs().max()) > limit:
+    pairs = ((factors.A, A), (factors.B, B))
+    if not A.is_meta and any(all_finite(old) and not all_finite(new) for old, new in pairs):
         raise AdapterFormatError(
-            f"factors exceed {limit:.5g}, the largest number of {dtype}; write another type"
+            f"factors exceed {torch.finfo(dtype).max:.5g}, the largest number of {dtype}; write "
+            "another type"
         )
     return replace(factors, A=A, B=B)

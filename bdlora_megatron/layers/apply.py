@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.layers.linear import LoRAColumnParallelLinear, LoRARowParallelLinear
+from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.lora_linear import LoRALinear
 from bdlora_megatron.layers.targets import TargetMatcher
 
 __all__ = [
-    "LORA_CLASSES",
     "adapters_disabled",
     "apply_lora",
     "freeze_base",
@@ -32,14 +30,8 @@ __all__ = [
     "unmerge_adapters",
 ]
 
-#: Which layer takes the place of which Megatron-Core layer.
-LORA_CLASSES: dict[type[nn.Module], type[LoRALinear]] = {
-    ColumnParallelLinear: LoRAColumnParallelLinear,
-    RowParallelLinear: LoRARowParallelLinear,
-}
 
-
-def apply_lora(model: nn.Module, lora: LoRAConfig) -> list[str]:
+def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list[str]:
     """Put fresh adapters into a built model and freeze everything else.
 
     Layers are exchanged in place; parameters are shared with the old layers, nothing is copied.
@@ -47,7 +39,8 @@ def apply_lora(model: nn.Module, lora: LoRAConfig) -> list[str]:
     parameters.
 
     Args:
-        model: A ``GPTModel``, or any module that holds Megatron-Core linear layers.
+        model: A ``GPTModel``, or any module that holds Megatron-Core linear layers; or the list of
+            model chunks of this pipeline stage.
         lora: What the adapters look like and which layers get one.
 
     Returns:
@@ -63,20 +56,24 @@ def apply_lora(model: nn.Module, lora: LoRAConfig) -> list[str]:
     Collectives: none in the tensor-parallel group, except one broadcast per replicated factor in
     layout ``half_sharded``; one small all-gather over pipeline stages, where there are several.
     """
-    _check_fresh(model)
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    for chunk in chunks:
+        _check_fresh(chunk)
     matcher = TargetMatcher(lora.target_modules, lora.exclude_modules)
     candidates = {
         name: module
-        for name, module in named_modules_global(model)
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+        for chunk in chunks
+        for name, module in named_modules_global(chunk)
+        if isinstance(module, LINEAR_CLASSES)
     }
     chosen = {name: module for name, module in candidates.items() if matcher.matches(name)}
     matcher.check_all_used(candidates, _unused_on_every_stage(matcher.unused))
     # All layers are made before the first is exchanged: a refusal leaves the model as it was.
     made = {name: _with_adapter(module, lora, name) for name, module in chosen.items()}
-    for name, module in chosen.items():
-        replace_module(model, module, made[name])
-    freeze_base(model)
+    for chunk in chunks:
+        for name, module in chosen.items():
+            replace_module(chunk, module, made[name])
+        freeze_base(chunk)
     return list(made)
 
 
@@ -95,19 +92,6 @@ def _with_adapter(module: nn.Module, lora: LoRAConfig, name: str) -> LoRALinear:
     layer = lora_layer(module)
     layer.attach_config(lora, name.rpartition(".")[2])
     return layer
-
-
-def lora_layer(base: nn.Module) -> LoRALinear:
-    """The adapter-carrying layer that takes the place of ``base``, still without an adapter."""
-    kind = type(base)
-    known = LORA_CLASSES.get(kind)
-    if known is None:
-        known = (
-            LoRAColumnParallelLinear
-            if isinstance(base, ColumnParallelLinear)
-            else LoRARowParallelLinear
-        )
-    return known.from_base(base)
 
 
 def named_modules_global(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

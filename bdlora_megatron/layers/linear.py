@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from bdlora_megatron.layers.adapters import (
 )
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.lora_linear import LoRALinear
-from bdlora_megatron.layers.sharing import gather_and_shrink, share_input
 
 __all__ = ["LoRAColumnParallelLinear", "LoRARowParallelLinear"]
 
@@ -47,6 +45,7 @@ class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
     """
 
     base_class = ColumnParallelLinear
+    splits_input = False
 
     def __init__(
         self,
@@ -81,35 +80,13 @@ class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
         )
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter, slots = self._active(), self._serving()
-        if adapter is None and slots is None:
+        if not self._runs_adapters():
             plain: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
             return plain
         own = {name: kwargs.pop(name) for name in ("allreduce_dgrad", "sequence_parallel")}
         kwargs.update(allreduce_dgrad=False, sequence_parallel=False)
-        if adapter is None:
-            assert slots is not None
-            shared = share_input(input, **own, group=self.tp_group)
-            return slots.add(super()._forward_impl(shared, weight, *args, **kwargs), shared)
-        shared, z = self._share_and_shrink(adapter, input, **own)
-        return adapter.expand(z, super()._forward_impl(shared, weight, *args, **kwargs))
-
-    def _share_and_shrink(
-        self, adapter: Adapter, x: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool
-    ) -> tuple[Tensor, Tensor]:
-        if sequence_parallel and self.regather_input and torch.is_grad_enabled():
-            gathered = (x.size(0) * self.tp_group.size(), *x.shape[1:])
-            mask = adapter.dropout_mask(gathered, x.device)
-            return gather_and_shrink(
-                x, adapter.shrink_weight(), mask, 1.0 - adapter.dropout, self.tp_group
-            )
-        shared = share_input(
-            x,
-            allreduce_dgrad=allreduce_dgrad,
-            sequence_parallel=sequence_parallel,
-            group=self.tp_group,
-        )
-        return shared, adapter.shrink(shared)
+        shared, add = self._share_input(input, **own)
+        return add(super()._forward_impl(shared, weight, *args, **kwargs))
 
 
 class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
@@ -130,6 +107,7 @@ class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
     """
 
     base_class = RowParallelLinear
+    splits_input = True
 
     def __init__(
         self,
@@ -169,8 +147,4 @@ class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Tensor = super()._forward_impl(input, weight, *args, **kwargs)
-        slots = self._serving()
-        if slots is not None:
-            return slots.add(base, input)
-        adapter = self._active()
-        return base if adapter is None else adapter.expand(adapter.shrink(input), base)
+        return self._add_to(base, input)

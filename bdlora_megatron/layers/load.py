@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
 from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
@@ -23,26 +22,29 @@ from bdlora_megatron.errors import ShapeError, TargetError
 from bdlora_megatron.layers.adapters import ProjectionPlan
 from bdlora_megatron.layers.apply import (
     freeze_base,
-    lora_layer,
     lora_layers,
     named_modules_global,
     replace_module,
 )
+from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.lora_linear import LoRALinear
 
 __all__ = [
+    "HF_NAMES",
     "DecoderLinear",
     "LoadOptions",
     "check_covered",
     "check_shapes",
+    "decoder_keys",
+    "decoder_layer",
     "decoder_linears",
     "fit",
     "load_adapter",
 ]
 
 #: Hugging Face's name of each projection of a Megatron-Core layer.
-_HF_NAMES: Mapping[str, Mapping[str, ModuleName]] = {
+HF_NAMES: Mapping[str, Mapping[str, ModuleName]] = {
     "linear_qkv": {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
     "linear_proj": {"": "o_proj"},
     "linear_fc1": {"gate": "gate_proj", "up": "up_proj"},
@@ -120,25 +122,63 @@ def load_adapter(
     return loaded
 
 
+def decoder_keys(full_name: str, projection: str) -> list[ModuleKey]:
+    """The modules that one pair of factors of a decoder layer updates.
+
+    Args:
+        full_name: The Megatron-Core layer's name, its decoder layer numbered over the whole model.
+        projection: The pair's projection; empty for the only one, or for all of a fused layer.
+
+    Returns:
+        One module, or every one of a fused layer.
+
+    Raises:
+        TargetError: The layer is none of a decoder's four.
+    """
+    place = decoder_layer(full_name)
+    hf_names = HF_NAMES.get(place[1]) if place else None
+    if place is None or hf_names is None:
+        raise TargetError(
+            f"{full_name} carries an adapter and is none of a decoder layer's "
+            f"{', '.join(HF_NAMES)}; no adapter format has a place for it: remove_lora it first"
+        )
+    names = [hf_names[projection]] if projection in hf_names else list(hf_names.values())
+    return [ModuleKey(layer=place[0], name=name) for name in names]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderLinear:
     """One linear layer of the decoder and the adapter modules that belong into it."""
 
     full_name: str
     module: Any
+    in_features: int
     geometry: LayerGeometry
     keys: Mapping[str, ModuleKey]
+
+
+def decoder_layer(full_name: str) -> tuple[int, str] | None:
+    """A linear layer's decoder layer, counted over the pipeline, and its own name there.
+
+    Args:
+        full_name: Such as ``decoder.layers.3.mlp.linear_fc1``.
+
+    Returns:
+        Such as ``(3, "linear_fc1")``; None outside a decoder.
+    """
+    found = _DECODER_LAYER.fullmatch(full_name)
+    return (int(found.group(1)), found.group(2)) if found else None
 
 
 def decoder_linears(model: nn.Module) -> list[DecoderLinear]:
     """The linear layers of a model's decoder that an adapter may change, on this pipeline stage."""
     targets = []
     for name, module in named_modules_global(model):
-        found = _DECODER_LAYER.fullmatch(name)
-        if not found or not isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+        place = decoder_layer(name)
+        if place is None or not isinstance(module, LINEAR_CLASSES):
             continue
-        number, own = int(found.group(1)), found.group(2)
-        hf_names = _HF_NAMES.get(own)
+        number, own = place
+        hf_names = HF_NAMES.get(own)
         if hf_names is None or getattr(module, "is_expert", False):
             continue
         layer = module if isinstance(module, LoRALinear) else lora_layer(module)
@@ -148,7 +188,15 @@ def decoder_linears(model: nn.Module) -> list[DecoderLinear]:
             for projection in geometry.projections
             if projection.name in hf_names
         }
-        targets.append(DecoderLinear(full_name=name, module=module, geometry=geometry, keys=keys))
+        targets.append(
+            DecoderLinear(
+                full_name=name,
+                module=module,
+                in_features=layer.input_size,
+                geometry=geometry,
+                keys=keys,
+            )
+        )
     return targets
 
 
@@ -191,7 +239,7 @@ def check_shapes(adapter: NeutralAdapter, linears: list[DecoderLinear]) -> None:
         for projection in target.geometry.projections:
             key = target.keys.get(projection.name)
             factors = None if key is None else adapter.modules.get(key)
-            wanted = (projection.out_features, target.module.input_size)
+            wanted = (projection.out_features, target.in_features)
             if factors is not None and (factors.out_features, factors.in_features) != wanted:
                 got = (factors.out_features, factors.in_features)
                 problems.append(f"{key}: the adapter is for {got}, the layer is {wanted}")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor, nn
 
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.errors import ConfigError, UnsupportedError
 from bdlora_megatron.layers.adapters import Adapter, AdapterOptions, ProjectionPlan
 from bdlora_megatron.layers.geometry import LayerGeometry, layer_geometry
+from bdlora_megatron.layers.sharing import share_and_shrink, share_input
 from bdlora_megatron.layers.slots import LayerSlots
 
 __all__ = ["LoRALinear"]
@@ -30,6 +32,16 @@ class LoRALinear(nn.Module):
     """
 
     base_class: ClassVar[type[nn.Module]]
+    #: Whether ranks split the input (row-parallel) or the output (column-parallel).
+    splits_input: ClassVar[bool]
+    #: Attributes that ``base_class`` does not have.
+    own_attributes: ClassVar[tuple[str, ...]] = (
+        "adapter",
+        "adapter_enabled",
+        "slots",
+        "regather_input",
+        "_unmerged",
+    )
 
     # From Megatron-Core's layers; declared because they come without types.
     weight: nn.Parameter
@@ -80,8 +92,8 @@ class LoRALinear(nn.Module):
         if self.is_merged:
             self.unmerge()
         base = self.base_class.__new__(self.base_class)
-        own = ("adapter", "adapter_enabled", "slots", "regather_input", "_unmerged")
-        base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
+        kept = {k: v for k, v in self.__dict__.items() if k not in self.own_attributes}
+        base.__dict__.update(kept)
         for name in ("_parameters", "_buffers", "_modules"):
             base.__dict__[name] = self.__dict__[name].copy()
         base.__dict__["_modules"].pop("adapter", None)
@@ -101,7 +113,9 @@ class LoRALinear(nn.Module):
                 "ranks; adapters cover dense layers only: exclude it from target_modules"
             )
         weight = self.weight
-        if weight is not None and (weight.dtype not in _FLOATS or hasattr(weight, "quant_state")):
+        if weight is not None and (
+            weight.dtype not in _FLOATS or hasattr(weight, "quant_state") or is_float8tensor(weight)
+        ):
             raise UnsupportedError(
                 f"the base weight is quantised (dtype {weight.dtype}); dequantise the base model "
                 f"to one of {[str(kind) for kind in _FLOATS]} first"
@@ -207,6 +221,39 @@ class LoRALinear(nn.Module):
             return None
         self._check_reduces()
         return self.slots
+
+    def _runs_adapters(self) -> bool:
+        """Whether this call has to add anything to the base product."""
+        return self._active() is not None or self._serving() is not None
+
+    def _share_input(
+        self, x: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """A column layer's input for the base product, and what adds the adapters' to that.
+
+        Args:
+            x: The layer's own input.
+            allreduce_dgrad: The base layer would all-reduce dX by itself.
+            sequence_parallel: The base layer would gather X by itself.
+
+        Returns:
+            ``[S, b, I]``, and a function from the base product to the sum.
+        """
+        own = {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
+        slots, adapter = self._serving(), self._active()
+        if slots is not None:
+            shared = share_input(x, **own, group=self.tp_group)
+            return shared, lambda base: slots.add(base, shared)
+        assert adapter is not None
+        shared, z = share_and_shrink(adapter, x, **own, regather=self.regather_input)
+        return shared, lambda base: adapter.expand(z, base)
+
+    def _add_to(self, base: Tensor, x: Tensor) -> Tensor:
+        """A row layer's partial sum with the adapters' products, if any, added to it."""
+        slots, adapter = self._serving(), self._active()
+        if slots is not None:
+            return slots.add(base, x)
+        return base if adapter is None else adapter.expand(adapter.shrink(x), base)
 
     def _check_reduces(self) -> None:
         """Refuse a layer whose partial sums would stay partial.

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from bdlora_megatron.layers.geometry import LayerGeometry
@@ -141,7 +140,7 @@ def row_bytes(layer: Any, geometry: LayerGeometry, dtype: torch.dtype, *, exchan
     """
     columns = [slot_columns(layer, geometry)]
     if exchanged:
-        column = isinstance(layer, ColumnParallelLinear)
+        column = not layer.splits_input
         columns.append(columns[0] if column else own_columns(layer))
     width = sum(in_features_of(layer) + part.features for parts in columns for part in parts)
     return width * dtype.itemsize
@@ -149,14 +148,14 @@ def row_bytes(layer: Any, geometry: LayerGeometry, dtype: torch.dtype, *, exchan
 
 def in_features_of(layer: Any) -> int:
     """Input features that one rank's product reads."""
-    if isinstance(layer, ColumnParallelLinear):
+    if not layer.splits_input:
         return int(layer.input_size)
     return int(layer.input_size) // int(layer.tp_group.size())
 
 
 def slot_columns(layer: Any, geometry: LayerGeometry) -> tuple[Columns, ...]:
     """Where each projection's rows stand in one rank's output."""
-    if not isinstance(layer, ColumnParallelLinear):
+    if layer.splits_input:
         return (Columns(width=layer.output_size),)
     size = layer.tp_group.size()
     groups = geometry.local_groups(size)

@@ -8,7 +8,7 @@ adapter with a copy of its own would pay a second one.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -17,7 +17,10 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-__all__ = ["dropped", "gather_and_shrink", "share_input"]
+if TYPE_CHECKING:
+    from bdlora_megatron.layers.adapters import Adapter
+
+__all__ = ["dropped", "gather_and_shrink", "share_and_shrink", "share_input"]
 
 
 def dropped(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
@@ -48,6 +51,43 @@ def share_input(x: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, gr
     elif allreduce_dgrad:
         shared = copy_to_tensor_model_parallel_region(x, group=group)
     return shared
+
+
+def share_and_shrink(
+    adapter: Adapter,
+    x: Tensor,
+    *,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    regather: bool,
+) -> tuple[Tensor, Tensor]:
+    """Prepare a column layer's input, and map it to the adapter's rank.
+
+    Args:
+        adapter: The adapter beside the layer.
+        x: ``[S, b, I]``, or ``[S / P, b, I]`` under sequence parallelism.
+        allreduce_dgrad: The base layer would all-reduce dX by itself.
+        sequence_parallel: The base layer would gather X by itself.
+        regather: Keep only the local share of a gathered X, and gather it again in backward.
+
+    Returns:
+        ``[S, b, I]`` for the base product, and ``[S, b, K_local]``.
+
+    Collectives: as ``share_input``; with ``regather``, as ``gather_and_shrink``.
+    """
+    if sequence_parallel and regather and torch.is_grad_enabled():
+        gathered = (x.size(0) * adapter.tp_group.size(), *x.shape[1:])
+        mask = adapter.dropout_mask(gathered, x.device)
+        return gather_and_shrink(
+            x, adapter.shrink_weight(), mask, 1.0 - adapter.dropout, adapter.tp_group
+        )
+    shared = share_input(
+        x,
+        allreduce_dgrad=allreduce_dgrad,
+        sequence_parallel=sequence_parallel,
+        group=adapter.tp_group,
+    )
+    return shared, adapter.shrink(shared)
 
 
 def gather_and_shrink(

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -79,7 +78,7 @@ class LayerSlots:
         self.step = step
         self.tp_group = layer.tp_group
         self._layer = layer
-        self._column = isinstance(layer, ColumnParallelLinear)
+        self._column = not layer.splits_input
         self._own = Pools(layer, slot_columns(layer, geometry), room)
         self._exchanged: Pools | None = None
         if room.exchanged:

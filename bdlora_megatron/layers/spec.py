@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.layers.apply import LORA_CLASSES
+from bdlora_megatron.layers.classes import LORA_CLASSES
 from bdlora_megatron.layers.targets import TargetMatcher
 
 __all__ = ["lora_spec"]

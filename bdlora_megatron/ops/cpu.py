@@ -152,28 +152,30 @@ def expand(out: Tensor, z: Tensor, slots: SlotFactors, batch: GroupedBatch) -> N
             for product in products:
                 _add_product(views[j], ranks[:, j], slots.B[j], product)
             continue
-        # Where an adapter leaves the slice out, its tokens add nothing.
-        delta = slots.B[j].new_zeros(len(plan.order), slots.B[j].shape[1])
+        delta = slots.B[j].new_empty(len(plan.order), slots.B[j].shape[1])
+        if sum(p.rows.stop - p.rows.start for p in products) < len(plan.order):
+            # Where an adapter leaves the slice out, its tokens add nothing.
+            delta.zero_()
         for product in products:
-            _product(ranks[:, j], slots.B[j], product, delta[product.rows])
+            _product(ranks[:, j], slots.B[j], product, delta[product.rows], beta=0)
         shaped = delta.unflatten(1, (views[j].shape[1], -1)).to(out.dtype)
         views[j].index_add_(0, plan.order, shaped)
 
 
-def _product(z: Tensor, pool: Tensor, product: _Product, out: Tensor) -> None:
-    """``out += scale * z B``."""
+def _product(z: Tensor, pool: Tensor, product: _Product, out: Tensor, *, beta: int) -> None:
+    """``out = beta * out + scale * z B``."""
     B = pool[product.start : product.stop]
-    out.addmm_(z[product.rows, : len(B)].to(B.dtype), B, alpha=product.scale)
+    out.addmm_(z[product.rows, : len(B)].to(B.dtype), B, beta=beta, alpha=product.scale)
 
 
 def _add_product(view: Tensor, z: Tensor, pool: Tensor, product: _Product) -> None:
     """Add a product to tokens that stand together, inside it where their columns do too."""
     part = view[product.rows]
     if part.shape[1] == 1 and part.dtype == pool.dtype:
-        _product(z, pool, product, part[:, 0])
+        _product(z, pool, product, part[:, 0], beta=1)
         return
-    delta = pool.new_zeros(len(part), pool.shape[1])
-    _product(z, pool, product, delta)
+    delta = pool.new_empty(len(part), pool.shape[1])
+    _product(z, pool, product, delta, beta=0)
     part.add_(delta.view(part.shape))
 
 

@@ -22,6 +22,7 @@ __all__ = ["Collective", "CollectiveLog", "record_collectives"]
 # ranks, sent by each rank of a ring: https://docs.nvidia.com/deeplearning/nccl (nccl-tests).
 _OPERATORS = {
     "allreduce_": ("all_reduce", lambda size: 2 * (size - 1) / size),
+    "allreduce_coalesced_": ("all_reduce", lambda size: 2 * (size - 1) / size),
     "_allgather_base_": ("all_gather", lambda size: (size - 1) / size),
     "allgather_": ("all_gather", lambda size: (size - 1) / size),
     "allgather_into_tensor_coalesced_": ("all_gather", lambda size: (size - 1) / size),

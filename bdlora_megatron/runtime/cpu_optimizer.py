@@ -1,4 +1,4 @@
-"""What Megatron-Core's optimizer needs on a CPU; installed by ``enable_cpu``.
+"""What Megatron-Core's optimizer and schedules need on a CPU; installed by ``enable_cpu``.
 
 It works for float32 parameters and without the distributed optimizer. Of other types, Megatron-Core
 itself refuses every tensor that is not on a GPU.
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import clip_grads, optimizer
+from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
 __all__ = ["optimizer_replacements"]
@@ -25,6 +26,8 @@ def optimizer_replacements() -> dict[Any, dict[str, Any]]:
             "clip_grad_by_total_norm_fp32": _clip_by_total_norm,
         },
         clip_grads: {"torch": _TorchOnCPU(), "l2_norm_impl": _l2_norm},
+        # The number of tokens in a step: torch.zeros([], device="cuda").
+        schedules: {"torch": _TorchOnCPU()},
     }
 
 

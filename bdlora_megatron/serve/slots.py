@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
 from bdlora_megatron.errors import BDLoRAError, CapacityError, ConfigError, TargetError
-from bdlora_megatron.layers.apply import lora_layer, lora_layers, replace_module
+from bdlora_megatron.layers.apply import lora_layers, replace_module
+from bdlora_megatron.layers.classes import lora_layer
 from bdlora_megatron.layers.load import check_covered, decoder_linears, fit
 from bdlora_megatron.layers.lora_linear import LoRALinear
 from bdlora_megatron.layers.pools import LayerRoom, LayerShare, row_bytes

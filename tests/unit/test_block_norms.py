@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bdlora_megatron.blocks import (
     ModuleShape,
+    all_finite,
     num_parameters,
     output_distances,
     output_norms,
@@ -135,3 +136,15 @@ def test_the_rank_within_a_budget_is_the_largest(num_blocks, budget):
 def test_a_budget_without_modules_is_refused():
     with pytest.raises(ConfigError, match="got no modules"):
         rank_within([], num_parameters=100, num_blocks=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_that_is_not_finite_is_found_anywhere(value, dtype):
+    good = torch.linspace(-3, 3, 99).to(dtype).reshape(9, 11)
+    assert all_finite(good, good.t())
+    for place in range(99):
+        bad = good.clone()
+        bad.view(-1)[place] = value
+        assert not all_finite(good, bad)
+        assert not all_finite(bad.t())

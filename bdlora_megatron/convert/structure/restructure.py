@@ -135,14 +135,19 @@ def restructure(
     change = _change(structure, facts.values())
     subject = f"adapter {adapter.name!r} cannot have the structure {structure.mode!r}"
     new_facts, problems = {}, Problems()
+    compacted = set()
     for key, fact in facts.items():
         try:
-            # What compacting wins is in the numbers alone.
-            found = change(adapter.modules[key] if structure.mode == "exact" else fact)
+            new_facts[key] = change(fact)
         except ShapeError as error:
             problems.add(str(error), str(key))
-        else:
-            new_facts[key] = replace(found, A=found.A.to("meta"), B=found.B.to("meta"))
+            continue
+        if structure.mode == "exact":
+            # What compacting wins is in the numbers alone.
+            smaller = _compacted(adapter.modules[key], structure.num_blocks)
+            if smaller is not None:
+                new_facts[key] = replace(smaller, A=smaller.A.to("meta"), B=smaller.B.to("meta"))
+                compacted.add(key)
     problems.raise_if_any(subject)
     changes: dict[ModuleKey, ModuleChange] = {}
     lossy = structure.mode == "truncate" or _narrows(facts.values(), dtype)
@@ -150,11 +155,14 @@ def restructure(
     def load(key: ModuleKey) -> BlockFactors:
         before = adapter.modules[key]
         after = change(before)
+        after = compact(after) if key in compacted else after
         rounded = None if dtype is None else _cast(after, dtype)
         changes[key] = measure(key, before, after, lossy=lossy, rounded=rounded)
         return after
 
-    modules = LazyModules(new_facts, load, subject=subject)
+    # Copied numbers stay finite; computed ones may not.
+    trusted = structure.mode != "truncate" and isinstance(adapter.modules, LazyModules)
+    modules = LazyModules(new_facts, load, subject=subject, trusted=trusted)
     return Restructured(
         adapter=replace(adapter, modules=modules), structure=structure, _changes=changes
     )
@@ -186,7 +194,7 @@ def _change(
     if structure.mode == "reshard":
         return lambda factors: reshard(factors, blocks)
     if structure.mode == "exact":
-        return lambda factors: compact(_fitted(factors, blocks))
+        return lambda factors: _fitted(factors, blocks)
     rank = structure.rank
     if rank is None:
         assert structure.budget_of_rank is not None, "checked where the structure is made"
@@ -198,6 +206,25 @@ def _change(
 
 def _fitted(factors: BlockFactors, num_blocks: int) -> BlockFactors:
     return reshard(factors, num_blocks) if factors.num_blocks % num_blocks else factors
+
+
+def _compacted(factors: BlockFactors, num_blocks: int) -> BlockFactors | None:
+    """The module in fitting blocks of less rank than `_fitted` gives, if there is one."""
+    blocks = num_blocks if factors.num_blocks % num_blocks else factors.num_blocks
+    if blocks % factors.num_blocks == 0:
+        # All blocks share a rank, so nothing is won where the first alone needs all of it.
+        ranks = factors.rank // factors.num_blocks
+        A, B = factors.A[:ranks], factors.B
+        if factors.blocked == "B":
+            B = B[: factors.out_features // blocks]
+        else:
+            A, B = A[:, : factors.in_features // blocks], B[:, :ranks]
+        first = replace(factors, A=A, B=B, num_blocks=1)
+        if compact(first) is first:
+            return None
+    fitted = _fitted(factors, num_blocks)
+    smaller = compact(fitted)
+    return None if smaller is fitted else smaller
 
 
 def _at_most(factors: BlockFactors, num_blocks: int, rank: int) -> BlockFactors:

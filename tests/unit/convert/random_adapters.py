@@ -28,11 +28,11 @@ def widths(name, kv_heads):
     }[name]
 
 
-def factors(name, *, rank, num_blocks=1, scale=1.5, dtype=torch.float32, kv_heads=4, seed=0):
-    """One module's random update; every number is finite and no two modules are alike."""
+def build(name, width, *, rank, num_blocks=1, scale=1.5, dtype=torch.float32, seed=0):
+    """One module's random update; every number is finite and no two seeds are alike."""
     generator = torch.Generator().manual_seed(seed)
     blocked = blocked_factor(name)
-    wide, high = widths(name, kv_heads)
+    wide, high = width
     A_width = wide // (num_blocks if blocked == "A" else 1)
     B_width = rank // (num_blocks if blocked == "B" else 1)
     return BlockFactors(
@@ -42,6 +42,10 @@ def factors(name, *, rank, num_blocks=1, scale=1.5, dtype=torch.float32, kv_head
         blocked=blocked,
         scale=scale,
     )
+
+
+def factors(name, *, kv_heads=4, **settings):
+    return build(name, widths(name, kv_heads), **settings)
 
 
 def adapter(modules, *, kv_heads=4, layers=None, name="random", **metadata):

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from bdlora_megatron.blocks import reshard
+from bdlora_megatron.blocks import all_finite, reshard
 from bdlora_megatron.convert import (
     LazyModules,
     ModuleKey,
@@ -180,3 +180,14 @@ def test_factors_are_cast_on_request_and_overflow_is_refused(tmp_path):
 def test_options_out_of_range_are_refused(options, why):
     with pytest.raises(ConfigError, match=why):
         WriteOptions(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_one_number_that_is_not_finite_is_found_wherever_it_stands(dtype, value):
+    tensor = torch.randn(37, 29).to(dtype)
+    assert all_finite(tensor)
+    for place in (0, 15, 16, 31, 512, 37 * 29 - 1):
+        broken = tensor.clone()
+        broken.view(-1)[place] = value
+        assert not all_finite(broken)

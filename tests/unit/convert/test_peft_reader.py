@@ -7,8 +7,9 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import EvaConfig, LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import VeloraConfig
 from peft.tuners.lora.variants import BdLoraLinearVariant
 from transformers import LlamaModel
 
@@ -58,9 +59,17 @@ CASES = {
     "some_layers": {"layers_to_transform": [1]},
     "regex_targets": {"target_modules": r".*\.1\..*(k|up)_proj"},
     "all_linear": {"target_modules": "all-linear", "task_type": "CAUSAL_LM"},
+    "excluded_modules": {"exclude_modules": ["k_proj"]},
+    "layers_pattern": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
     "bias_without_biases": {"bias": "all"},
+    "lora_only_without_biases": {"bias": "lora_only"},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
+    "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig()},
+    "mica": {"init_lora_weights": "mica"},
+    "lora_ga": {"init_lora_weights": "lora_ga"},
+    "velora": {"velora_config": VeloraConfig()},
     "without_inner_model": {"cls": LlamaModel},
     "bfloat16": {"dtype": torch.bfloat16, "autocast": False},
 }

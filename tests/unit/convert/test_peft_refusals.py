@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 from safetensors.torch import save_file
 
 from bdlora_megatron.convert import read_peft
@@ -62,6 +63,23 @@ MADE = {
         {"bias": "all", "base": {"attention_bias": True}},
         ["biases of the base model", "self_attn.q_proj"],
     ),
+    "lora_only_biases": (
+        {"bias": "lora_only", "base": {"attention_bias": True}},
+        ["biases of the base model", "self_attn.q_proj"],
+    ),
+    "target_parameters": (
+        {"target_modules": ["q_proj"], "target_parameters": ["k_proj.weight"]},
+        ["target_parameters is set", "fused expert weights"],
+    ),
+    "kasa": (
+        {"kasa_config": KasaConfig()},
+        ["kasa_config is set", "KaSA diagonals", "lora_diag"],
+    ),
+    "monteclora": (
+        {"monteclora_config": MontecloraConfig()},
+        ["monteclora_config is set", "tensors of an unknown kind"],
+    ),
+    "qalora": ({"use_qalora": True}, ["use_qalora is set"]),
     "alora": (
         {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
         ["alora_invocation_tokens is set"],
@@ -85,10 +103,19 @@ def test_what_peft_saves_beyond_plain_factors_is_refused(case, tmp_path):
         assert part in message
 
 
-def test_other_kinds_of_adapters_are_refused(tmp_path):
-    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    message = refused(save(get_peft_model(tiny_llama(), config), tmp_path / "ia3"))
-    assert "peft_type is 'IA3', wanted \"LORA\"" in message
+OTHER_KINDS = {
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ADALORA": AdaLoraConfig(total_step=10, target_modules=["q_proj"]),
+    "LOHA": LoHaConfig(target_modules=["q_proj"]),
+    "PROMPT_TUNING": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_adapters_are_refused(kind, tmp_path):
+    model = get_peft_model(tiny_llama(), OTHER_KINDS[kind])
+    message = refused(save(model, tmp_path / kind))
+    assert f'peft_type is {kind!r}, wanted "LORA"' in message
 
 
 # --- written by hand ----------------------------------------------------------------------------

@@ -1,0 +1,155 @@
+"""BD-LoRA in Megatron-Bridge: a ``PEFT`` for ``ConfigContainer.peft``, and ``peft.scheme`` in YAML.
+
+Importing this needs megatron-bridge, which itself needs Transformer Engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bdlora_megatron.errors import ConfigError, MissingDependencyError, UnsupportedError
+from bdlora_megatron.layers import apply_lora, lora_layers
+from bdlora_megatron.plugs import BlockDiagonalSettings, read_scheme
+
+try:
+    from megatron.bridge.peft.base import PEFT
+except ImportError as error:
+    raise MissingDependencyError(
+        f"bdlora_megatron.bridge needs Megatron-Bridge and what it imports ({error}); "
+        "pip install 'bdlora-megatron[bridge,te]'"
+    ) from error
+
+__all__ = ["BDLoRA", "apply_settings", "build_peft"]
+
+
+@dataclass
+class BDLoRA(BlockDiagonalSettings, PEFT):
+    """Block-diagonal LoRA for Megatron-Bridge, used where its own ``LoRA`` would be.
+
+    Fields are those of ``BlockDiagonalSettings``. Bridge applies it to the loaded base model before
+    it wraps the model for data parallelism and saves what has ``.adapter.`` in its name.
+    """
+
+    def transform(
+        self, module: nn.Module, name: str | None = None, prefix: str | None = None
+    ) -> Any:
+        """Refused: layers are chosen over the whole model, so that misspelt targets are noticed.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            f"BDLoRA cannot transform {name!r} by itself; call the object on the whole model"
+        )
+
+    def __call__(self, model: Any, training: bool = True) -> Any:
+        """Freeze the model and put fresh adapters in.
+
+        Args:
+            model: One model, or the list of model chunks of this pipeline stage.
+            training: Leave the adapters trainable.
+
+        Returns:
+            ``model``.
+
+        Raises:
+            ConfigError: Settings are wrong, or the model is wrapped or has adapters already.
+            TargetError: A target pattern matches no layer on any pipeline stage.
+            UnsupportedError: A matched layer cannot carry an adapter.
+        """
+        chunks = model if isinstance(model, list) else [model]
+        self.freeze_model(model, training=training)
+        apply_lora(chunks, self.lora_config(chunks))
+        if not training:
+            self.freeze_model(model, training=False)
+        for chunk in chunks:
+            chunk.train(mode=training)
+        return model
+
+    def enable_adapter_layers(self, model: Any) -> None:
+        """Let the adapters add to the base model's output again."""
+        _set_enabled(model, True)
+
+    def disable_adapter_layers(self, model: Any) -> None:
+        """Run the base model alone."""
+        _set_enabled(model, False)
+
+
+def _set_enabled(model: Any, enabled: bool) -> None:
+    for chunk in model if isinstance(model, list) else [model]:
+        for _, layer in lora_layers(chunk):
+            layer.adapter_enabled = enabled
+
+
+def build_peft(config: Any) -> Any:
+    """Make the object for ``ConfigContainer.peft`` that a ``peft`` section asks for.
+
+    Args:
+        config: The section, or a mapping that holds it as ``peft`` or ``model.peft``.
+
+    Returns:
+        A ``BDLoRA``, Bridge's own ``LoRA``, or None for scheme ``none``.
+
+    Raises:
+        ConfigError: The scheme, a key or a value is wrong.
+    """
+    choice = read_scheme(config)
+    if choice.scheme == "none":
+        return None
+    if choice.scheme == "lora":
+        from megatron.bridge.peft.lora import LoRA
+
+        return LoRA(**choice.arguments)
+    return BDLoRA(**choice.arguments)
+
+
+def apply_settings(
+    config: Any, yaml_path: str | Path | None = None, overrides: Sequence[str] = ()
+) -> Any:
+    """Apply a YAML file and ``key=value`` arguments to Bridge's configuration, ``peft`` included.
+
+    Bridge's own ``process_config_with_overrides`` cannot: it takes a PEFT object for a function and
+    leaves it out, so that ``peft.scheme=bdlora`` is refused, or ignored where a recipe chose LoRA.
+
+    Args:
+        config: A ``ConfigContainer``, such as a recipe returns.
+        yaml_path: A file with Bridge's sections and ours for ``peft``.
+        overrides: Hydra-style arguments; ``peft.…`` ones in the plain ``key=value`` form.
+
+    Returns:
+        ``config``, changed in place.
+
+    Raises:
+        ConfigError: The file cannot be read, or the ``peft`` settings are wrong.
+    """
+    from megatron.bridge.training.utils import omegaconf_utils as bridge_conf
+    from omegaconf import OmegaConf
+
+    try:
+        settings = OmegaConf.load(yaml_path) if yaml_path is not None else OmegaConf.create({})
+    except OSError as error:
+        raise ConfigError(f"cannot read {yaml_path}: {error.strerror}; name a YAML file") from error
+    ours = [text.lstrip("+") for text in overrides if text.lstrip("+").startswith("peft.")]
+    rest = [text for text in overrides if text.lstrip("+") not in ours]
+    section = OmegaConf.merge(
+        {"peft": settings.pop("peft", None) or {}}, OmegaConf.from_dotlist(ours)
+    )
+    # A section with _target_ is Bridge's own way, and Bridge makes the object.
+    foreign = "_target_" in section.peft
+    peft = build_peft(section.peft) if section.peft and not foreign else None
+    merged, kept = bridge_conf.create_omegaconf_dict_config(config)
+    merged = OmegaConf.merge(merged, settings, section if foreign else {})
+    if rest:
+        merged = bridge_conf.parse_hydra_overrides(merged, rest)
+    if section.peft:
+        # Otherwise the recipe's own PEFT object would be put back over ours.
+        kept = {name: value for name, value in kept.items() if name != "root.peft"}
+    bridge_conf.apply_overrides(config, OmegaConf.to_container(merged, resolve=True), kept)
+    if section.peft and not foreign:
+        config.peft = peft
+    return config

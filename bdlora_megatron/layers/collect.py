@@ -1,0 +1,100 @@
+"""Taking an adapter out of a model: the inverse of ``load``.
+
+Letters in shapes: P tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from bdlora_megatron.blocks import BlockFactors
+from bdlora_megatron.convert.adapter import Adapter, BaseShape, ModuleKey, blocked_factor
+from bdlora_megatron.errors import TargetError, UnsupportedError
+from bdlora_megatron.layers.apply import lora_layers
+from bdlora_megatron.layers.factors import Factor
+from bdlora_megatron.layers.load import HF_NAMES
+
+__all__ = ["collect_adapter"]
+
+_DECODER_LAYER = re.compile(r"(?:.*\.)?decoder\.layers\.(\d+)\..*?([^.]+)")
+
+
+@torch.no_grad()
+def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) -> Adapter:
+    """Put the whole adapter together from all ranks' shares, on every rank's CPU.
+
+    Args:
+        model: A model with adapters, from ``apply_lora`` or ``load_adapter``; not wrapped in DDP.
+        name: What to call the adapter.
+        base: What is known of the base model.
+
+    Returns:
+        The adapter; what the model computes with it is what the adapter says.
+
+    Raises:
+        TargetError: The model carries no adapter.
+        UnsupportedError: A layer trains one pair of factors for a fused projection, or is no
+            projection of a decoder layer, and no file format has a name for it.
+
+    Collectives:
+        One all-gather per factor over tensor-parallel ranks; one of all factors over pipeline
+        stages, where there are several.
+    """
+    modules: dict[ModuleKey, BlockFactors] = {}
+    for full_name, layer in lora_layers(model):
+        if layer.adapter is None:
+            continue
+        for plan in layer.adapter.plans:
+            key = _key(full_name, plan.projection.name)
+            A, B = (_whole(factor) for factor in layer.adapter.factors(plan))
+            modules[key] = BlockFactors(
+                A=A,
+                B=B,
+                num_blocks=plan.num_blocks,
+                blocked=blocked_factor(key.name),
+                scale=plan.scale,
+            )
+    modules = _from_all_stages(modules)
+    if not modules:
+        raise TargetError("the model carries no adapter; put one in with apply_lora() first")
+    return Adapter(name=name, modules=dict(sorted(modules.items())), base=base or BaseShape())
+
+
+def _key(full_name: str, projection: str) -> ModuleKey:
+    found = _DECODER_LAYER.fullmatch(full_name)
+    own = HF_NAMES.get(found.group(2), {}) if found else {}
+    if found is None or projection not in own:
+        raise UnsupportedError(
+            f"the adapter of {full_name} belongs to no single projection of a decoder layer, so no "
+            "adapter format can hold it; train with LoRAConfig(fused=False) and without such layers"
+        )
+    return ModuleKey(layer=int(found.group(1)), name=own[projection])
+
+
+def _whole(factor: Factor) -> Tensor:
+    """``[rows, columns]`` from every rank's share; the inverse of ``Factor.cut``."""
+    local, dim, group = factor.weight.detach().contiguous(), factor.shape.shard_dim, factor.tp_group
+    if dim is None or group.size() == 1:
+        return local.cpu().clone()
+    shares = [torch.empty_like(local) for _ in range(group.size())]
+    torch.distributed.all_gather(shares, local, group=group)
+    # A gated pair is cut in two stretches, each split over ranks by itself.
+    cut = [share.chunk(factor.shape.parts, dim=dim) for share in shares]
+    parts = [piece[part] for part in range(factor.shape.parts) for piece in cut]
+    return torch.cat(parts, dim=dim).cpu()
+
+
+def _from_all_stages(modules: dict[ModuleKey, BlockFactors]) -> dict[ModuleKey, BlockFactors]:
+    if not parallel_state.model_parallel_is_initialized():
+        return modules
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return modules
+    stages: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(stages, modules, group=group)
+    return {key: factors for stage in stages for key, factors in stage.items()}

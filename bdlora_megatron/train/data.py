@@ -1,0 +1,182 @@
+"""Rows of examples, and which rows a rank computes in which step.
+
+Nothing here has a state: what a step sees is a function of the seed and the step's number, so a
+resumed run sees what it would have seen, also over another number of ranks. Letters in shapes:
+b rows of a micro-batch, S positions in a row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.train.examples import Example
+
+__all__ = ["Batch", "RowDataset", "ShareOfBatch", "pack"]
+
+_OPEN_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        tokens: ``[b, S]``.
+        labels: ``[b, S]``, the token that follows each.
+        loss_mask: ``[b, S]`` in float32: 1 where predicting the label counts.
+        positions: ``[b, S]``, counted from each example's start.
+        hidden: ``[b, 1, S, S]`` bool, True where a query may not see a key: later ones, and those
+            of other examples in the row.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    positions: Tensor
+    hidden: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(
+            tokens=self.tokens.to(device),
+            labels=self.labels.to(device),
+            loss_mask=self.loss_mask.to(device),
+            positions=self.positions.to(device),
+            hidden=self.hidden.to(device),
+        )
+
+
+def pack(lengths: Sequence[int], seq_length: int) -> list[list[int]]:
+    """Put examples into as few rows as a quick look allows: the first open row with room.
+
+    Args:
+        lengths: Positions of each example, each at most ``seq_length``.
+        seq_length: Positions in a row.
+
+    Returns:
+        The examples' indices, row by row; every one exactly once.
+    """
+    full: list[list[int]] = []
+    open_rows: list[tuple[list[int], int]] = []
+    for index, length in enumerate(lengths):
+        for place, (row, room) in enumerate(open_rows):
+            if length <= room:
+                row.append(index)
+                open_rows[place] = (row, room - length)
+                break
+        else:
+            if len(open_rows) == _OPEN_ROWS:
+                full.append(open_rows.pop(0)[0])
+            open_rows.append(([index], seq_length - length))
+    return full + [row for row, _ in open_rows]
+
+
+class RowDataset:
+    """Examples in rows of equal length.
+
+    Rows with several examples keep them apart: none attends to another, and no label reaches from
+    one into the next. Rotary embedding only sees distances, so an example computes the same
+    wherever it stands in a row.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], seq_length: int, *, packing: bool, seed: int
+    ) -> None:
+        self.seq_length = seq_length
+        self._examples = list(examples)
+        random.Random(seed).shuffle(self._examples)
+        lengths = [len(example) for example in self._examples]
+        self._rows = pack(lengths, seq_length) if packing else [[i] for i in range(len(lengths))]
+        self._seed = seed
+        self._epoch: tuple[int, list[int]] | None = None
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        return len(self._rows)
+
+    def in_training_order(self, number: int) -> int:
+        """The row that stands at place ``number`` of an endless walk over shuffled epochs."""
+        epoch, place = divmod(number, len(self))
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = list(range(len(self)))
+            random.Random(f"{self._seed} {epoch}").shuffle(order)
+            self._epoch = (epoch, order)
+        return self._epoch[1][place]
+
+    def batch(self, rows: Sequence[int | None]) -> Batch:
+        """Make a micro-batch.
+
+        Args:
+            rows: Indices of rows; None gives an empty row, which counts for nothing.
+
+        Returns:
+            The batch, on the CPU.
+        """
+        shape = (len(rows), self.seq_length)
+        tokens, labels, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+        loss_mask = torch.zeros(shape)
+        # What is left of a row is a document of its own, so that no position sees nothing at all.
+        documents = torch.full(shape, -1)
+        for place, row in enumerate(rows):
+            start = 0
+            for number, index in enumerate([] if row is None else self._rows[row]):
+                example = self._examples[index]
+                here = slice(start, start + len(example))
+                ids = torch.from_numpy(example.tokens)
+                tokens[place, here], labels[place, here] = ids[:-1], ids[1:]
+                loss_mask[place, here] = torch.from_numpy(example.learnt[1:]).float()
+                positions[place, here] = torch.arange(len(example))
+                documents[place, here] = number
+                start += len(example)
+        later = torch.ones(self.seq_length, self.seq_length, dtype=torch.bool).triu(1)
+        others = documents[:, :, None] != documents[:, None, :]
+        return Batch(
+            tokens=tokens,
+            labels=labels,
+            loss_mask=loss_mask,
+            positions=positions,
+            hidden=(later | others)[:, None],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShareOfBatch:
+    """Which rows of a global batch one data-parallel rank computes, micro-batch by micro-batch.
+
+    Raises:
+        ConfigError: The global batch does not divide over micro-batches and ranks.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % (self.micro_batch_size * self.dp_size):
+            raise ConfigError(
+                f"train.global_batch_size is {self.global_batch_size}; it must be a multiple of "
+                f"micro_batch_size={self.micro_batch_size} x {self.dp_size} data-parallel ranks"
+            )
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of one rank in one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+
+    def numbers(self, step: int) -> list[list[int]]:
+        """Places in the walk over the data, for each micro-batch of step ``step`` (from 0)."""
+        first = step * self.global_batch_size
+        return [
+            [
+                first + (micro * self.dp_size + self.dp_rank) * self.micro_batch_size + row
+                for row in range(self.micro_batch_size)
+            ]
+            for micro in range(self.num_microbatches)
+        ]

@@ -1,0 +1,181 @@
+"""Starting the ranks of a run on this machine, or joining those that torchrun has started."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdlora_megatron import runtime
+from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.train.schema import TrainConfig
+
+__all__ = ["RankDiedError", "launch"]
+
+_PRELOAD = ["bdlora_megatron.train.loop"]
+_GRACE_S = 5.0
+
+
+class RankDiedError(BDLoRAError, RuntimeError):
+    """A rank's process failed in a way that is no error of this package's."""
+
+
+def launch(config: TrainConfig, *, ranks: int | None = None) -> Any:
+    """Run ``train`` on as many ranks as asked for, and wait for them.
+
+    Under torchrun, whose environment names this process's rank, it runs here. Otherwise ranks are
+    started on this machine by forkserver, one per GPU, or on the CPU where there is no GPU.
+
+    Args:
+        config: The settings.
+        ranks: How many; by default one copy of the model, or as many copies as the GPUs hold.
+
+    Returns:
+        What ``train`` returned on rank 0.
+
+    Raises:
+        ConfigError: The number of ranks doesn't fit the settings or the machine.
+        BDLoRAError: What a rank raised; the others are ended.
+        RankDiedError: A rank died without such an error.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if ranks is not None:
+            raise ConfigError("ranks are torchrun's here; leave --ranks out")
+        return _train_here(config)
+    count = _count(config, ranks)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory(prefix="bdlora-") as folder:
+        store = str(Path(folder) / "store")
+        answers = [context.Pipe(duplex=False) for _ in range(count)]
+        # Its other end closes when this process dies, however it dies: no rank outlives it.
+        alive, held = context.Pipe(duplex=False)
+        processes = [
+            context.Process(
+                target=_rank_main, args=(rank, count, store, config, answers[rank][1], alive)
+            )
+            for rank in range(count)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for _, sender in answers:
+                sender.close()
+            return _outcome([receiver for receiver, _ in answers])
+        finally:
+            held.close()
+            alive.close()
+            _end(processes)
+
+
+def _count(config: TrainConfig, ranks: int | None) -> int:
+    copy = config.model_parallel_size
+    gpus = torch.cuda.device_count()
+    count = ranks or max(gpus // copy, 1) * copy
+    if count % copy or count < 1:
+        raise ConfigError(
+            f"{count} ranks; one copy of the model takes {copy} (tensor x pipeline parallel size): "
+            f"start a multiple of {copy}"
+        )
+    if gpus and count > gpus:
+        raise ConfigError(f"{count} ranks on {gpus} GPUs; start fewer, or use torchrun")
+    return count
+
+
+def _train_here(config: TrainConfig) -> Any:
+    from bdlora_megatron.train.loop import train
+
+    if not torch.cuda.is_available():
+        runtime.enable_cpu()
+    return train(config)
+
+
+def _rank_main(
+    rank: int, count: int, store: str, config: TrainConfig, sender: Connection, alive: Connection
+) -> None:
+    # The process that started this one hears the interrupt too, and ends its ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    if rank:
+        # Every rank reads the data; one of them tells what is odd about it.
+        logging.getLogger("bdlora_megatron").setLevel(logging.ERROR)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(rank)
+    else:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(cores // count, 1))))
+    try:
+        torch.distributed.init_process_group(
+            "nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=count
+        )
+        answer: tuple[str, Any] = ("ok", _train_here(config))
+    except BDLoRAError as error:
+        answer = ("error", error)
+    except BaseException:
+        answer = ("died", f"rank {rank} failed:\n{traceback.format_exc()}")
+    sender.send_bytes(pickle.dumps(answer))
+    sender.close()
+    for child in multiprocessing.active_children():
+        child.terminate()
+    # A peer may have failed: gloo's threads could then hang in the interpreter's tear-down.
+    os._exit(0 if answer[0] == "ok" else 1)
+
+
+def _die_with_parent(alive: Connection) -> None:
+    try:
+        alive.recv_bytes()
+    except EOFError:
+        # Those that write a checkpoint just now; they would wait for one another for ever.
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(1)
+
+
+def _outcome(receivers: Sequence[Connection]) -> Any:
+    waiting = {receiver: rank for rank, receiver in enumerate(receivers)}
+    result: Any = None
+    failure: tuple[str, Any] | None = None
+    while waiting:
+        # Ranks that only wait for one that failed are not waited for.
+        ready = wait(list(waiting), timeout=None if failure is None else _GRACE_S)
+        if not ready:
+            break
+        for receiver in ready:
+            assert isinstance(receiver, Connection)
+            rank = waiting.pop(receiver)
+            try:
+                kind, what = pickle.loads(receiver.recv_bytes())
+            except EOFError:
+                kind, what = "died", f"rank {rank} ended without a word; was it out of memory?"
+            if kind == "ok":
+                result = what if rank == 0 else result
+            elif failure is None or (failure[0] == "died" and kind == "error"):
+                failure = (kind, what)
+    if failure is None:
+        return result
+    if failure[0] == "error":
+        raise failure[1]
+    raise RankDiedError(failure[1])
+
+
+def _end(processes: Sequence[Any]) -> None:
+    for process in processes:
+        if process.pid is None:
+            continue
+        process.join(timeout=_GRACE_S)
+        if process.is_alive():
+            process.kill()
+            process.join()

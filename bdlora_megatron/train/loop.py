@@ -1,0 +1,283 @@
+"""A run from its settings to its adapter, on every rank of a process group."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from bdlora_megatron.convert import BaseShape, WriteOptions, write_adapter
+from bdlora_megatron.convert.hf_base import HFConfig
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.layers import collect_adapter
+from bdlora_megatron.runtime import model_parallel
+from bdlora_megatron.train.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    read_facts,
+    save_checkpoint,
+)
+from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch
+from bdlora_megatron.train.examples import Example, load_tokenizer, read_examples
+from bdlora_megatron.train.model import build_model
+from bdlora_megatron.train.report import Report
+from bdlora_megatron.train.resume import check_resumable, run_facts
+from bdlora_megatron.train.schema import TrainConfig
+from bdlora_megatron.train.step import Stepper, mean_loss
+
+__all__ = ["ADAPTER", "DENSE_ADAPTER", "RunResult", "train"]
+
+ADAPTER, DENSE_ADAPTER = "adapter", "adapter-dense"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """How a run ended; the same on every rank.
+
+    Attributes:
+        steps: Steps done in all.
+        validation_loss: The last evaluation's; None without validation data.
+        exported: PEFT folders that were written.
+    """
+
+    steps: int
+    validation_loss: float | None
+    exported: tuple[Path, ...]
+
+
+def train(config: TrainConfig) -> RunResult:
+    """Train, evaluate, save and export as the settings say.
+
+    Every rank calls this, in one process group that it has joined or that torchrun's environment
+    describes. Without CUDA, call ``runtime.enable_cpu`` first.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        ConfigError: The settings don't fit the number of ranks, the data or the checkpoint; nothing
+            was changed.
+        DivergedError: The loss is no longer finite; the last checkpoint is still good.
+    """
+    model = config.model
+    with model_parallel(
+        model.tensor_model_parallel_size, pp=model.pipeline_model_parallel_size
+    ) as where:
+        del where
+        with _folder_lock(Path(config.checkpoint.save)):
+            return _Run(config).run()
+
+
+class _Run:
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.folder = Path(config.checkpoint.save)
+        self.share = _share(config)
+        tokenizer = load_tokenizer(config.model.hf_path)
+        self.examples = _examples(config, tokenizer, config.dataset.train)
+        validation = _examples(config, tokenizer, config.dataset.validation)
+        self.validation = _rows(config, validation, shuffled=False)
+        self.model, self.hf = build_model(config)
+        self.steps_done = 0
+        self.report: Report | None = None
+
+    def run(self) -> RunResult:
+        if self.config.peft.scheme == "none":
+            return self._evaluate_base()
+        stepper = Stepper(self.model, self.config)
+        facts = run_facts(self.config, self.hf, self.examples)
+        self._resume(stepper, facts)
+        with self._reporting():
+            loss = self._steps(stepper, facts)
+            if self.report is not None:
+                self.report.draw()
+            exported = self._export()
+        return RunResult(steps=self.steps_done, validation_loss=loss, exported=exported)
+
+    def _evaluate_base(self) -> RunResult:
+        loss = mean_loss(self.model, self._validation_batches(), self.config)
+        with self._reporting():
+            if self.report is not None:
+                self.report.evaluation(0, loss)
+        return RunResult(steps=0, validation_loss=loss, exported=())
+
+    def _resume(self, stepper: Stepper, facts: dict[str, Any]) -> None:
+        found = checkpoints(self.folder)
+        if not found:
+            return
+        step, path = found[-1]
+        if not self.config.checkpoint.resume:
+            raise ConfigError(
+                f"{self.folder} holds checkpoints up to step {step}; set checkpoint.resume=true to "
+                "go on, or name another folder in checkpoint.save"
+            )
+        check_resumable(read_facts(path), facts, str(path))
+        self.steps_done = load_checkpoint(path, stepper)
+        if self.steps_done > self.config.train.train_iters:
+            raise ConfigError(
+                f"{path} has {self.steps_done} steps behind it, more than train.train_iters="
+                f"{self.config.train.train_iters}; raise it, or name another folder"
+            )
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        if torch.distributed.get_rank() != 0:
+            yield
+            return
+        steps = self.config.train.train_iters
+        with Report(
+            self.folder, self.config.logger, steps_done=self.steps_done, steps=steps
+        ) as self.report:
+            self.report.say(self._summary())
+            yield
+
+    def _summary(self) -> str:
+        ranks = torch.distributed.get_world_size()
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        resumed = f"; resumed after step {self.steps_done}" if self.steps_done else ""
+        return (
+            f"{self.config.peft.scheme}: {trained:,} parameters trained on this rank of {ranks}; "
+            f"{len(self.examples)} examples{resumed}"
+        )
+
+    def _steps(self, stepper: Stepper, facts: dict[str, Any]) -> float | None:
+        settings, checkpoint = self.config.train, self.config.checkpoint
+        rows = _rows(self.config, self.examples, shuffled=True)
+        loss = None
+        for step in range(self.steps_done, settings.train_iters):
+            started = time.perf_counter()
+            batches = [
+                rows.batch([rows.in_training_order(number) for number in numbers])
+                for numbers in self.share.numbers(step)
+            ]
+            result = stepper.train_step(step, batches)
+            self.steps_done, last = step + 1, step + 1 == settings.train_iters
+            if self.report is not None:
+                tokens = settings.global_batch_size * self.config.model.seq_length
+                seconds = time.perf_counter() - started
+                self.report.step(self.steps_done, result, tokens / seconds)
+            if _due(self.steps_done, settings.eval_interval, last=last):
+                loss = self._evaluate()
+            if _due(self.steps_done, checkpoint.save_interval, last=last):
+                save_checkpoint(self.folder, self.steps_done, stepper, facts, keep=checkpoint.keep)
+        # A finished run that is started again tells its result again.
+        return self._evaluate() if loss is None else loss
+
+    def _evaluate(self) -> float | None:
+        if not len(self.validation):
+            return None
+        loss = mean_loss(self.model, self._validation_batches(), self.config)
+        if self.report is not None:
+            self.report.evaluation(self.steps_done, loss)
+        return loss
+
+    def _validation_batches(self) -> list[Batch]:
+        """This rank's share; empty rows where the data doesn't fill a batch."""
+        size, rows = self.config.train.global_batch_size, len(self.validation)
+        batches = -(-rows // size)
+        if self.config.train.eval_iters:
+            batches = min(batches, self.config.train.eval_iters)
+        return [
+            self.validation.batch([row if row < rows else None for row in numbers])
+            for step in range(batches)
+            for numbers in self.share.numbers(step)
+        ]
+
+    def _export(self) -> tuple[Path, ...]:
+        wanted = {ADAPTER: self.config.export.peft, DENSE_ADAPTER: self.config.export.dense}
+        names = [name for name, asked in wanted.items() if asked]
+        if not names:
+            return ()
+        adapter = collect_adapter(self.model, self.folder.name, _base_shape(self.hf))
+        if torch.distributed.get_rank() == 0:
+            options = WriteOptions(overwrite=True, base_model=self.config.model.hf_path)
+            for name in names:
+                dense = replace(options, dense=name == DENSE_ADAPTER)
+                write_adapter(adapter, self.folder / name, "peft", options=dense)
+        torch.distributed.barrier()
+        return tuple(self.folder / name for name in names)
+
+
+def _due(step: int, interval: int, *, last: bool) -> bool:
+    return last or bool(interval and step % interval == 0)
+
+
+def _share(config: TrainConfig) -> ShareOfBatch:
+    return ShareOfBatch(
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _examples(config: TrainConfig, tokenizer: Any, paths: tuple[str, ...]) -> list[Example]:
+    return read_examples(
+        paths,
+        tokenizer,
+        format=config.dataset.format,
+        seq_length=config.model.seq_length,
+        too_long=config.dataset.too_long,
+    )
+
+
+def _rows(config: TrainConfig, examples: list[Example], *, shuffled: bool) -> RowDataset:
+    return RowDataset(
+        examples,
+        config.model.seq_length,
+        packing=config.dataset.packing,
+        seed=config.rng.seed if shuffled else 0,
+    )
+
+
+def _base_shape(hf: HFConfig) -> BaseShape:
+    return BaseShape(
+        hidden_size=hf.hidden_size,
+        ffn_size=hf.ffn_size,
+        q_size=hf.num_heads * hf.head_dim,
+        kv_size=hf.num_kv_heads * hf.head_dim,
+        num_heads=hf.num_heads,
+        num_kv_heads=hf.num_kv_heads,
+        head_dim=hf.head_dim,
+        num_layers=hf.num_layers,
+    )
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder; the lock ends with the process that holds it.
+
+    Raises:
+        ConfigError: Another run holds the folder, or it can't be written.
+    """
+    problem = [""]
+    handle = -1
+    if torch.distributed.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = [f"another run writes into {folder}; wait for it, or name another folder"]
+        except OSError as error:
+            problem = [f"cannot write into {folder}: {error.strerror}; name another folder"]
+    # Every rank raises, or the others would wait for rank 0 until they time out.
+    torch.distributed.broadcast_object_list(problem, src=0)
+    try:
+        if problem[0]:
+            raise ConfigError(problem[0])
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)

@@ -1,0 +1,94 @@
+"""From ``peft.scheme`` to the adapter that is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from bdlora_megatron.blocks import ModuleShape, matching_rank
+from bdlora_megatron.config import Layout, LoRAConfig
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.layers.targets import TargetMatcher
+from bdlora_megatron.train.schema import BDLoRASection, PeftSection
+
+if TYPE_CHECKING:
+    from bdlora_megatron.convert.hf_base import HFConfig
+
+__all__ = ["resolve_peft"]
+
+_LAYOUTS = {"bdlora": Layout.BDLORA, "lora": Layout.HALF_SHARDED, "slora": Layout.SLORA}
+_DEFAULT_RANK = 16
+
+
+def resolve_peft(peft: PeftSection, hf: HFConfig) -> LoRAConfig | None:
+    """The adapter that the settings describe.
+
+    Args:
+        peft: The scheme and its settings.
+        hf: The base model, whose sizes decide the rank that ``match_params_of_lora_rank`` asks for.
+
+    Returns:
+        The adapter's configuration, its factors in float32; None for scheme ``none``.
+
+    Raises:
+        ConfigError: Rank and blocks don't go together, or no rank matches.
+        TargetError: A target pattern matches no layer.
+    """
+    if peft.scheme == "none":
+        return None
+    blocked = peft.scheme == "bdlora"
+    section = peft.bdlora if blocked else peft.lora
+    rank = _blocked_rank(peft.bdlora, hf) if blocked else peft.lora.rank
+    return LoRAConfig(
+        rank=rank,
+        alpha=2.0 * rank if section.alpha is None else section.alpha,
+        use_rslora=section.use_rslora,
+        layout=_LAYOUTS[peft.scheme],
+        num_blocks=peft.bdlora.num_blocks if blocked else None,
+        dropout=section.dropout,
+        target_modules=section.target_modules,
+        exclude_modules=section.exclude_modules,
+        # Sixteen bits would lose the small steps of a small learning rate.
+        dtype=torch.float32,
+    )
+
+
+def _blocked_rank(section: BDLoRASection, hf: HFConfig) -> int:
+    blocks = section.num_blocks
+    if blocks is None:
+        raise ConfigError("peft.bdlora.num_blocks is missing; set it to the serving size")
+    if section.match_params_of_lora_rank is not None:
+        return matching_rank(
+            _target_shapes(section, hf),
+            lora_rank=section.match_params_of_lora_rank,
+            num_blocks=blocks,
+        )
+    return section.rank or -(-_DEFAULT_RANK // blocks) * blocks
+
+
+def _target_shapes(section: BDLoRASection, hf: HFConfig) -> list[ModuleShape]:
+    """Every projection of every layer that the targets choose."""
+    matcher = TargetMatcher(section.target_modules, section.exclude_modules)
+    hidden, ffn = hf.hidden_size, hf.ffn_size
+    q, kv = hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
+    columns = {
+        "self_attention.linear_qkv": [(hidden, q), (hidden, kv), (hidden, kv)],
+        "mlp.linear_fc1": [(hidden, ffn), (hidden, ffn)],
+    }
+    rows = {"self_attention.linear_proj": [(q, hidden)], "mlp.linear_fc2": [(ffn, hidden)]}
+    shapes, names = [], []
+    for layer in range(hf.num_layers):
+        for path, sizes in (columns | rows).items():
+            names.append(f"decoder.layers.{layer}.{path}")
+            if matcher.matches(names[-1]):
+                shapes += [
+                    ModuleShape(
+                        in_features=in_features,
+                        out_features=out_features,
+                        blocked="B" if path in columns else "A",
+                    )
+                    for in_features, out_features in sizes
+                ]
+    matcher.check_all_used(names)
+    return shapes

@@ -1,0 +1,171 @@
+"""What a run tells: progress and losses on the terminal, a file, TensorBoard, a loss curve."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bdlora_megatron.errors import MissingDependencyError
+from bdlora_megatron.train.schema import LoggerSection
+from bdlora_megatron.train.step import StepResult
+
+__all__ = ["Report", "read_metrics"]
+
+METRICS = "metrics.jsonl"
+LOSS_CURVE = "loss.png"
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Every line of a run's ``metrics.jsonl``: what each step and each evaluation gave."""
+    path = Path(folder) / METRICS
+    if not path.exists():
+        return []
+    # A process that was killed may have left half a line at the end.
+    complete = path.read_text("utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in complete.split("\n") if line]
+
+
+class Report:
+    """The record of one run; on one rank only."""
+
+    def __init__(
+        self, folder: Path, settings: LoggerSection, *, steps_done: int, steps: int
+    ) -> None:
+        """Go on with the record of the steps done.
+
+        Args:
+            folder: The run's folder.
+            settings: What to tell.
+            steps_done: Steps of the checkpoint that the run goes on from.
+            steps: Steps of the whole run.
+
+        Raises:
+            MissingDependencyError: A package of the extra ``train`` is not installed.
+        """
+        self._folder, self._settings, self._steps = folder, settings, steps
+        folder.mkdir(parents=True, exist_ok=True)
+        if settings.loss_curve:
+            _import_pyplot()
+        # What was done after the checkpoint is done again.
+        kept = [line for line in read_metrics(folder) if line["step"] <= steps_done]
+        unfinished = folder / f"{METRICS}.unfinished"
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        os.replace(unfinished, folder / METRICS)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._bar = _progress_bar(settings, steps_done, steps)
+        self._board = _board(folder, steps_done) if settings.tensorboard else None
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del kind, error, trace
+        self._file.close()
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+    def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
+        """Note a step.
+
+        Args:
+            step: Steps done, this one included.
+            result: What it gave.
+            tokens_per_second: Of all ranks together, prompts and padding included.
+        """
+        metrics = {
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": tokens_per_second,
+        }
+        self._write({"step": step, "tokens": result.tokens, **metrics})
+        self._bar.set_postfix(loss=f"{result.loss:.4f}", refresh=False)
+        self._bar.update()
+        if step % self._settings.log_interval and step != self._steps:
+            return
+        self.say(
+            f"step {step}/{self._steps}  loss {result.loss:.4f}  lr {result.lr:.2e}  "
+            + ("" if result.grad_norm is None else f"gradient {result.grad_norm:.3f}  ")
+            + f"{tokens_per_second:,.0f} tokens/s"
+        )
+        self._to_board(step, {f"train/{name}": value for name, value in metrics.items()})
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Note the mean loss on the validation data after ``step`` steps."""
+        self._write({"step": step, "validation_loss": loss})
+        self.say(f"step {step}/{self._steps}  validation loss {loss:.4f}")
+        self._to_board(step, {"validation/loss": loss})
+
+    def say(self, line: str) -> None:
+        """Print a line without tearing the progress bar."""
+        self._bar.write(line)
+
+    def draw(self) -> None:
+        """Draw the loss curve of the whole run, earlier parts included."""
+        if not self._settings.loss_curve:
+            return
+        lines = read_metrics(self._folder)
+        pyplot = _import_pyplot()
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for name, style in (("loss", "-"), ("validation_loss", "o--")):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
+        axes.set(xlabel="step", ylabel="loss per token")
+        if lines:
+            axes.legend()
+        unfinished = self._folder / f".{LOSS_CURVE}"
+        figure.savefig(unfinished, dpi=150, format="png")
+        pyplot.close(figure)
+        os.replace(unfinished, self._folder / LOSS_CURVE)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def _to_board(self, step: int, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            if self._board is not None and value is not None:
+                self._board.add_scalar(name, value, step)
+
+
+def _progress_bar(settings: LoggerSection, done: int, steps: int) -> Any:
+    from tqdm import tqdm
+
+    hidden = not settings.progress_bar
+    return tqdm(initial=done, total=steps, desc="train", unit="step", disable=hidden)
+
+
+def _board(folder: Path, steps_done: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError(
+            "logger.tensorboard needs TensorBoard; pip install 'bdlora-megatron[train]', or set "
+            "logger.tensorboard=false"
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)
+
+
+def _import_pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise MissingDependencyError(
+            "logger.loss_curve needs matplotlib; pip install 'bdlora-megatron[train]', or set "
+            "logger.loss_curve=false"
+        ) from error
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,205 @@
+"""The settings of a fine-tuning run, under the names that NeMo and Megatron-Bridge give them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bdlora_megatron.config import DEFAULT_TARGETS
+
+__all__ = [
+    "BDLoRASection",
+    "CheckpointSection",
+    "DatasetSection",
+    "ExportSection",
+    "LoRASection",
+    "LoggerSection",
+    "ModelSection",
+    "OptimizerSection",
+    "PeftSection",
+    "RngSection",
+    "SchedulerSection",
+    "TrainConfig",
+    "TrainSection",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """The base model and how ranks share it."""
+
+    hf_path: str
+    """Folder of a Hugging Face Llama-family model, with its tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the frozen base; that of the stored weights by default. Factors are float32."""
+    seq_length: int = 1024
+    """Tokens in a row of a batch."""
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """What is computed again in backward instead of being kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoRASection:
+    """A vanilla LoRA; read by the schemes ``lora`` and ``slora``."""
+
+    rank: int = 16
+    alpha: float | None = None
+    """Numerator of the scale; twice the rank by default."""
+    use_rslora: bool = False
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = DEFAULT_TARGETS
+    exclude_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BDLoRASection:
+    """A BD-LoRA; read by the scheme ``bdlora``."""
+
+    num_blocks: int | None = None
+    """The tensor-parallel size at which the adapter will be served, or a multiple of it."""
+    rank: int | None = None
+    """Total rank; 16 rounded up to a multiple of ``num_blocks`` by default."""
+    match_params_of_lora_rank: int | None = None
+    """Instead of ``rank``: the largest rank with no more parameters than a LoRA of this one."""
+    alpha: float | None = None
+    """Numerator of the scale; twice the rank by default."""
+    use_rslora: bool = False
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = DEFAULT_TARGETS
+    exclude_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftSection:
+    """Which adapter is trained. Sections of schemes that are not chosen are only checked."""
+
+    scheme: Literal["bdlora", "lora", "slora", "none"] = "bdlora"
+    """``lora`` keeps one factor of each pair whole on every rank, ``slora`` splits both and
+    communicates at the rank, ``none`` trains nothing and evaluates the base model."""
+    bdlora: BDLoRASection = field(default_factory=BDLoRASection)
+    lora: LoRASection = field(default_factory=LoRASection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSection:
+    """What is learnt: JSONL files, one example a line."""
+
+    train: tuple[str, ...]
+    """Files to train on."""
+    validation: tuple[str, ...] = ()
+    """Files to evaluate on."""
+    format: Literal["chat", "prompt_completion", "text"] = "chat"
+    packing: bool = True
+    """Put several examples in a row; they don't see one another."""
+    too_long: Literal["error", "truncate", "drop"] = "error"
+    """What becomes of examples longer than a row. Plain text is cut into rows instead."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSection:
+    """How long, in what portions, and when to evaluate."""
+
+    train_iters: int
+    """Optimizer steps."""
+    global_batch_size: int = 8
+    """Rows in a step, over all ranks."""
+    micro_batch_size: int = 1
+    """Rows that go through the model at once on a rank."""
+    eval_interval: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    eval_iters: int = 0
+    """Batches of ``global_batch_size`` rows in an evaluation; 0 takes all validation data."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSection:
+    """Megatron-Core's Adam with decoupled weight decay."""
+
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest norm of all gradients together; 0 for no limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerSection:
+    """Megatron-Core's learning-rate schedule."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_warmup_iters: int = 0
+    lr_decay_iters: int | None = None
+    """Step at which ``min_lr`` is reached; ``train.train_iters`` by default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSection:
+    """Where a run keeps what it needs to go on."""
+
+    save: str
+    """The run's folder: checkpoints, metrics, loss curve, exported adapters."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    resume: bool = True
+    """Go on from the newest checkpoint in ``save``, if there is one; else refuse the folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggerSection:
+    """What is shown and written down."""
+
+    log_interval: int = 1
+    """Steps between lines of metrics."""
+    progress_bar: bool = True
+    tensorboard: bool = True
+    """Write TensorBoard's events; needs the extra ``train``."""
+    loss_curve: bool = True
+    """Draw ``loss.png`` at the end; needs the extra ``train``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSection:
+    """Which PEFT folders are written into ``checkpoint.save`` at the end."""
+
+    peft: bool = True
+    """``adapter/``: the adapter as it was trained."""
+    dense: bool = False
+    """``adapter-dense/``: the same function as a vanilla LoRA, for engines without BD-LoRA."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RngSection:
+    """What chance decides."""
+
+    seed: int = 1234
+    """Seeds the factors, dropout and the order of the data."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A fine-tuning run."""
+
+    model: ModelSection
+    dataset: DatasetSection
+    train: TrainSection
+    checkpoint: CheckpointSection
+    peft: PeftSection = field(default_factory=PeftSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    scheduler: SchedulerSection = field(default_factory=SchedulerSection)
+    logger: LoggerSection = field(default_factory=LoggerSection)
+    export: ExportSection = field(default_factory=ExportSection)
+    rng: RngSection = field(default_factory=RngSection)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model between them."""
+        model = self.model
+        return model.tensor_model_parallel_size * model.pipeline_model_parallel_size

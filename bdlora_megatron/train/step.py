@@ -1,0 +1,235 @@
+"""One step of training on Megatron-Core: its schedule, data parallelism, optimizer and scheduler.
+
+The loss of a step is the mean over every token of the global batch that is to be learnt, however
+the tokens are spread over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.runtime import device
+from bdlora_megatron.train.data import Batch
+from bdlora_megatron.train.schema import TrainConfig
+
+__all__ = ["DivergedError", "StepResult", "Stepper", "forward_backward", "mean_loss"]
+
+
+class DivergedError(BDLoRAError, ArithmeticError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step did; the same on every rank.
+
+    Attributes:
+        loss: Mean over the step's tokens to learn, before the update.
+        tokens: How many those were.
+        grad_norm: Norm of all gradients before clipping; None where clipping is off.
+        lr: Learning rate of the update.
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float | None
+    lr: float
+
+
+class Stepper:
+    """A model with adapters, and what trains them.
+
+    Attributes:
+        model: The wrapped model.
+        optimizer: Megatron-Core's optimizer over the factors.
+        scheduler: Megatron-Core's schedule, counted in steps.
+    """
+
+    def __init__(self, model: GPTModel, config: TrainConfig) -> None:
+        """Wrap a model whose adapters are in place.
+
+        Args:
+            model: This rank's part; only adapters require gradients.
+            config: The run's settings.
+        """
+        self._config = config
+        self.model = DistributedDataParallel(
+            model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model
+        )
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self.model])
+        self.scheduler = _scheduler(self.optimizer, config)
+        settings = model.config
+        settings.grad_scale_func = self.optimizer.scale_loss
+        settings.finalize_model_grads_func = finalize_model_grads
+        settings.no_sync_func = self.model.no_sync
+
+    def train_step(self, step: int, batches: Sequence[Batch]) -> StepResult:
+        """Compute one step and update the factors.
+
+        Args:
+            step: The step's number, from 0. Dropout draws from the seed and this number alone.
+            batches: This rank's micro-batches.
+
+        Returns:
+            What came of it.
+
+        Raises:
+            DivergedError: Loss or gradient is not finite; the factors were not updated.
+
+        Collectives: those of the model, forward and backward; one all-reduce of all factors'
+            gradients over data-parallel ranks; a few of one number (tokens, norm, loss).
+        """
+        # Not a state to be saved: a resumed run draws what it would have drawn.
+        model_parallel_cuda_manual_seed(self._config.rng.seed + step)
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss, tokens = forward_backward(self.model, batches, self._config)
+        if not math.isfinite(loss):
+            raise DivergedError(_diverged("loss", loss, step))
+        # Not from a parameter group: a pipeline stage may hold no adapter and have none.
+        lr = float(self.scheduler.get_lr({}))
+        _, norm, _ = self.optimizer.step()
+        if norm is not None and not math.isfinite(norm):
+            raise DivergedError(_diverged("gradient's norm", norm, step))
+        self.scheduler.step(increment=1)
+        norm = None if norm is None else float(norm)
+        return StepResult(loss=loss, tokens=tokens, grad_norm=norm, lr=lr)
+
+
+def mean_loss(model: Any, batches: Sequence[Batch], config: TrainConfig) -> float:
+    """The mean loss over tokens to learn, without dropout and without a gradient.
+
+    Args:
+        model: The model, wrapped or not.
+        batches: This rank's share of the data; the same number on every rank.
+        config: The run's settings.
+
+    Returns:
+        The mean over all ranks' tokens, on every rank.
+
+    Collectives: those of the model's forward pass; two of two numbers.
+    """
+    model.eval()
+    loss, _ = forward_backward(model, batches, config, forward_only=True)
+    return loss
+
+
+def forward_backward(
+    model: Any, batches: Sequence[Batch], config: TrainConfig, *, forward_only: bool = False
+) -> tuple[float, int]:
+    """Run micro-batches through Megatron-Core's schedule.
+
+    Args:
+        model: The model; wrapped, where gradients are wanted.
+        batches: This rank's micro-batches; the same number on every rank.
+        config: The run's settings.
+        forward_only: Leave the backward pass out.
+
+    Returns:
+        The mean loss over all ranks' tokens to learn, and how many they are. Gradients, of that
+        mean, are left in each parameter's ``main_grad``.
+
+    Collectives: those of the model; one all-reduce of the gradients over data-parallel ranks; some
+        of one or two numbers.
+    """
+    where = device()
+    outputs = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=(batch.to(where) for batch in batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return _over_ranks(outputs, where)
+
+
+def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+    batch = next(batches)
+    output = model(batch.tokens, batch.positions, batch.hidden, labels=batch.labels)
+    return output, partial(_loss, batch.loss_mask)
+
+
+def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, number of tokens, and both for the record; Megatron-Core divides when all are known."""
+    total = (losses.float() * loss_mask).sum()
+    tokens = loss_mask.sum()
+    return total, tokens.int(), torch.stack([total.detach(), tokens])
+
+
+def _over_ranks(outputs: Sequence[Tensor], where: torch.device) -> tuple[float, int]:
+    """Mean loss and number of tokens, on every rank."""
+    sums = torch.zeros(2, dtype=torch.float64, device=where)
+    if parallel_state.is_pipeline_last_stage():
+        for output in outputs:
+            sums += output
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    torch.distributed.broadcast(
+        sums,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    total, tokens = sums.tolist()
+    return total / max(tokens, 1.0), int(tokens)
+
+
+def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
+    optimizer = config.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+    )
+
+
+def _scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamScheduler:
+    scheduler, decay = config.scheduler, config.optimizer.weight_decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        lr_warmup_steps=scheduler.lr_warmup_iters,
+        lr_decay_steps=scheduler.lr_decay_iters or max(config.train.train_iters, 1),
+        lr_decay_style=scheduler.lr_decay_style,
+        start_wd=decay,
+        end_wd=decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # The settings decide; whether they are those of the checkpoint is checked by whoever loads.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def _diverged(what: str, value: float, step: int) -> str:
+    return (
+        f"the {what} of step {step + 1} is {value}; lower optimizer.lr or lengthen "
+        "scheduler.lr_warmup_iters, and resume from the last checkpoint"
+    )

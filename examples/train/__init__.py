@@ -1,0 +1,1 @@
+"""Fine-tuning SmolLM2-135M from YAML, on real text."""

@@ -1,0 +1,116 @@
+"""A tiny base model with a tokenizer, chats to learn, and settings for runs on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bdlora_megatron import runtime
+from bdlora_megatron.train.config import from_mapping
+from bdlora_megatron.train.loop import train
+from bdlora_megatron.train.schema import TrainConfig
+
+# A prime, so that every parallel size pads it.
+VOCAB = 331
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEXT = "the quick brown fox jumps over a lazy dog while seven wizards box their liquor jugs"
+WORDS = TEXT.split()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that knows every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=TEMPLATE
+    )
+
+
+def make_base(path: Path, **changes: Any) -> Path:
+    """Save a tiny random Llama that 1, 2 and 3 ranks can share."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 36,
+        "intermediate_size": 60,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 6,
+        "head_dim": 4,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.15,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def write_chats(path: Path, count: int) -> Path:
+    """Write chats of one to three turns and of very different lengths."""
+    lines = []
+    for number in range(count):
+        messages = []
+        for turn in range(1 + number % 3):
+            start = (number + turn) % len(WORDS)
+            said = " ".join(WORDS[start : start + 1 + number % 4])
+            messages.append({"role": "user", "content": said})
+            messages.append({"role": "assistant", "content": said[::-1][: 3 + 2 * (number % 5)]})
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    path.write_text("".join(lines), "utf-8")
+    return path
+
+
+def make_files(root: Path) -> Path:
+    """A base model, training and validation data below ``root``."""
+    make_base(root / "base")
+    write_chats(root / "train.jsonl", 23)
+    write_chats(root / "validation.jsonl", 5)
+    return root
+
+
+def settings(root: Path, save: Path, **changes: Any) -> TrainConfig:
+    """Settings of a run on ``make_files``; ``changes`` are ``section__key`` or whole sections."""
+    values: dict[str, Any] = {
+        "model": {"hf_path": str(root / "base"), "seq_length": 48},
+        "peft": {"bdlora": {"num_blocks": 6, "rank": 12}},
+        "dataset": {
+            "train": str(root / "train.jsonl"),
+            "validation": str(root / "validation.jsonl"),
+            "too_long": "truncate",
+        },
+        "train": {"train_iters": 6, "global_batch_size": 4, "micro_batch_size": 2},
+        "optimizer": {"lr": 0.02},
+        "scheduler": {"lr_warmup_iters": 1, "lr_decay_iters": 8},
+        "checkpoint": {"save": str(save), "save_interval": 2},
+        "logger": {"progress_bar": False, "tensorboard": False, "loss_curve": False},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            values.setdefault(section, {})[key] = value
+        else:
+            values[section] = value
+    return from_mapping(values)
+
+
+def train_rank(rank: int, world_size: int, config: TrainConfig) -> Any:
+    """The body of a rank: a whole run."""
+    runtime.enable_cpu()
+    return train(config)

@@ -1,0 +1,115 @@
+"""Train on three ranks, resume on one, export, and let PEFT say what it computes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from bdlora_megatron.config import Layout
+from bdlora_megatron.convert import load_hf_model, read_adapter
+from bdlora_megatron.layers import LoadOptions, load_adapter
+from bdlora_megatron.train.checkpoint import checkpoints, load_checkpoint
+from bdlora_megatron.train.loop import ADAPTER, DENSE_ADAPTER
+from bdlora_megatron.train.model import build_model
+from bdlora_megatron.train.step import Stepper
+from tests.harness import run_ranks
+from tests.tolerances import assert_close
+from tests.tp.session import model_parallel
+from tests.train.runs import VOCAB, make_files, settings, train_rank
+
+SCHEMES = {
+    "bdlora": {"scheme": "bdlora", "bdlora": {"num_blocks": 6, "rank": 12, "use_rslora": True}},
+    "some": {
+        "scheme": "bdlora",
+        "bdlora": {
+            "num_blocks": 3,
+            "match_params_of_lora_rank": 6,
+            "target_modules": ["linear_qkv", "*.layers.1.*.linear_fc2"],
+        },
+    },
+    "slora": {"scheme": "slora", "lora": {"rank": 6, "alpha": 3}},
+    "lora": {"scheme": "lora", "lora": {"rank": 5}},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("export"))
+
+
+def _tokens():
+    return torch.randint(0, VOCAB, (2, 13), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def _peft_logits(base, adapter=None):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.eval()(_tokens()).logits
+
+
+def _checkpoint_logits(rank, world_size, config):
+    """Logits of the last checkpoint, at another number of ranks than it was written on."""
+    with model_parallel(config.model.tensor_model_parallel_size):
+        stepper = Stepper(build_model(config)[0], config)
+        step, path = checkpoints(config.checkpoint.save)[-1]
+        assert load_checkpoint(path, stepper) == step == config.train.train_iters
+        return _megatron_logits(stepper.model.module)
+
+
+@torch.no_grad()
+def _megatron_logits(model):
+    ids = _tokens()
+    length = ids.size(1)
+    hidden = torch.ones(length, length).triu(1).bool().expand(len(ids), 1, -1, -1)
+    positions = torch.arange(length).expand(len(ids), -1)
+    model.eval()
+    return model(ids, positions, hidden, runtime_gather_output=True)[..., :VOCAB]
+
+
+def _loaded_logits(rank, world_size, base, adapter):
+    with model_parallel(world_size):
+        model = load_hf_model(base, dtype=torch.float32)
+        load_adapter(model, read_adapter(adapter), LoadOptions(layout=Layout.BDLORA))
+        return _megatron_logits(model)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_trained_at_three_ranks_resumed_at_one_peft_computes_the_same(root, tmp_path, scheme):
+    common = {"peft": SCHEMES[scheme], "scheduler": {"lr_decay_iters": 8}}
+    export = {"export": {"peft": True, "dense": True}, "optimizer": {"lr": 0.05}}
+    model = {"hf_path": str(root / "base"), "seq_length": 48, "tensor_model_parallel_size": 3}
+    first = settings(root, tmp_path, model=model, train__train_iters=3, **common, **export)
+    run_ranks(3, train_rank, first)
+    second = settings(root, tmp_path, train__train_iters=5, **common, **export)
+    run_ranks(1, train_rank, second)
+    (trained,) = run_ranks(1, _checkpoint_logits, second)
+    base = _peft_logits(root / "base")
+    assert (trained - base).abs().max() > 0.05 * base.abs().max(), (
+        "the adapter does next to nothing"
+    )
+    for name in (ADAPTER, DENSE_ADAPTER):
+        found = _peft_logits(root / "base", tmp_path / name)
+        assert_close(found, trained, f"PEFT's logits of {name}", (1e-5, 1e-4))
+    settings_of = json.loads((tmp_path / ADAPTER / "adapter_config.json").read_text("utf-8"))
+    assert bool(settings_of.get("use_bdlora")) is (first.peft.scheme == "bdlora")
+    dense = json.loads((tmp_path / DENSE_ADAPTER / "adapter_config.json").read_text("utf-8"))
+    assert not dense.get("use_bdlora")
+    if scheme == "bdlora":
+        for logits in run_ranks(3, _loaded_logits, root / "base", tmp_path / ADAPTER):
+            assert_close(logits, trained, "Megatron's logits at TP=3", (1e-5, 1e-4))
+
+
+def test_scheme_none_evaluates_the_base_model_and_writes_no_adapter(root, tmp_path):
+    config = settings(root, tmp_path, peft={"scheme": "none"})
+    (result,) = run_ranks(1, train_rank, config)
+    assert result.exported == ()
+    assert result.steps == 0
+    (again,) = run_ranks(1, train_rank, settings(root, tmp_path / "trained", optimizer={"lr": 0.0}))
+    assert again.validation_loss == pytest.approx(result.validation_loss, rel=1e-6)
+    assert not list(tmp_path.glob("step_*"))

@@ -1,0 +1,180 @@
+"""One step: its gradients against PEFT in fp64, and what it communicates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from bdlora_megatron.config import Layout
+from bdlora_megatron.convert import WriteOptions, read_peft, write_adapter
+from bdlora_megatron.layers import LoadOptions, collect_adapter, load_adapter, lora_layers
+from bdlora_megatron.train.data import RowDataset, ShareOfBatch
+from bdlora_megatron.train.examples import load_tokenizer, read_examples
+from bdlora_megatron.train.model import build_model
+from bdlora_megatron.train.step import Stepper, forward_backward
+from benchmarks.step_collectives import measure_step
+from tests.harness import run_ranks
+from tests.tolerances import MODEL_GRADIENTS, assert_close
+from tests.tp.models import randomize_adapters
+from tests.tp.session import model_parallel
+from tests.train.runs import make_files, settings
+
+SCHEMES = {
+    "bdlora": {"scheme": "bdlora", "bdlora": {"num_blocks": 6, "rank": 12}},
+    "lora": {"scheme": "lora", "lora": {"rank": 6}},
+    "slora": {"scheme": "slora", "lora": {"rank": 6}},
+}
+NONE = {"scheme": "none"}
+SIZES = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2-sequence": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "dp2": (2, {}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "tp2-dp2-sequence": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Files, and for each scheme a random adapter with PEFT's gradients in fp64."""
+    root = make_files(tmp_path_factory.mktemp("step"))
+    for scheme in SCHEMES:
+        run_ranks(1, _write, _config(root, scheme))
+        torch.save(_reference(root, scheme), root / f"{scheme}.pt")
+    return root
+
+
+def _config(root, scheme, **model):
+    model = {"hf_path": str(root / "base"), "seq_length": 48, "dtype": "float32", **model}
+    train = {"train_iters": 1, "global_batch_size": 4, "micro_batch_size": 1}
+    return settings(
+        root, root / scheme, model=model, peft=SCHEMES.get(scheme, NONE), train=train, scheduler={}
+    )
+
+
+def _batch(config, rows):
+    """The given rows of the training data, whose examples are packed."""
+    examples = read_examples(
+        config.dataset.train,
+        load_tokenizer(config.model.hf_path),
+        format="chat",
+        seq_length=config.model.seq_length,
+        too_long="truncate",
+    )
+    dataset = RowDataset(examples, config.model.seq_length, packing=True, seed=3)
+    return dataset.batch(rows)
+
+
+def _write(rank, world_size, config):
+    with model_parallel(1):
+        model, _ = build_model(config)
+        randomize_adapters(model)
+        for _, layer in lora_layers(model):
+            for parameter in layer.adapter.parameters():
+                # A gentle update: a violent one magnifies rounding from layer to layer.
+                parameter.data.mul_(0.3)
+        adapter = collect_adapter(model, "random")
+        write_adapter(adapter, config.checkpoint.save, "peft", options=WriteOptions(overwrite=True))
+
+
+def _reference(root, scheme):
+    """Loss and gradients of ``transformers`` and PEFT; nothing of Megatron-Core's."""
+    config = _config(root, scheme)
+    base = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float64)
+    model = PeftModel.from_pretrained(base, root / scheme, is_trainable=True).double()
+    batch = _batch(config, [0, 1, 2, 3])
+    assert (batch.positions.diff(dim=1) < 0).any(), "no row holds two examples"
+    bias = torch.zeros(batch.hidden.shape, dtype=torch.float64)
+    bias.masked_fill_(batch.hidden, torch.finfo(torch.float64).min)
+    logits = model(input_ids=batch.tokens, position_ids=batch.positions, attention_mask=bias).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch.labels, reduction="none"
+    )
+    loss = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.item(), "grads": grads}
+
+
+def _load(model, config):
+    """Put the random adapter in, in the layout of the scheme."""
+    scheme = config.peft.scheme
+    layout = {"bdlora": "bdlora", "lora": "half_sharded", "slora": "slora"}[scheme]
+    options = LoadOptions(layout=Layout(layout), trainable=True, dtype=torch.float32)
+    load_adapter(model, read_peft(config.checkpoint.save), options)
+
+
+def _share(config):
+    share = ShareOfBatch(
+        global_batch_size=4,
+        micro_batch_size=1,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+    return [_batch(config, rows) for rows in share.numbers(0)]
+
+
+def _gradients(rank, world_size, config):
+    """The loss, and every factor's gradient put together from all ranks."""
+    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    with model_parallel(tp, pp=pp):
+        model, _ = build_model(config)
+        _load(model, config)
+        stepper = Stepper(model, config)
+        loss, _ = forward_backward(stepper.model, _share(config), config)
+        for _, layer in lora_layers(model):
+            for plan in layer.adapter.plans:
+                for factor in layer.adapter.factors(plan):
+                    factor.weight.data = factor.weight.main_grad.clone()
+        return loss, dict(collect_adapter(model, "gradients").modules)
+
+
+def _named(modules):
+    """PEFT's names of the factors."""
+    for key, factors in modules.items():
+        for letter in "AB":
+            name = f"base_model.model.model.{key}.lora_{letter}.default.weight"
+            yield name, getattr(factors, letter)
+
+
+@pytest.mark.parametrize(
+    ("size", "scheme"),
+    [*((size, "bdlora") for size in SIZES), ("tp2-sequence", "lora"), ("tp2-sequence", "slora")],
+)
+def test_gradients_are_those_of_peft_in_fp64(root, size, scheme):
+    world_size, model = SIZES[size]
+    wanted = torch.load(root / f"{scheme}.pt")
+    for loss, modules in run_ranks(world_size, _gradients, _config(root, scheme, **model)):
+        assert loss == pytest.approx(wanted["loss"], rel=1e-6)
+        found = dict(_named(modules))
+        assert found.keys() == wanted["grads"].keys()
+        for name, gradient in wanted["grads"].items():
+            assert_close(found[name], gradient, name, MODEL_GRADIENTS)
+
+
+def _calls(rank, world_size, config):
+    with model_parallel(2):
+        return measure_step(config, _share(config))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
+def test_a_step_of_bdlora_sends_what_the_base_sends(root, sequence_parallel):
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": sequence_parallel}
+    counted = {}
+    for scheme in ("none", *SCHEMES):
+        config = _config(root, scheme, **parallel)
+        first, second = run_ranks(2, _calls, config)
+        assert first == second
+        counted[scheme] = first
+    assert counted["none"], "nothing was counted"
+    assert counted["bdlora"] == counted["none"]
+    # Per layer and micro-batch: one exchange at the rank in each of four linears, both ways.
+    layers, micro_batches = 2, 4
+    more = sum(counted["slora"].values()) - sum(counted["none"].values())
+    assert more == 8 * layers * micro_batches
+    # Forward nothing; backward the gradient of four replicated factors.
+    more = sum(counted["lora"].values()) - sum(counted["none"].values())
+    assert more == 4 * layers * micro_batches

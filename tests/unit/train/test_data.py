@@ -1,0 +1,95 @@
+"""Rows, masks and the order of data."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.train.data import RowDataset, ShareOfBatch, pack
+from bdlora_megatron.train.examples import Example
+
+
+def example(first, length, learnt_from=1):
+    tokens = np.arange(first, first + length + 1, dtype=np.int32)
+    return Example(tokens, np.arange(length + 1) >= learnt_from)
+
+
+@given(st.lists(st.integers(1, 20), max_size=300))
+def test_packing_loses_nothing_and_overfills_nothing(lengths):
+    rows = pack(lengths, 20)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[index] for index in row) <= 20 for row in rows)
+    # No two neighbours among open rows could have been one.
+    if len(rows) <= 64:
+        sums = [sum(lengths[index] for index in row) for row in rows]
+        assert all(a + b > 20 for a, b in pairwise(sums))
+
+
+def test_examples_of_a_row_do_not_see_one_another():
+    dataset = RowDataset([example(10, 3), example(50, 2, 2)], 7, packing=True, seed=0)
+    assert len(dataset) == 1
+    batch = dataset.batch([0, None])
+    starts_at = batch.tokens[0].tolist().index(10)
+    ten = slice(starts_at, starts_at + 3)
+    fifty = slice(3, 5) if starts_at == 0 else slice(0, 2)
+    assert batch.tokens[0, ten].tolist() == [10, 11, 12]
+    assert batch.labels[0, ten].tolist() == [11, 12, 13]
+    assert batch.positions[0, ten].tolist() == [0, 1, 2]
+    assert batch.positions[0, fifty].tolist() == [0, 1]
+    assert batch.loss_mask[0, ten].tolist() == [1, 1, 1]
+    assert batch.loss_mask[0, fifty].tolist() == [0, 1]
+    assert batch.loss_mask[0, 5:].sum() == 0
+    assert batch.loss_mask[1].sum() == 0
+    seen = ~batch.hidden[0, 0]
+    for query in range(7):
+        own = next((part for part in (ten, fifty) if part.start <= query < part.stop), slice(5, 7))
+        wanted = [own.start <= key <= query for key in range(7)]
+        assert seen[query].tolist() == wanted
+    assert seen.any(dim=1).all(), "a position that sees nothing would give NaN"
+
+
+def test_unpacked_rows_hold_one_example_each():
+    dataset = RowDataset([example(0, 2), example(9, 2)], 7, packing=False, seed=0)
+    assert len(dataset) == 2
+    assert sorted(dataset.batch([0, 1]).tokens[:, 0].tolist()) == [0, 9]
+
+
+def test_every_epoch_takes_every_row_once_in_an_order_of_its_own():
+    examples = [example(10 * n, 6) for n in range(30)]
+    dataset = RowDataset(examples, 6, packing=True, seed=5)
+    walk = [dataset.in_training_order(number) for number in range(90)]
+    epochs = [walk[start : start + 30] for start in (0, 30, 60)]
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = RowDataset(examples, 6, packing=True, seed=5)
+    assert [again.in_training_order(number) for number in (70, 3, 45)] == [
+        walk[70],
+        walk[3],
+        walk[45],
+    ]
+    assert torch.equal(again.batch([4]).tokens, dataset.batch([4]).tokens)
+    other = RowDataset(examples, 6, packing=True, seed=6)
+    assert [other.in_training_order(number) for number in range(30)] != epochs[0]
+
+
+@pytest.mark.parametrize(("dp_size", "micro"), [(1, 1), (1, 4), (2, 2), (4, 3)])
+def test_ranks_share_a_batch_without_gap_or_overlap(dp_size, micro):
+    shares = [
+        ShareOfBatch(global_batch_size=24, micro_batch_size=micro, dp_rank=rank, dp_size=dp_size)
+        for rank in range(dp_size)
+    ]
+    for step in (0, 3):
+        numbers = [n for share in shares for batch in share.numbers(step) for n in batch]
+        assert sorted(numbers) == list(range(24 * step, 24 * step + 24))
+        assert all(len(share.numbers(step)) == share.num_microbatches for share in shares)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"multiple of micro_batch_size=2 x 3 data-parallel"):
+        ShareOfBatch(global_batch_size=8, micro_batch_size=2, dp_rank=0, dp_size=3)
