@@ -14,7 +14,7 @@ from megatron.core.inference.model_inference_wrappers.inference_wrapper_config i
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
 
-from bdlora_megatron.errors import CapacityError, ConfigError
+from bdlora_megatron.errors import AdapterLoadError, CapacityError, ConfigError
 from bdlora_megatron.serve.engine.admission import Admission, Admitted, Refused, Take
 from bdlora_megatron.serve.engine.context import make_context
 from bdlora_megatron.serve.engine.controller import AdapterController, AdapterGPT
@@ -213,7 +213,13 @@ class ServingEngine:
         if self.store is None:
             raise ConfigError("this engine serves the base model alone")
         key = self.store.key(adapter)
-        if self.store.acquire(key) is not None:
+        try:
+            taken = self.store.acquire(key) is not None
+        except AdapterLoadError:
+            # For this request; the next one has another try.
+            self.store.prefetch(key)
+            raise
+        if taken:
             return Take.TAKEN
         return Take.LOADING if self.store.is_loading(key) else Take.NO_SLOT
 
