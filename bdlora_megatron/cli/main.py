@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from bdlora_megatron.cli import convert, inspect, plan, verify
+from bdlora_megatron.cli import bench, convert, inspect, plan, verify
 from bdlora_megatron.errors import BDLoRAError
 from bdlora_megatron.serve import cli as serve
 from bdlora_megatron.serve import generate
@@ -17,7 +17,7 @@ from bdlora_megatron.train import cli as train
 
 __all__ = ["main"]
 
-_COMMANDS = (convert, inspect, verify, plan, train, serve, generate)
+_COMMANDS = (convert, inspect, verify, plan, bench, train, serve, generate)
 _TROUBLE, _INTERRUPTED = 2, 130
 
 
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bdlora",
-        description="LoRA and BD-LoRA adapters for Megatron-Core: convert, check, plan, train, "
-        "serve.",
+        description="LoRA and BD-LoRA adapters for Megatron-Core: convert, plan, train, serve.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+
+from bdlora_megatron.runtime.versions import sharded_for_checkpoint
 
 __all__ = ["Factor", "FactorPair", "FactorShape", "kaiming_uniform", "zeros"]
 
@@ -106,17 +106,14 @@ class Factor(nn.Module):
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Describe the local shard to ``megatron.core.dist_checkpointing``."""
-        dp_cp_group = (metadata or {}).get("dp_cp_group")
-        if dp_cp_group is None:
-            dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         axis = {} if self.shape.shard_dim is None else {"weight": self.shape.shard_dim}
-        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        sharded = sharded_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             axis,
             sharded_offsets,
             tp_group=self.tp_group,
-            dp_cp_group=dp_cp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
         if self.shape.parts == 2:
             key = f"{prefix}weight"

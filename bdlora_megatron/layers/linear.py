@@ -53,7 +53,7 @@ class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
         output_size: int,
         *,
         lora: LoRAConfig | None = None,
-        name: str = "",
+        lora_name: str = "",
         **kwargs: Any,
     ) -> None:
         """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
@@ -62,11 +62,11 @@ class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
             input_size: I, over all ranks.
             output_size: O, over all ranks.
             lora: The adapter; none when unset.
-            name: The layer's attribute name in its parent, such as ``linear_qkv``.
+            lora_name: The layer's attribute name in its parent, such as ``linear_qkv``.
             **kwargs: For ``ColumnParallelLinear``.
         """
         super().__init__(input_size, output_size, **kwargs)
-        self.finish(lora, name)
+        self.finish(lora, lora_name)
 
     def _make_adapter(
         self,
@@ -115,7 +115,7 @@ class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
         output_size: int,
         *,
         lora: LoRAConfig | None = None,
-        name: str = "",
+        lora_name: str = "",
         **kwargs: Any,
     ) -> None:
         """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
@@ -124,11 +124,11 @@ class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
             input_size: I, over all ranks.
             output_size: O.
             lora: The adapter; none when unset.
-            name: The layer's attribute name in its parent, such as ``linear_proj``.
+            lora_name: The layer's attribute name in its parent, such as ``linear_proj``.
             **kwargs: For ``RowParallelLinear``.
         """
         super().__init__(input_size, output_size, **kwargs)
-        self.finish(lora, name)
+        self.finish(lora, lora_name)
 
     def _make_adapter(
         self,

@@ -15,6 +15,7 @@ from bdlora_megatron.layers.adapters import Adapter, AdapterOptions, ProjectionP
 from bdlora_megatron.layers.geometry import LayerGeometry, layer_geometry
 from bdlora_megatron.layers.sharing import share_and_shrink, share_input
 from bdlora_megatron.layers.slots import LayerSlots
+from bdlora_megatron.runtime.versions import weight_is_rebuilt
 
 __all__ = ["LoRALinear"]
 
@@ -111,6 +112,11 @@ class LoRALinear(nn.Module):
             raise UnsupportedError(
                 "this layer belongs to a mixture-of-experts expert, whose tokens move between "
                 "ranks; adapters cover dense layers only: exclude it from target_modules"
+            )
+        if weight_is_rebuilt(self):
+            raise UnsupportedError(
+                "this layer gathers its weight from other ranks for each use "
+                "(gtp_weight_remat_size > 1); adapters need the whole local weight: set it to 1"
             )
         weight = self.weight
         if weight is not None and (

@@ -15,6 +15,7 @@ from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers.classes import LORA_CLASSES
 from bdlora_megatron.layers.targets import TargetMatcher
+from bdlora_megatron.runtime.versions import nested_submodules
 
 __all__ = ["lora_spec"]
 
@@ -92,8 +93,8 @@ def _linears(submodules: Any, path: str) -> Iterator[tuple[str, Any, str]]:
         full = f"{path}.{field.name}" if path else field.name
         if _linear_class(value) is not None:
             yield full, submodules, field.name
-        elif isinstance(value, ModuleSpec):
-            yield from _linears(value.submodules, full)
+        else:
+            yield from _linears(nested_submodules(value), full)
 
 
 def _linear_class(value: Any) -> type | None:
@@ -106,5 +107,5 @@ def _exchange(holder: Any, field: str, lora: LoRAConfig) -> None:
     params = dict(value.params) if isinstance(value, ModuleSpec) else {}
     kind = _linear_class(value)
     assert kind is not None
-    new = ModuleSpec(module=LORA_CLASSES[kind], params={**params, "lora": lora, "name": field})
+    new = ModuleSpec(module=LORA_CLASSES[kind], params={**params, "lora": lora, "lora_name": field})
     setattr(holder, field, new)

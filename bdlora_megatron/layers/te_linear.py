@@ -135,7 +135,7 @@ class LoRATEColumnParallelLinear(_TEColumnLike, TEColumnParallelLinear):
         output_size: int,
         *,
         lora: LoRAConfig | None = None,
-        name: str = "",
+        lora_name: str = "",
         **kwargs: Any,
     ) -> None:
         """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
@@ -144,11 +144,11 @@ class LoRATEColumnParallelLinear(_TEColumnLike, TEColumnParallelLinear):
             input_size: I, over all ranks.
             output_size: O, over all ranks.
             lora: The adapter; none when unset.
-            name: The layer's attribute name in its parent, such as ``linear_qkv``.
+            lora_name: The layer's attribute name in its parent, such as ``linear_qkv``.
             **kwargs: For ``TEColumnParallelLinear``.
         """
         super().__init__(input_size, output_size, **kwargs)
-        self.finish(lora, name)
+        self.finish(lora, lora_name)
 
     def forward(self, x: Tensor) -> Output:
         """The layer's output and, where it is told not to add it, its bias."""
@@ -185,7 +185,7 @@ class LoRATELayerNormColumnParallelLinear(_TEColumnLike, TELayerNormColumnParall
         output_size: int,
         *,
         lora: LoRAConfig | None = None,
-        name: str = "",
+        lora_name: str = "",
         **kwargs: Any,
     ) -> None:
         """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
@@ -194,11 +194,11 @@ class LoRATELayerNormColumnParallelLinear(_TEColumnLike, TELayerNormColumnParall
             input_size: I, over all ranks.
             output_size: O, over all ranks.
             lora: The adapter; none when unset.
-            name: The layer's attribute name in its parent, such as ``linear_qkv``.
+            lora_name: The layer's attribute name in its parent, such as ``linear_qkv``.
             **kwargs: For ``TELayerNormColumnParallelLinear``.
         """
         super().__init__(input_size, output_size, **kwargs)
-        self.finish(lora, name)
+        self.finish(lora, lora_name)
 
     def _start_empty(self) -> None:
         super()._start_empty()
@@ -272,7 +272,7 @@ class LoRATERowParallelLinear(_TELoRALinear, TERowParallelLinear):
         output_size: int,
         *,
         lora: LoRAConfig | None = None,
-        name: str = "",
+        lora_name: str = "",
         **kwargs: Any,
     ) -> None:
         """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
@@ -281,11 +281,11 @@ class LoRATERowParallelLinear(_TELoRALinear, TERowParallelLinear):
             input_size: I, over all ranks.
             output_size: O.
             lora: The adapter; none when unset.
-            name: The layer's attribute name in its parent, such as ``linear_proj``.
+            lora_name: The layer's attribute name in its parent, such as ``linear_proj``.
             **kwargs: For ``TERowParallelLinear``.
         """
         super().__init__(input_size, output_size, **kwargs)
-        self.finish(lora, name)
+        self.finish(lora, lora_name)
 
     @property
     def input_size(self) -> int:  # type: ignore[override]

@@ -53,6 +53,8 @@ def enable_cpu() -> None:
             "current_device": _current_device,
             # Before a checkpoint is written; a CPU has no queue to wait for.
             "synchronize": _synchronize,
+            # Asked for before gradients are reduced, since 0.19; nothing waits on it.
+            "current_stream": torch.cpu.current_stream,
             # Dropout's streams, kept and forked by Megatron's tracker.
             "manual_seed": torch.manual_seed,
             "get_rng_state": _get_rng_state,

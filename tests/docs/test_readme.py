@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bdlora_megatron.cli.main import _parser
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -61,7 +63,19 @@ def _check_python(arguments: list[str]) -> None:
     assert find_spec(arguments[1]), arguments[1]
 
 
-CHECKS = {"make": _check_make, "pip": _check_pip, "python": _check_python}
+def _check_bdlora(arguments: list[str]) -> None:
+    _parser().parse_args(arguments)
+    for argument in arguments:
+        if argument.startswith("examples/"):
+            assert (ROOT / argument).is_file(), argument
+
+
+CHECKS = {
+    "bdlora": _check_bdlora,
+    "make": _check_make,
+    "pip": _check_pip,
+    "python": _check_python,
+}
 
 
 def _dry_run(target: str) -> str:

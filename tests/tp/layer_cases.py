@@ -204,7 +204,7 @@ def build_layer(reference: Reference, rank: int) -> Any:
     config = transformer_config(case, size)
     rows = sum(projections(case).values())
     common = {"config": config, "init_method": torch.nn.init.zeros_, "bias": False}
-    common |= {"lora": lora_config(case), "name": case.layer, "skip_bias_add": False}
+    common |= {"lora": lora_config(case), "lora_name": case.layer, "skip_bias_add": False}
     if case.column:
         layer = LoRAColumnParallelLinear(HIDDEN, rows, gather_output=False, **common)
     else:

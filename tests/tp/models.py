@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
@@ -40,7 +41,7 @@ def tiny_config(world_size: int, **changes: Any) -> TransformerConfig:
 def tiny_model(config: TransformerConfig, spec: Any = None, *, seed: int = 3) -> GPTModel:
     """A model whose weights depend on ``seed`` alone, not on the tensor-parallel size."""
     torch.manual_seed(seed)
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=spec or get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=VOCAB,
@@ -48,6 +49,23 @@ def tiny_model(config: TransformerConfig, spec: Any = None, *, seed: int = 3) ->
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
+    _draw_gated_layers(model, seed)
+    return model
+
+
+def _draw_gated_layers(model: GPTModel, seed: int) -> None:
+    """Before 0.16, Megatron-Core cuts a fresh ``linear_fc1`` as if it had one half, not two."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for name, layer in model.named_modules():
+        # An expert has rows of its own; layers of Transformer Engine do not say that they are none.
+        if not name.endswith("linear_fc1") or getattr(layer, "is_expert", False):
+            continue
+        rows, columns = size * layer.weight.size(0), layer.weight.size(1)
+        whole = 0.02 * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        halves = [half.chunk(size)[rank] for half in whole.chunk(2)]
+        layer.weight.data.copy_(torch.cat(halves))
 
 
 def tokens() -> dict[str, torch.Tensor]:

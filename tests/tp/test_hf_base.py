@@ -23,6 +23,7 @@ from bdlora_megatron.convert.hf_base import (
 )
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.layers import lora_layers, lora_spec
+from bdlora_megatron.runtime.versions import shares_kv_heads
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.hf_models import CASES, SEQUENCE, VOCAB, make_model
@@ -42,10 +43,18 @@ def model_logits(model, ids):
     return gather_from_tensor_model_parallel_region(model(**_inputs(ids)))
 
 
+def _few_kv(kind, world_size):
+    return kind == "llama-few-kv" and world_size > 2
+
+
 def _all_logits(rank, world_size, models):
     with model_parallel(world_size), torch.no_grad():
         found = {}
         for kind, (folder, ids, _) in models.items():
+            if _few_kv(kind, world_size) and not shares_kv_heads():
+                with pytest.raises(ShapeError, match="num_key_value_heads=2 is neither"):
+                    load_hf_model(folder)
+                continue
             model = load_hf_model(folder, dtype=torch.float32, max_sequence_length=SEQUENCE).eval()
             found[kind] = model_logits(model, ids)
         return found
@@ -66,6 +75,8 @@ def logits_by_rank(request, models):
 @pytest.mark.parametrize("kind", CASES)
 def test_logits_equal_transformers(kind, models, logits_by_rank):
     _, _, wanted = models[kind]
+    if _few_kv(kind, len(logits_by_rank)) and not shares_kv_heads():
+        pytest.skip("refused: Megatron-Core before 0.16 needs a key-value head on each rank")
     for logits in logits_by_rank:
         assert_close(logits[kind][..., :VOCAB], wanted, "logits")
         assert (logits[kind][..., VOCAB:] == float("-inf")).all(), "padding of the vocabulary"

@@ -287,6 +287,10 @@ def _refuse(rank, world_size):
         expert.is_expert = True
         with pytest.raises(UnsupportedError, match="mixture-of-experts"):
             _attach(expert)
+        rebuilt = _column()
+        rebuilt.gtp_remat_size = 2
+        with pytest.raises(UnsupportedError, match="gtp_weight_remat_size > 1"):
+            _attach(rebuilt)
         quantised = _column()
         quantised.weight = torch.nn.Parameter(
             quantised.weight.data.to(torch.int8), requires_grad=False

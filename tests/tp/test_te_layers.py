@@ -273,6 +273,44 @@ def test_loading_and_merging_an_adapter():
     run_ranks(2, _load)
 
 
+def _serve(rank, world_size, sequence_parallel):
+    with stand_ins(world_size):
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        from bdlora_megatron import runtime
+        from bdlora_megatron.config import Layout
+        from bdlora_megatron.serve import ModelSlots, SlotRoom
+        from tests.tp import te_cases
+        from tests.tp.models import tiny_config, tiny_model, tokens
+        from tests.tp.serving_cases import make_adapter
+
+        config = tiny_config(world_size, sequence_parallel=sequence_parallel)
+        local = tiny_model(config, get_gpt_layer_local_spec(normalization="RMSNorm"))
+        te = tiny_model(config, te_cases.te_spec(), seed=8)
+        te_cases.copy_weights(local, te)
+        adapters = [make_adapter(0), make_adapter(1, rank=8, num_blocks=4), make_adapter(2)]
+        layouts = [Layout.HALF_SHARDED, Layout.BDLORA, Layout.BDLORA]
+        results = []
+        for model in (local, te):
+            slots = ModelSlots(model.eval(), SlotRoom(num_slots=4, max_rank=8))
+            for name, (adapter, layout) in enumerate(zip(adapters, layouts, strict=True)):
+                slots.load(name, slots.share(adapter, layout))
+            count = tokens()["input_ids"].numel()
+            batch = slots.batch(torch.arange(count) % 4 - 1)
+            with torch.no_grad(), runtime.record_collectives() as plain_log:
+                plain = model(**tokens())
+            with torch.no_grad(), runtime.record_collectives() as log, slots.serving(batch):
+                results.append(model(**tokens()))
+            assert [call.kind for call in log.calls] == [call.kind for call in plain_log.calls]
+            assert (results[-1] - plain).abs().max() > 1e-3
+        torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
+def test_slots_serve_as_in_the_local_layers(sequence_parallel):
+    run_ranks(2, _serve, sequence_parallel)
+
+
 def _real(rank, world_size):
     from megatron.core.extensions.transformer_engine import (
         TELayerNormColumnParallelLinear,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bdlora_megatron.convert.hf_base.config import HFConfig
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.runtime import device
+from bdlora_megatron.runtime.versions import shares_kv_heads
 
 __all__ = [
     "build_gpt_model",
@@ -190,10 +191,10 @@ def _check_division(hf: HFConfig, tp_size: int) -> None:
         )
         if value % tp_size
     ]
-    if hf.num_kv_heads % tp_size and tp_size % hf.num_kv_heads:
+    if hf.num_kv_heads % tp_size and (tp_size % hf.num_kv_heads or not shares_kv_heads()):
         problems.append(
-            f"num_key_value_heads={hf.num_kv_heads} is neither a multiple nor a divisor of "
-            f"{tp_size}"
+            f"num_key_value_heads={hf.num_kv_heads} is neither a multiple nor (from Megatron-Core "
+            f"0.16 on) a divisor of {tp_size}"
         )
     if problems:
         raise ShapeError(

@@ -1,0 +1,210 @@
+"""Fitting the cost model's machine to half of the settings, and predicting the other half.
+
+The halves are a chessboard over steps and links: no step is seen on every link, and none on no
+link, unless there is only one.
+
+Only forward passes are predicted: the cost model does not know backward ones. The injected wait
+goes into the link's start-up time, as it does in the measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from bdlora_megatron.bench.plan import BenchPlan
+from bdlora_megatron.bench.run import Cell
+from bdlora_megatron.plan import (
+    AdapterLoad,
+    Device,
+    Hardware,
+    Link,
+    Protocol,
+    Step,
+    predict_step,
+)
+
+__all__ = ["Calibration", "Machine", "Predicted", "calibrate"]
+
+_FIRST_STEP, _LAST_STEP, _SWEEPS = 0.7, 0.005, 400
+_NEAR = 0.1
+#: A number that the measurements do not tell must not run off to nothing.
+_REACH = math.log(100.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What is fitted, in SI units.
+
+    Attributes:
+        flops: Operations a second of one rank.
+        bandwidth: Bytes a second of one rank's memory.
+        launch: Seconds for each kernel, Python included.
+        start: Seconds for each collective.
+        link: Bytes a second between ranks.
+        timer: Seconds that an injected wait takes longer than it was told to.
+    """
+
+    flops: float = 5e10
+    bandwidth: float = 8e9
+    launch: float = 2e-5
+    start: float = 1e-4
+    link: float = 1e9
+    timer: float = 1e-4
+
+    def hardware(self, latency_s: float) -> Hardware:
+        """The cost model's machine, with a wait before each collective.
+
+        Args:
+            latency_s: The injected wait.
+
+        Returns:
+            The machine.
+        """
+        wait = latency_s + self.timer if latency_s else 0.0
+        ring = Protocol(base=self.start + wait, per_step=0.0, bandwidth=self.link)
+        return Hardware(
+            name="fitted",
+            device=Device(
+                flops=self.flops, bandwidth=self.bandwidth, memory=0.0, launch=self.launch
+            ),
+            link=Link(protocols=(ring,)),
+            source="fitted to this run",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """One cell, measured and predicted.
+
+    Attributes:
+        cell: What was measured.
+        seconds: What was predicted.
+        held_out: The fit did not see its setting.
+    """
+
+    cell: Cell
+    seconds: float
+    held_out: bool
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less one."""
+        return self.seconds / median(self.cell.seconds) - 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """A fit and what it predicts."""
+
+    machine: Machine
+    predicted: tuple[Predicted, ...]
+
+    def errors(self, *, held_out: bool) -> list[float]:
+        """Sizes of the relative errors of the cells that were, or were not, held out, sorted."""
+        return sorted(abs(p.error) for p in self.predicted if p.held_out is held_out)
+
+
+def calibrate(plan: BenchPlan, cells: Sequence[Cell], bytes_per_element: int) -> Calibration | None:
+    """Fit to half of the settings and predict all.
+
+    Args:
+        plan: What was measured.
+        cells: The measurements.
+        bytes_per_element: Of weights and activations.
+
+    Returns:
+        The fit, or None where too few settings are forward passes to hold any out.
+    """
+    forward = [cell for cell in cells if cell.setting.phase != "train"]
+    steps = list(dict.fromkeys(cell.setting.label for cell in forward))
+    fitted = {
+        cell.setting
+        for cell in forward
+        if (steps.index(cell.setting.label) + plan.latencies_s.index(cell.setting.latency_s)) % 2
+        == 0
+    }
+    if len(steps) * len(plan.latencies_s) < 4:
+        return None
+    seen = [cell for cell in forward if cell.setting in fitted]
+    machine = _fit(plan, seen, bytes_per_element)
+    return Calibration(
+        machine=machine,
+        predicted=tuple(
+            Predicted(
+                cell=cell,
+                seconds=_predict(plan, cell, machine, bytes_per_element),
+                held_out=cell.setting not in fitted,
+            )
+            for cell in forward
+        ),
+    )
+
+
+def _predict(plan: BenchPlan, cell: Cell, machine: Machine, size: int) -> float:
+    at, arm = cell.setting, cell.arm
+    decodes = at.phase == "decode"
+    step = Step(
+        tokens=at.batch if decodes else at.batch * at.length,
+        # A prompt's tokens see half of it on average.
+        context=at.length if decodes else max(at.length // 2, 1),
+        bytes_per_element=size,
+        reads_cache=decodes,
+    )
+    load = None if arm.layout is None else AdapterLoad(layout=arm.layout, rank=arm.rank)
+    return predict_step(plan.shape, step, machine.hardware(at.latency_s), plan.tp, load).total
+
+
+def _fit(plan: BenchPlan, cells: Sequence[Cell], size: int) -> Machine:
+    """Hooke and Jeeves's search over the parameters' logarithms.
+
+    What is made small grows with the square of a logarithmic error up to about ten per cent and
+    linearly beyond: a cell that was disturbed then pulls little harder than any other.
+    """
+    measured = [math.log(median(cell.seconds)) for cell in cells]
+
+    def loss(point: Sequence[float]) -> float:
+        if any(abs(new - old) > _REACH for new, old in zip(point, origin, strict=True)):
+            return math.inf
+        machine = Machine(**dict(zip(names, map(math.exp, point), strict=True)))
+        return sum(
+            math.hypot(_NEAR, math.log(_predict(plan, cell, machine, size)) - wanted)
+            for cell, wanted in zip(cells, measured, strict=True)
+        )
+
+    start = Machine()
+    names = list(Machine.__slots__)
+    origin = [math.log(getattr(start, name)) for name in names]
+    point = origin
+    best, step = loss(point), _FIRST_STEP
+    for _ in range(_SWEEPS):
+        moved, value = _around(loss, point, best, step)
+        if value == best:
+            step /= 2
+            if step < _LAST_STEP:
+                break
+            continue
+        # Where a sweep went is a good direction: once more as far, and around there.
+        further = [2 * new - old for new, old in zip(moved, point, strict=True)]
+        point, best = moved, value
+        further, value = _around(loss, further, loss(further), step)
+        if value < best:
+            point, best = further, value
+    return Machine(**dict(zip(names, map(math.exp, point), strict=True)))
+
+
+def _around(
+    loss: Callable[[Sequence[float]], float], point: list[float], value: float, step: float
+) -> tuple[list[float], float]:
+    """Move along each axis, one after the other, wherever that is better."""
+    for number in range(len(point)):
+        for move in (step, -step):
+            tried = [*point]
+            tried[number] += move
+            found = loss(tried)
+            if found < value:
+                point, value = tried, found
+                break
+    return point, value

@@ -1,0 +1,171 @@
+"""One model with every contender's adapters at hand, and the steps that it can take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor, nn
+
+from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
+from bdlora_megatron.config import Layout, LoRAConfig
+from bdlora_megatron.convert.hf_base import HFConfig, build_gpt_model, transformer_config
+from bdlora_megatron.convert.hf_base.rope import RopeSettings
+from bdlora_megatron.layers import apply_lora, lora_layers
+from bdlora_megatron.plan.model import ModelShape
+from bdlora_megatron.runtime import device
+
+__all__ = ["Contenders"]
+
+
+class Contenders:
+    """A model whose adapters are exchanged in no time.
+
+    Weights are random: what a step costs does not depend on them.
+
+    Args:
+        plan: Sizes and contenders.
+    """
+
+    def __init__(self, plan: BenchPlan) -> None:
+        self.plan = plan
+        self.device = device()
+        self.model = _random_model(plan, self.device)
+        self._adapters: dict[Arm, dict[str, nn.Module]] = {}
+        self._optimizers: dict[Arm, torch.optim.Optimizer] = {}
+        for arm in plan.arms():
+            if arm.layout is not None:
+                self._attach(arm)
+        self._caches: dict[tuple[str, int, int], StaticInferenceContext] = {}
+
+    def _attach(self, arm: Arm) -> None:
+        assert arm.layout is not None
+        blocks = self.plan.tp if arm.layout is Layout.BDLORA else None
+        lora = LoRAConfig(
+            rank=arm.rank, alpha=float(arm.rank), layout=arm.layout, num_blocks=blocks
+        )
+        layers = list(lora_layers(self.model))
+        if not layers:
+            apply_lora(self.model, lora)
+            layers = list(lora_layers(self.model))
+        else:
+            for name, layer in layers:
+                layer.attach_config(lora, name.rpartition(".")[2])
+        adapters: dict[str, nn.Module] = {}
+        for name, layer in layers:
+            assert layer.adapter is not None
+            adapters[name] = layer.adapter
+        parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
+        for parameter in parameters:
+            nn.init.normal_(parameter, std=0.02)
+        self._adapters[arm] = adapters
+        self._optimizers[arm] = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def choose(self, arm: Arm) -> None:
+        """Put one contender's adapters in.
+
+        Args:
+            arm: Which.
+        """
+        chosen = self._adapters.get(arm, {})
+        for name, layer in lora_layers(self.model):
+            layer.adapter = chosen.get(name)  # type: ignore[assignment]
+
+    def step(self, arm: Arm, setting: Setting) -> Callable[[], None]:
+        """What to run for one step; ``choose(arm)`` comes first.
+
+        Args:
+            arm: Whose optimizer steps.
+            setting: Phase and sizes.
+
+        Returns:
+            A function that takes the step and waits for it.
+        """
+        batch, length = setting.batch, setting.length
+        if setting.phase == "train":
+            inputs = self._inputs(batch, length, 0)
+            return lambda: self._train(inputs, self._optimizers.get(arm))
+        cache = self._cache(setting)
+        decodes = setting.phase == "decode"
+        inputs = self._inputs(batch, 1, length) if decodes else self._inputs(batch, length, 0)
+        return lambda: self._infer(inputs, cache)
+
+    def _inputs(self, batch: int, tokens: int, before: int) -> tuple[Tensor, Tensor, Tensor]:
+        where = self.device
+        ids = torch.arange(batch * tokens, device=where).view(batch, tokens)
+        ids %= self.plan.shape.vocab_size
+        positions = torch.arange(before, before + tokens, device=where).expand(batch, -1)
+        mask = torch.ones(1, 1, tokens, before + tokens, device=where).triu(before + 1).bool()
+        return ids, positions, mask
+
+    def _cache(self, setting: Setting) -> StaticInferenceContext:
+        """The cache of a step, which is left as full as it was: every step is the same."""
+        cache = self._caches.get(setting.step)
+        if cache is None:
+            cache = StaticInferenceContext(setting.batch, setting.length + 1)
+            self._infer(self._inputs(setting.batch, setting.length, 0), cache)
+            if setting.phase == "decode":
+                cache.increment_sequence_len_offset(setting.length)
+            self._caches[setting.step] = cache
+        return cache
+
+    @torch.inference_mode()
+    def _infer(self, inputs: Sequence[Tensor], cache: StaticInferenceContext) -> None:
+        self.model.eval()
+        self.model(*inputs, inference_context=cache, runtime_gather_output=True)
+        self._finish()
+
+    def _train(self, inputs: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+        self.model.train()
+        losses: Tensor = self.model(*inputs, labels=inputs[0])
+        losses.mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _random_model(plan: BenchPlan, where: torch.device) -> Any:
+    hf = _hf_config(plan.shape, plan)
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    model = build_gpt_model(hf, transformer_config(hf, dtype=dtype))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    # A frozen model's input wants no gradient by itself, and the base model alone would have no
+    # backward pass to compare with; as in every layer but the first, it wants one here.
+    model.requires_grad_(False)
+    model.embedding.register_forward_hook(_want_gradient)
+    return model
+
+
+def _want_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+
+def _hf_config(shape: ModelShape, plan: BenchPlan) -> HFConfig:
+    lengths = [length for _, length in (*plan.decode, *plan.prefill, *plan.train)]
+    return HFConfig(
+        model_type="llama",
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_size=shape.ffn_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_positions=max(lengths) + 1,
+        norm_eps=1e-5,
+        rope=RopeSettings(kind="default", theta=10000.0, factor=1.0),
+        qkv_bias=False,
+        linear_bias=False,
+        qk_norm=False,
+        tied=shape.tied,
+        sliding_window=None,
+        eos_token_ids=(),
+    )

@@ -1,0 +1,165 @@
+"""What is measured: base and layouts, at several sizes of step, on links of several latencies."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from bdlora_megatron.config import Layout
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.plan.model import PRESETS, ModelShape
+
+__all__ = ["MODELS", "Arm", "BenchPlan", "Phase", "Setting"]
+
+Phase = Literal["decode", "prefill", "train"]
+
+#: Sizes for random weights. ``small`` divides by 2, 3 and 4 ranks.
+MODELS = {
+    "small": ModelShape(
+        num_layers=4,
+        hidden_size=768,
+        ffn_size=2304,
+        num_heads=12,
+        num_kv_heads=12,
+        head_dim=64,
+        vocab_size=4092,
+        tied=True,
+    ),
+    **PRESETS,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One contender.
+
+    Attributes:
+        layout: The adapter's; None for the base model alone.
+        rank: The adapter's total rank.
+    """
+
+    layout: Layout | None = None
+    rank: int = 0
+
+    @property
+    def label(self) -> str:
+        """What a table calls it."""
+        return "base" if self.layout is None else f"{self.layout.value} {self.rank}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One step on one link.
+
+    Attributes:
+        phase: ``decode`` a token for each of ``batch`` requests that have ``length`` before it,
+            ``prefill`` ``batch`` prompts of ``length``, or ``train`` on ``batch`` sequences of
+            ``length``: forward, backward and the adapter's AdamW.
+        batch: Requests.
+        length: Tokens.
+        latency_s: Added to every collective.
+    """
+
+    phase: Phase
+    batch: int
+    length: int
+    latency_s: float = 0.0
+
+    @property
+    def step(self) -> tuple[Phase, int, int]:
+        """The step, without the link."""
+        return self.phase, self.batch, self.length
+
+    @property
+    def label(self) -> str:
+        """What a table calls the step, without the link."""
+        return f"{self.phase} {self.batch} x {self.length}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchPlan:
+    """A whole run.
+
+    Attributes:
+        model: A name in ``MODELS``.
+        layers: Decoder layers instead of the model's own number.
+        tp: Tensor-parallel ranks.
+        ranks: Ranks r of vanilla LoRA. BD-LoRA runs at 2r and at 4r, as the paper pairs them.
+        decode: Batch and context of decoding steps.
+        prefill: Batch and length of prompts.
+        train: Batch and length of training steps.
+        latencies_s: Added to every collective.
+        repeats: Times that each step is measured.
+        warmup: Rounds before them.
+    """
+
+    model: str = "small"
+    layers: int | None = None
+    tp: int = 2
+    ranks: tuple[int, ...] = (16, 64)
+    decode: tuple[tuple[int, int], ...] = ((1, 128), (8, 128), (32, 128))
+    prefill: tuple[tuple[int, int], ...] = ((1, 64), (1, 256))
+    train: tuple[tuple[int, int], ...] = ((1, 64), (2, 128))
+    latencies_s: tuple[float, ...] = (0.0, 2e-4, 1e-3)
+    repeats: int = 7
+    warmup: int = 1
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise ConfigError(f"model={self.model!r}; known models: {', '.join(MODELS)}")
+        if self.tp < 2:
+            raise ConfigError(f"tp={self.tp}; layouts differ from two ranks on")
+        if self.repeats < 1 or self.warmup < 0 or (self.layers is not None and self.layers < 1):
+            raise ConfigError("repeats and layers must be at least 1, and warmup at least 0")
+        wrong = [size for size in (*self.decode, *self.prefill, *self.train) if min(size) < 1]
+        if wrong or not (self.decode or self.prefill or self.train):
+            raise ConfigError(f"steps of {wrong or 'no size'}; wanted batch and length of each")
+        if min(self.latencies_s, default=-1.0) < 0:
+            raise ConfigError(f"latencies {self.latencies_s}; wanted at least one, none negative")
+        bad = [rank for rank in self.ranks if rank < 1 or rank % self.tp]
+        if bad or not self.ranks:
+            raise ConfigError(
+                f"ranks {bad or 'none'} with tp={self.tp}; each must be a multiple of {self.tp}"
+            )
+        self.shape.check_tp(self.tp)
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's sizes, with the chosen number of layers."""
+        shape = MODELS[self.model]
+        layers = self.layers or shape.num_layers
+        fields = {name: getattr(shape, name) for name in shape.__slots__}
+        return ModelShape(**{**fields, "num_layers": layers})
+
+    def arms(self) -> tuple[Arm, ...]:
+        """The base model, and each layout at each rank."""
+        arms = [Arm()]
+        for rank in self.ranks:
+            arms += [
+                Arm(layout=Layout.BDLORA, rank=2 * rank),
+                Arm(layout=Layout.BDLORA, rank=4 * rank),
+                Arm(layout=Layout.HALF_SHARDED, rank=rank),
+                Arm(layout=Layout.SLORA, rank=rank),
+            ]
+        return tuple(dict.fromkeys(arms))
+
+    def settings(self) -> tuple[Setting, ...]:
+        """Every step on every link."""
+        return tuple(
+            Setting(phase=phase, batch=batch, length=length, latency_s=latency)
+            for latency, (phase, (batch, length)) in itertools.product(
+                self.latencies_s, self._steps()
+            )
+        )
+
+    def _steps(self) -> Iterator[tuple[Phase, tuple[int, int]]]:
+        sizes: dict[Phase, tuple[tuple[int, int], ...]] = {
+            "decode": self.decode,
+            "prefill": self.prefill,
+            "train": self.train,
+        }
+        for phase, chosen in sizes.items():
+            for size in chosen:
+                yield phase, size

@@ -1,0 +1,268 @@
+"""What a run found, as JSON for programs and as a page for people."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from bdlora_megatron.bench.calibrate import Calibration
+from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
+from bdlora_megatron.bench.run import Cell
+from bdlora_megatron.config import Layout
+from bdlora_megatron.convert.tables import format_bytes
+
+__all__ = ["BenchReport", "machine", "quartiles", "ratios"]
+
+_PACKAGES = ("bdlora-megatron", "megatron-core", "torch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchReport:
+    """A run.
+
+    Attributes:
+        plan: What was asked.
+        cells: What was measured.
+        calibration: The cost model's fit; None where it was not tried.
+        command: What makes it again.
+        seconds: How long it took.
+        load: The machine's load average when it began: what else was running.
+    """
+
+    plan: BenchPlan
+    cells: Sequence[Cell]
+    calibration: Calibration | None
+    command: str
+    seconds: float
+    load: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as plain values."""
+        return {
+            "command": self.command,
+            "machine": {**machine(), "load_before": self.load},
+            "plan": asdict(self.plan),
+            "cells": [
+                {
+                    **asdict(cell.setting),
+                    "arm": cell.arm.label,
+                    "collectives": cell.collectives,
+                    "payload_bytes": cell.payload_bytes,
+                    "seconds": cell.seconds,
+                }
+                for cell in self.cells
+            ],
+            "calibration": self._calibration(),
+        }
+
+    def _calibration(self) -> dict[str, Any] | None:
+        fit = self.calibration
+        if fit is None:
+            return None
+        return {
+            "machine": asdict(fit.machine),
+            "predicted": [
+                {
+                    **asdict(p.cell.setting),
+                    "arm": p.cell.arm.label,
+                    "seconds": p.seconds,
+                    "held_out": p.held_out,
+                }
+                for p in fit.predicted
+            ],
+        }
+
+    def markdown(self, picture: str | None = None) -> str:
+        """The page.
+
+        Args:
+            picture: The name of a picture to show.
+        """
+        parts = [*self._about()]
+        if picture is not None:
+            parts += [f"![Each layout's time over the base model's]({picture})", ""]
+        for rank in self.plan.ranks:
+            parts += self._times(rank)
+        parts += self._traffic()
+        if self.calibration is not None:
+            parts += _prediction(self.calibration)
+        return "\n".join(parts) + "\n"
+
+    def cell(self, arm: Arm, setting: Setting) -> Cell:
+        """One of the cells.
+
+        Args:
+            arm: The contender.
+            setting: The step and the link.
+
+        Returns:
+            The cell.
+
+        Raises:
+            KeyError: It was not measured.
+        """
+        for cell in self.cells:
+            if cell.arm == arm and cell.setting == setting:
+                return cell
+        raise KeyError((arm, setting))
+
+    def _about(self) -> Iterator[str]:
+        plan, shape, here = self.plan, self.plan.shape, machine()
+        yield "# Layouts, timed"
+        yield ""
+        yield f"Made by `{self.command}` in {self.seconds:.0f} s on {here['date']}."
+        yield ""
+        yield (
+            f"- Machine: {here['processor']}; {here['cores']} cores; {here['accelerator']}; load "
+            f"average before the run {self.load:.1f}."
+        )
+        yield f"- Versions: {', '.join(f'{k} {v}' for k, v in here['versions'].items())}."
+        yield (
+            f"- Model `{plan.model}`: {shape.num_layers} layers, hidden {shape.hidden_size}, MLP "
+            f"{shape.ffn_size}, {shape.num_heads} heads, random weights, {here['dtype']}; "
+            f"{plan.tp} tensor-parallel ranks with {here['backend']}, one thread each."
+        )
+        yield (
+            f"- Each cell is the median of {plan.repeats} rounds, with the quartiles. In a round "
+            "every setting and every contender is visited once, in a random order. A time is the "
+            "slowest rank's. All requests of a step use the same adapter."
+        )
+        yield (
+            "- `link` is a wait that was added before every collective, on every rank: ranks of "
+            "one machine have no real link between them."
+        )
+        yield (
+            "- `2r / S-LoRA` is how many times as fast BD-LoRA of twice the rank is as S-LoRA, "
+            "round by round: the median, with the quartiles."
+        )
+        yield ""
+
+    def _times(self, rank: int) -> Iterator[str]:
+        arms = {
+            "base": Arm(),
+            f"BD-LoRA 2r = {2 * rank}": Arm(layout=Layout.BDLORA, rank=2 * rank),
+            f"BD-LoRA 4r = {4 * rank}": Arm(layout=Layout.BDLORA, rank=4 * rank),
+            f"half-sharded {rank}": Arm(layout=Layout.HALF_SHARDED, rank=rank),
+            f"S-LoRA {rank}": Arm(layout=Layout.SLORA, rank=rank),
+        }
+        yield f"## Milliseconds, r = {rank}"
+        yield ""
+        yield f"| step | link | {' | '.join(arms)} | 2r / S-LoRA | 4r / S-LoRA |"
+        yield "|---" * (len(arms) + 4) + "|"
+        for setting in self.plan.settings():
+            cells = [self.cell(arm, setting) for arm in arms.values()]
+            times = [_spread([1e3 * second for second in cell.seconds]) for cell in cells]
+            gains = [_spread(ratios(cells[4], cells[which]), digits=2) for which in (1, 2)]
+            row = [setting.label, f"{1e3 * setting.latency_s:g} ms", *times, *gains]
+            yield f"| {' | '.join(row)} |"
+        yield ""
+
+    def _traffic(self) -> Iterator[str]:
+        yield "## What a step communicates"
+        yield ""
+        arms = self.plan.arms()
+        yield f"| step | {' | '.join(arm.label for arm in arms)} |"
+        yield "|---" * (len(arms) + 1) + "|"
+        first = self.plan.latencies_s[0]
+        for setting in self.plan.settings():
+            if setting.latency_s == first:
+                row = [_traffic(self.cell(arm, setting)) for arm in arms]
+                yield f"| {setting.label} | {' | '.join(row)} |"
+        yield ""
+        yield "Collectives of one step, and the bytes of the whole tensors that they carry."
+        yield ""
+
+
+def _traffic(cell: Cell) -> str:
+    kinds = {"all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS"}
+    counts = [f"{n} {kinds.get(kind, kind)}" for kind, n in sorted(cell.collectives.items())]
+    return f"{', '.join(counts)}; {format_bytes(cell.payload_bytes)}"
+
+
+def _prediction(fit: Calibration) -> Iterator[str]:
+    found = fit.machine
+    yield "## What the cost model makes of it"
+    yield ""
+    yield (
+        "`bdlora_megatron.plan` was given six numbers of this machine, fitted to half of the "
+        "settings of the forward passes, and predicted the others: "
+        f"{found.flops / 1e9:.3g} GFLOP/s and {found.bandwidth / 1e9:.3g} GB/s for each rank, "
+        f"{1e6 * found.launch:.3g} microseconds for each kernel (Python included), "
+        f"{1e6 * found.start:.3g} for each collective, {found.link / 1e9:.3g} GB/s between ranks, "
+        f"and {1e6 * found.timer:.3g} microseconds that an added wait takes beyond its length."
+    )
+    yield ""
+    yield "| cells | number | median error | 90th percentile | largest | within 25 % |"
+    yield "|---|---|---|---|---|---|"
+    for name, held_out in (("fitted", False), ("held out", True)):
+        errors = fit.errors(held_out=held_out)
+        near = sum(error <= 0.25 for error in errors) / len(errors)
+        high = errors[min(int(0.9 * len(errors)), len(errors) - 1)]
+        yield (
+            f"| {name} | {len(errors)} | {median(errors):.1%} | {high:.1%} | {errors[-1]:.1%} | "
+            f"{near:.0%} |"
+        )
+    yield ""
+    yield "| held-out step | link | contender | measured ms | predicted ms | error |"
+    yield "|---|---|---|---|---|---|"
+    for p in fit.predicted:
+        if p.held_out:
+            at, measured = p.cell.setting, median(p.cell.seconds)
+            yield (
+                f"| {at.label} | {1e3 * at.latency_s:g} ms | {p.cell.arm.label} | "
+                f"{1e3 * measured:.2f} | {1e3 * p.seconds:.2f} | {p.error:+.0%} |"
+            )
+
+
+def ratios(slow: Cell, fast: Cell) -> list[float]:
+    """One cell's time over another's, round by round."""
+    return [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    low, middle, high = quartiles(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and the versions that a report has to name."""
+    gpu = torch.cuda.is_available()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "cores": len(_cores()),
+        "accelerator": torch.cuda.get_device_name() if gpu else "no accelerator",
+        "backend": "NCCL" if gpu else "gloo",
+        "dtype": "bfloat16" if gpu else "float32",
+        "versions": {"Python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(1))

@@ -1,0 +1,160 @@
+"""Running a plan: ranks of this machine, all contenders in turn, round after round."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.multiprocessing.spawn import start_processes
+
+from bdlora_megatron import runtime
+from bdlora_megatron.bench.contenders import Contenders
+from bdlora_megatron.bench.latency import link_latency
+from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
+from bdlora_megatron.errors import ConfigError
+
+__all__ = ["Cell", "measure"]
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(kw_only=True, slots=True)
+class Cell:
+    """One contender at one setting.
+
+    Attributes:
+        setting: The step and the link.
+        arm: The contender.
+        collectives: What one step starts, by kind.
+        payload_bytes: What those carry.
+        seconds: One for each round: the slowest rank's.
+    """
+
+    setting: Setting
+    arm: Arm
+    collectives: dict[str, int]
+    payload_bytes: int
+    seconds: list[float] = field(default_factory=list)
+
+
+def measure(plan: BenchPlan, *, tell: Callable[[str], None] = lambda text: None) -> list[Cell]:
+    """Time every contender at every setting.
+
+    In each round every setting is visited, and there every contender, in an order that is drawn
+    anew: what disturbs the machine for a while disturbs all of them.
+
+    Args:
+        plan: What to measure.
+        tell: Is told of progress, on rank 0; must pickle.
+
+    Returns:
+        A cell for each contender and setting.
+
+    Raises:
+        ConfigError: Latencies on GPUs, where they would be waited for while others still compute;
+            or fewer GPUs than ranks.
+    """
+    if torch.cuda.is_available():
+        if any(plan.latencies_s):
+            raise ConfigError("added latencies are for CPUs; on GPUs leave only 0")
+        if torch.cuda.device_count() < plan.tp:
+            raise ConfigError(f"tp={plan.tp} on {torch.cuda.device_count()} GPUs")
+    with tempfile.TemporaryDirectory() as folder:
+        # A plain fork would hang where this process has already run threads.
+        start_processes(
+            _rank_main, args=(Path(folder), plan, tell), nprocs=plan.tp, start_method="forkserver"
+        )
+        # Written by our own rank a moment ago.
+        cells: list[Cell] = torch.load(Path(folder, "cells"), weights_only=False)
+    return cells
+
+
+def _rank_main(rank: int, folder: Path, plan: BenchPlan, tell: Callable[[str], None]) -> None:
+    torch.set_num_threads(1)
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(rank)
+    else:
+        runtime.enable_cpu()
+    torch.distributed.init_process_group(
+        "nccl" if gpu else "gloo",
+        f"file://{folder}/store",
+        rank=rank,
+        world_size=plan.tp,
+        timeout=_TIMEOUT,
+    )
+    with runtime.model_parallel(plan.tp):
+        cells = _measure_rank(plan, tell if rank == 0 else lambda text: None)
+    if rank == 0:
+        torch.save(cells, folder / "cells")
+    torch.distributed.destroy_process_group()
+
+
+def _measure_rank(plan: BenchPlan, tell: Callable[[str], None]) -> list[Cell]:
+    contenders = Contenders(plan)
+    # What a step communicates does not depend on the link's speed.
+    counted = {(at.step, arm): _count(contenders, arm, at) for at, arm in _fastest(plan)}
+    cells = [
+        replace(counted[at.step, arm], setting=at, seconds=[])
+        for at in plan.settings()
+        for arm in plan.arms()
+    ]
+    # Ranks visit in the same order, so they draw from the same seed.
+    order = random.Random(0)
+    groups = [[c for c in cells if c.setting == setting] for setting in plan.settings()]
+    for number in range(plan.warmup + plan.repeats):
+        tell(f"round {number + 1} of {plan.warmup + plan.repeats}")
+        for group in order.sample(groups, len(groups)):
+            for cell in order.sample(group, len(group)):
+                seconds = _time(contenders, cell)
+                if number >= plan.warmup:
+                    cell.seconds.append(seconds)
+    _keep_slowest(cells, contenders.device)
+    return cells
+
+
+def _fastest(plan: BenchPlan) -> Iterator[tuple[Setting, Arm]]:
+    """Every step of every contender, on the first link."""
+    for setting in plan.settings():
+        if setting.latency_s == plan.latencies_s[0]:
+            for arm in plan.arms():
+                yield setting, arm
+
+
+def _count(contenders: Contenders, arm: Arm, setting: Setting) -> Cell:
+    contenders.choose(arm)
+    step = contenders.step(arm, setting)
+    # The first call may also fill a cache.
+    step()
+    with runtime.record_collectives() as log:
+        step()
+    return Cell(
+        setting=setting,
+        arm=arm,
+        collectives=log.counts(),
+        payload_bytes=log.payload_bytes,
+    )
+
+
+def _time(contenders: Contenders, cell: Cell) -> float:
+    contenders.choose(cell.arm)
+    step = contenders.step(cell.arm, cell.setting)
+    with link_latency(cell.setting.latency_s):
+        torch.distributed.barrier()
+        started = time.perf_counter()
+        step()
+        return time.perf_counter() - started
+
+
+def _keep_slowest(cells: list[Cell], where: torch.device) -> None:
+    """A step has ended when its last rank has."""
+    times = torch.tensor([cell.seconds for cell in cells], dtype=torch.float64, device=where)
+    torch.distributed.all_reduce(times, torch.distributed.ReduceOp.MAX)
+    for cell, seconds in zip(cells, times.tolist(), strict=True):
+        cell.seconds = seconds

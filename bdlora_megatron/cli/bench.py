@@ -1,0 +1,161 @@
+"""`bdlora bench`: what each layout costs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bdlora_megatron.cli import output
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser.
+
+    Args:
+        commands: What `add_subparsers` returned.
+
+    Returns:
+        The command's own parser.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="time the layouts on this machine",
+        description="Time a decoding step, a prefill and a training step of the base model and of "
+        "BD-LoRA (at twice and at four times the rank), half-sharded LoRA and S-LoRA, on "
+        "tensor-parallel ranks of this machine: NCCL on GPUs, gloo on CPUs. All in one run, in "
+        "turn. Then fit the cost model of `bdlora_megatron.plan` to half of it and predict the "
+        "rest. Exit status: 0 measured.",
+    )
+    parser.add_argument("--tp", type=int, default=2, help="ranks (default: %(default)s)")
+    parser.add_argument("--model", default="small", help="sizes: small, llama-3.1-8b, ...")
+    parser.add_argument("--layers", type=int, help="decoder layers instead of the model's own")
+    parser.add_argument(
+        "--lora-ranks",
+        type=_numbers,
+        metavar="R,R",
+        help="ranks of vanilla LoRA (default: 16,64)",
+    )
+    for phase in ("decode", "prefill", "train"):
+        parser.add_argument(
+            f"--{phase}",
+            type=_sizes,
+            metavar="BATCHxLENGTH,...",
+            help=f"sizes of {phase} steps; 'none' for no such step",
+        )
+    parser.add_argument(
+        "--latency-ms",
+        type=_latencies,
+        metavar="MS,...",
+        help="waits to add before every collective; CPUs only (default: 0,0.2,1)",
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, metavar="STEM", help="write STEM.json, STEM.md and STEM.png"
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, calibrate and report.
+
+    Args:
+        arguments: The parsed command line.
+
+    Returns:
+        The exit status.
+    """
+    # Late: they import Megatron-Core, which takes seconds that other commands need not wait.
+    from bdlora_megatron.bench.calibrate import calibrate
+    from bdlora_megatron.bench.plot import figure_class, plot_report
+    from bdlora_megatron.bench.report import BenchReport, machine
+    from bdlora_megatron.bench.run import measure
+
+    plan = _plan(arguments)
+    if arguments.out is not None:
+        figure_class()
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    started, load = time.perf_counter(), os.getloadavg()[0]
+    cells = measure(plan, tell=output.note)
+    size = 2 if machine()["dtype"] == "bfloat16" else 4
+    report = BenchReport(
+        plan=plan,
+        cells=cells,
+        calibration=calibrate(plan, cells, size),
+        command=" ".join(["bdlora bench", *_said(arguments)]),
+        seconds=time.perf_counter() - started,
+        load=load,
+    )
+    output.result(report.markdown(), report.to_dict(), as_json=arguments.json)
+    if arguments.out is not None:
+        picture = plot_report(report, arguments.out.with_suffix(".png"))
+        written = json.dumps(report.to_dict(), indent=1)
+        arguments.out.with_suffix(".json").write_text(written + "\n", "utf-8")
+        page = report.markdown(picture.name)
+        arguments.out.with_suffix(".md").write_text(page, "utf-8")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> Any:
+    from bdlora_megatron.bench.plan import BenchPlan
+
+    chosen = {
+        "ranks": arguments.lora_ranks,
+        "decode": arguments.decode,
+        "prefill": arguments.prefill,
+        "train": arguments.train,
+        "latencies_s": arguments.latency_ms,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return BenchPlan(
+        model=arguments.model,
+        layers=arguments.layers,
+        tp=arguments.tp,
+        repeats=arguments.repeats,
+        **given,
+    )
+
+
+def _said(arguments: argparse.Namespace) -> Iterator[str]:
+    """The options that make the same run, as they would be typed."""
+    yield from ("--tp", str(arguments.tp), "--model", shlex.quote(arguments.model))
+    if arguments.layers is not None:
+        yield from ("--layers", str(arguments.layers))
+    if arguments.lora_ranks is not None:
+        yield from ("--lora-ranks", ",".join(map(str, arguments.lora_ranks)))
+    for phase in ("decode", "prefill", "train"):
+        sizes = getattr(arguments, phase)
+        if sizes is not None:
+            yield from (f"--{phase}", ",".join(f"{b}x{n}" for b, n in sizes) or "none")
+    if arguments.latency_ms is not None:
+        yield from ("--latency-ms", ",".join(f"{1e3 * s:g}" for s in arguments.latency_ms))
+    yield from ("--repeats", str(arguments.repeats))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _latencies(text: str) -> tuple[float, ...]:
+    return tuple(float(part) / 1e3 for part in text.split(","))
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    if text == "none":
+        return ()
+    sizes = []
+    for part in text.split(","):
+        batch, _, length = part.partition("x")
+        if not (batch.isdigit() and length.isdigit()):
+            raise argparse.ArgumentTypeError(
+                f"a step of {part!r}; wanted batch and length, such as 8x128"
+            )
+        sizes.append((int(batch), int(length)))
+    return tuple(sizes)

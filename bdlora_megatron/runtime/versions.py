@@ -1,0 +1,108 @@
+"""Where Megatron-Core's releases from 0.14 to 0.19 differ for us, all of it in this one module.
+
+A difference is recognised by what the installed release offers where that can be seen, and by the
+number where it cannot: release candidates and vendors' builds carry numbers that say little.
+
+| since | difference | here |
+|---|---|---|
+| 0.16 | shards for a checkpoint are told the process groups | ``sharded_for_checkpoint`` |
+| 0.16 | ranks may be more than key-value heads, and share them | ``shares_kv_heads`` |
+| 0.18 | a layer specification builds its MLP by a ``partial``, not by a ``ModuleSpec`` | \
+``nested_submodules`` |
+| 0.18 | a linear layer's constructor takes ``name``, its full one | our own is ``lora_name`` |
+| 0.19 | weights can be split over ranks that gather them for each use | ``weight_is_rebuilt`` |
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from megatron.core import package_info, parallel_state
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from bdlora_megatron.errors import UnsupportedError
+
+__all__ = ["nested_submodules", "sharded_for_checkpoint", "shares_kv_heads", "weight_is_rebuilt"]
+
+
+def sharded_for_checkpoint(
+    state: dict[str, Any],
+    prefix: str,
+    axis: dict[str, int],
+    offsets: Any,
+    *,
+    tp_group: Any,
+    dp_cp_group: Any,
+) -> dict[str, Any]:
+    """Describe tensors to ``megatron.core.dist_checkpointing``.
+
+    Args:
+        state: Local tensors by name.
+        prefix: Put before every name.
+        axis: The dimension that tensor-parallel ranks split, by name; replicas are left out.
+        offsets: Where pipeline stages split a stack of layers, as Megatron-Core passes it down.
+        tp_group: The tensor-parallel group.
+        dp_cp_group: The ranks that hold the same tensors; the global ones where unset.
+
+    Returns:
+        Sharded tensors by full name.
+
+    Raises:
+        UnsupportedError: ``tp_group`` is not the global one and this release knows no other.
+    """
+    if not _knows_groups():
+        if tp_group is not parallel_state.get_tensor_model_parallel_group():
+            raise UnsupportedError(
+                "a checkpoint of layers with a tensor-parallel group of their own needs "
+                "Megatron-Core 0.16 or later; this one always asks for the global group"
+            )
+        return dict(make_sharded_tensors_for_checkpoint(state, prefix, axis, offsets))
+    if dp_cp_group is None:
+        dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return dict(
+        make_sharded_tensors_for_checkpoint(
+            state, prefix, axis, offsets, tp_group=tp_group, dp_cp_group=dp_cp_group
+        )
+    )
+
+
+@functools.cache
+def _knows_groups() -> bool:
+    return "tp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters
+
+
+def shares_kv_heads() -> bool:
+    """Whether tensor-parallel ranks can be more than a model's key-value heads."""
+    return (package_info.MAJOR, package_info.MINOR) >= (0, 16)
+
+
+def nested_submodules(value: Any) -> Any:
+    """The submodules inside one field of a layer specification.
+
+    Args:
+        value: A ``ModuleSpec``, a builder such as ``partial(MLP.as_mlp_submodule, ...)``, or a
+            class.
+
+    Returns:
+        Its submodules, to be changed in place; None where it has none.
+    """
+    if isinstance(value, ModuleSpec):
+        return value.submodules
+    if isinstance(value, functools.partial):
+        return value.keywords.get("submodules")
+    return None
+
+
+def weight_is_rebuilt(layer: Any) -> bool:
+    """Whether a linear layer holds a part of its local weight and gathers the rest for each use.
+
+    Args:
+        layer: A Megatron-Core linear layer.
+
+    Returns:
+        True under ``gtp_weight_remat_size > 1``.
+    """
+    return bool(getattr(layer, "gtp_remat_size", 1) > 1)

@@ -1,0 +1,103 @@
+"""Run the core on every release and write benchmarks/results/compatibility.md.
+
+Run: `python -m tests.compat`, or with `--only 0.14.0` to bring one row up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tests.compat.environment import ROOT, Result, try_release
+from tests.compat.releases import CORE, RELEASES, Release
+
+OUT = ROOT / "benchmarks" / "results" / "compatibility.md"
+
+
+def main() -> int:
+    """Exit status: 0 where every release that was run passed whole."""
+    arguments = _parse()
+    chosen = [r for r in RELEASES if not arguments.only or r.version in arguments.only]
+    clean = True
+    for release in chosen:
+        print(f"megatron-core {release.version} ...", flush=True)
+        result = try_release(release, arguments.cache, arguments.pytest)
+        clean = clean and not (result.failures or result.problem)
+        print(f"  {_verdict(result)} in {result.seconds:.0f} s", flush=True)
+    kept = [
+        (release, Result.load(path))
+        for release in RELEASES
+        if (path := arguments.cache / release.version / "result.json").exists()
+    ]
+    OUT.write_text("\n".join(_report(kept)) + "\n", "utf-8")
+    print(OUT.relative_to(ROOT))
+    return 0 if clean else 1
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.compat", description=__doc__)
+    known = [release.version for release in RELEASES]
+    parser.add_argument("--only", action="append", choices=known, help="this release; repeatable")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / ".compat",
+        help="where environments and the last results are kept, about 2 GB for each release "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("pytest", nargs="*", help="more arguments for pytest, after --")
+    return parser.parse_args()
+
+
+def _verdict(result: Result) -> str:
+    if result.problem:
+        return result.problem
+    failed = len(result.failures)
+    return f"{result.passed} passed, {failed} failed, {result.skipped} skipped"
+
+
+def _report(results: Sequence[tuple[Release, Result]]) -> Iterator[str]:
+    yield "# Compatibility with Megatron-Core"
+    yield ""
+    yield (
+        "Made by `make compat` (`python -m tests.compat`), which makes one environment for each "
+        f"release and runs there: `{' '.join(CORE)}`. On CPUs, with gloo."
+    )
+    yield ""
+    columns = ("megatron-core", "Python", "torch", "numpy", "passed", "failed", "skipped")
+    yield f"| {' | '.join(columns)} | commit, date | remarks |"
+    yield "|---" * (len(columns) + 2) + "|"
+    for release, result in results:
+        versions = [result.versions.get(name, "") for name in ("python", "torch", "numpy")]
+        counts = [result.passed, len(result.failures), result.skipped]
+        cells = [result.version, *versions, *counts, f"{result.commit}, {result.date}"]
+        yield f"| {' | '.join(map(str, cells))} | {_remarks(release, result)} |"
+    for _, result in results:
+        yield from _failures(result)
+
+
+def _remarks(release: Release, result: Result) -> str:
+    remarks = [result.problem, release.note]
+    if release.python_is_too_old:
+        oldest = ".".join(map(str, release.python))
+        remarks.append(f"says it wants Python {oldest}; installed with --ignore-requires-python")
+    return "; ".join(filter(None, remarks))
+
+
+def _failures(result: Result) -> Iterator[str]:
+    if not result.failures:
+        return
+    yield ""
+    yield f"## What fails on {result.version}"
+    yield ""
+    reasons = Counter(result.failures.values())
+    for reason, count in reasons.most_common():
+        example = next(name for name, why in result.failures.items() if why == reason)
+        yield f"- {count} x `{reason}`, such as `{example}`"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Which releases are tried, and what each wants of its environment."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+#: What must hold on every release. Tests of tools (command line, plots, demo) are left out.
+CORE = (
+    "tests/unit/test_blocks.py",
+    "tests/unit/convert",
+    "tests/tp",
+    "tests/golden",
+    "tests/runtime",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """One release of Megatron-Core.
+
+    `python` is the oldest that it says it supports. `extra` are requirements beside the ones in
+    constraints-dev.txt, which they override. `note` goes into the table.
+    """
+
+    version: str
+    python: tuple[int, int] = (3, 10)
+    extra: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def python_is_too_old(self) -> bool:
+        """The wheel says that it does not support this interpreter; it is tried all the same."""
+        return sys.version_info[:2] < self.python
+
+
+RELEASES = (
+    Release(version="0.14.0", extra=("numpy<2",), note="requires numpy below 2"),
+    Release(version="0.15.3", extra=("numpy<2",), note="requires numpy below 2"),
+    Release(version="0.16.1"),
+    Release(version="0.17.0", python=(3, 12)),
+    # Imported without a condition, and on no list of requirements.
+    Release(version="0.18.0", python=(3, 12), extra=("triton",), note="imports triton always"),
+    Release(version="0.19.0", python=(3, 12), extra=("triton",), note="imports triton always"),
+)

@@ -1,0 +1,62 @@
+"""What the one module on Megatron-Core's releases tells the rest of the package."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from bdlora_megatron.errors import UnsupportedError
+from bdlora_megatron.runtime import versions
+from tests.harness import run_ranks
+from tests.tp.session import model_parallel
+
+
+def test_submodules_are_found_in_every_form_of_a_specification():
+    inside = MLPSubmodules(linear_fc1=torch.nn.Linear, linear_fc2=torch.nn.Linear)
+    assert versions.nested_submodules(ModuleSpec(module=MLP, submodules=inside)) is inside
+    assert versions.nested_submodules(partial(MLP, submodules=inside)) is inside
+    assert versions.nested_submodules(partial(MLP)) is None
+    assert versions.nested_submodules(ModuleSpec(module=MLP)) is None
+    assert versions.nested_submodules(MLP) is None
+    # And in the form that the installed release really makes.
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    found = versions.nested_submodules(versions.nested_submodules(layer).mlp)
+    assert isinstance(found, MLPSubmodules)
+
+
+def _shards(rank, world_size):
+    with model_parallel(world_size):
+        weight = torch.full((2, 3), float(rank))
+        axis, offsets = {"weight": 0}, ()
+        own = torch.distributed.new_group([0, 1])
+        try:
+            sharded = versions.sharded_for_checkpoint(
+                {"weight": weight}, "a.", axis, offsets, tp_group=own, dp_cp_group=None
+            )
+        except UnsupportedError as error:
+            return str(error)
+        shard = sharded["a.weight"]
+        return shard.key, tuple(shard.global_shape), tuple(shard.global_offset)
+
+
+def test_a_group_of_its_own_is_used_or_refused():
+    """Before 0.16 Megatron-Core takes the global group whatever it is told."""
+    found = run_ranks(2, _shards)
+    if isinstance(found[0], str):
+        assert not versions.shares_kv_heads(), "0.16 and later know groups"
+        assert all("0.16 or later" in message for message in found)
+    else:
+        assert found == [("a.weight", (4, 3), (2 * rank, 0)) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("size", "rebuilt"), [(1, False), (4, True)])
+def test_a_weight_that_other_ranks_hold_parts_of(size, rebuilt):
+    layer = torch.nn.Linear(2, 2)
+    assert not versions.weight_is_rebuilt(layer)
+    layer.gtp_remat_size = size
+    assert versions.weight_is_rebuilt(layer) is rebuilt

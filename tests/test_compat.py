@@ -1,0 +1,52 @@
+"""The table of releases counts what pytest reports, and says why something fails."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from tests.compat.__main__ import _report
+from tests.compat.environment import Result, _count
+from tests.compat.releases import RELEASES
+
+REPORT = """
+<testsuites><testsuite>
+  <testcase classname="tests.a" name="test_fine"/>
+  <testcase classname="tests.a" name="test_other"><skipped message="no"/></testcase>
+  <testcase classname="tests.a" name="test_bad[1]"><failure message="short">
+E   tests.harness.RankError: rank 1 raised:
+E   TypeError: got an unexpected keyword argument 'tp_group'
+  </failure></testcase>
+  <testcase classname="tests.a" name="test_bad[2]"><error message="boom"/></testcase>
+</testsuite></testsuites>
+"""
+
+
+def _result():
+    result = Result(version="0.19.0", date="2026-01-01", commit="abc")
+    for case in ElementTree.fromstring(REPORT).iter("testcase"):
+        _count(case, result)
+    return result
+
+
+def test_counts_and_reasons():
+    result = _result()
+    assert (result.passed, result.skipped) == (1, 1)
+    assert result.failures == {
+        "tests.a::test_bad[1]": "TypeError: got an unexpected keyword argument 'tp_group'",
+        "tests.a::test_bad[2]": "boom",
+    }
+
+
+def test_a_kept_result_comes_back(tmp_path):
+    result = _result()
+    result.save(tmp_path / "result.json")
+    assert Result.load(tmp_path / "result.json") == result
+
+
+def test_the_table_says_what_fails():
+    (release,) = [r for r in RELEASES if r.version == "0.19.0"]
+    page = "\n".join(_report([(release, _result())]))
+    assert "| 0.19.0 |  |  |  | 1 | 2 | 1 | abc, 2026-01-01 |" in page
+    assert "- 1 x `boom`, such as `tests.a::test_bad[2]`" in page
+    broken = Result(version="0.19.0", date="", commit="", problem="not installed: no wheel")
+    assert "not installed: no wheel" in "\n".join(_report([(release, broken)]))

@@ -1,0 +1,101 @@
+"""Timing layouts on real ranks: what waits, what is counted, and the command from end to end."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+
+from bdlora_megatron.bench.latency import link_latency
+from bdlora_megatron.cli.main import main
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.runtime import record_collectives
+from tests.harness import run_ranks
+from tests.tp.session import model_parallel
+
+
+def _communicate(rank):
+    summed = reduce_from_tensor_model_parallel_region(torch.full((4, 2), rank + 1.0))
+    gathered = gather_from_sequence_parallel_region(torch.full((2, 2), float(rank)))
+    return summed, gathered
+
+
+def _wait(rank, world_size):
+    with model_parallel(world_size):
+        plain = _communicate(rank)
+        waits = []
+        alone = torch.distributed.new_group([rank], use_local_synchronization=True)
+        with link_latency(0.25, wait=waits.append), record_collectives() as log:
+            delayed = _communicate(rank)
+            torch.distributed.barrier()
+            torch.distributed.all_reduce(torch.ones(1), group=alone)
+        assert log.counts() == {"all_reduce": 2, "all_gather": 1, "barrier": 1}
+        assert waits == [0.25, 0.25], "not for a barrier, nor in a group of one"
+        for got, wanted in zip(delayed, plain, strict=True):
+            assert torch.equal(got, wanted)
+        with pytest.raises(ValueError, match="inside"), link_latency(0.25, wait=waits.append):
+            raise ValueError("inside")
+        with link_latency(0.0, wait=waits.append):
+            _communicate(rank)
+        _communicate(rank)
+        assert len(waits) == 2, "the link is as fast as before"
+        with pytest.raises(ConfigError, match="wanted 0 or more"), link_latency(-1.0):
+            pass
+
+
+def test_every_collective_waits_and_nothing_else():
+    run_ranks(2, _wait)
+
+
+def test_the_command_measures_counts_and_writes(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="draws a picture")
+    options = ["--layers", "1", "--lora-ranks", "4", "--latency-ms", "0", "--repeats", "2"]
+    steps = ["--decode", "2x8", "--prefill", "1x8", "--train", "1x8"]
+    stem = tmp_path / "new" / "layouts"
+    assert main(["bench", *options, *steps, "--out", str(stem)]) == 0
+    page = stem.with_suffix(".md").read_text("utf-8")
+    printed = capsys.readouterr().out
+    assert "](layouts.png)" in page
+    assert page.splitlines()[-1] in printed.splitlines()
+    assert stem.with_suffix(".png").stat().st_size > 1000
+    data = json.loads(stem.with_suffix(".json").read_text("utf-8"))
+    said = "--lora-ranks 4 --decode 2x8 --prefill 1x8 --train 1x8 --latency-ms 0 --repeats 2"
+    assert data["command"] == f"bdlora bench --tp 2 --model small --layers 1 {said}"
+    found = {(cell["phase"], cell["arm"]): cell for cell in data["cells"]}
+    assert len(found) == 3 * 5
+    for cell in found.values():
+        assert len(cell["seconds"]) == 2
+        assert min(cell["seconds"]) > 0
+    for phase in ("decode", "prefill"):
+        base = found[phase, "base"]["collectives"]
+        # Embedding, proj and fc2; the logits.
+        assert base == {"all_reduce": 3, "all_gather": 1}
+        for arm in ("bdlora 8", "bdlora 16", "half_sharded 4"):
+            assert found[phase, arm]["collectives"] == base
+        assert found[phase, "slora 4"]["collectives"] == {"all_reduce": 5, "all_gather": 3}
+    base, extra = (found["train", arm]["collectives"] for arm in ("base", "half_sharded 4"))
+    assert found["train", "bdlora 8"]["collectives"] == base
+    assert extra["all_reduce"] == base["all_reduce"] + 4
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_before_measuring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["bench", "--out", str(tmp_path / "new" / "layouts")]) == 2
+    told = capsys.readouterr().err
+    assert "install the extra: pip install 'bdlora-megatron[plot]'" in told
+    assert "round" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_impossible_options_are_told(capsys):
+    assert main(["bench", "--tp", "5", "--lora-ranks", "5"]) == 2
+    assert "tp=5 does not divide 12 heads" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "--decode", "8"])
+    assert "wanted batch and length, such as 8x128" in capsys.readouterr().err

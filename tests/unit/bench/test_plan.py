@@ -1,0 +1,57 @@
+"""What a run consists of, and the runs that are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from bdlora_megatron.bench.plan import BenchPlan
+from bdlora_megatron.errors import ConfigError
+from tests.unit.bench.cells import small_plan
+
+
+def test_ranks_are_paired_as_the_paper_pairs_them():
+    labels = [arm.label for arm in small_plan().arms()]
+    assert labels == ["base", "bdlora 32", "bdlora 64", "half_sharded 16", "slora 16"]
+    two = [arm.label for arm in small_plan(ranks=(16, 32)).arms()]
+    assert two.count("bdlora 64") == 1, "4 x 16 and 2 x 32 are one contender"
+    assert len(two) == 1 + 4 + 4 - 1
+
+
+def test_every_step_runs_on_every_link():
+    plan = small_plan()
+    settings = plan.settings()
+    assert len(settings) == len(set(settings)) == 5 * 2
+    assert {s.label for s in settings if s.latency_s == 1e-3} == {
+        "decode 1 x 128",
+        "decode 8 x 128",
+        "prefill 1 x 64",
+        "prefill 1 x 256",
+        "train 1 x 64",
+    }
+
+
+def test_layers_can_be_cut():
+    assert BenchPlan(model="llama-3.1-8b", layers=2).shape.num_layers == 2
+    assert BenchPlan(model="llama-3.1-8b").shape.num_layers == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "huge"}, "model='huge'; known models: small, llama-3.1-8b"),
+        ({"tp": 1}, "from two ranks on"),
+        ({"tp": 5, "ranks": (5,)}, "tp=5 does not divide 12 heads"),
+        ({"repeats": 0}, "repeats and layers must be at least 1"),
+        ({"layers": 0}, "at least 1"),
+        ({"decode": ((0, 8),)}, r"steps of \[\(0, 8\)\]"),
+        ({"decode": (), "prefill": (), "train": ()}, "steps of no size"),
+        ({"latencies_s": (0.0, -1.0)}, "none negative"),
+        ({"latencies_s": ()}, "at least one"),
+        ({"ranks": (16, 3)}, r"ranks \[3\] with tp=2"),
+        ({"ranks": ()}, "ranks none"),
+    ],
+    ids=str,
+)
+def test_impossible_runs_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        small_plan(**changes)

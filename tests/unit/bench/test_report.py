@@ -1,0 +1,95 @@
+"""The page, the JSON and the picture of a run with made-up times."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bdlora_megatron.bench.calibrate import Calibration, Machine, Predicted
+from bdlora_megatron.bench.plan import Arm
+from bdlora_megatron.bench.plot import plot_report
+from bdlora_megatron.bench.report import BenchReport
+from bdlora_megatron.config import Layout
+from tests.unit.bench.cells import make_cells, small_plan
+
+#: Rounds of each contender, in milliseconds.
+ROUNDS = {"base": (8, 10, 12), "bdlora 32": (10, 20, 30), "slora 16": (20, 30, 90)}
+
+
+def _report(calibration=None):
+    plan = small_plan()
+    cells = make_cells(
+        plan, lambda cell: [ms / 1e3 for ms in ROUNDS.get(cell.arm.label, (1, 1, 1))]
+    )
+    return BenchReport(
+        plan=plan,
+        cells=cells,
+        calibration=calibration,
+        command="bdlora bench -x",
+        seconds=12.0,
+        load=3.25,
+    )
+
+
+def test_times_spreads_and_ratios():
+    page = _report().markdown()
+    assert "Made by `bdlora bench -x` in 12 s" in page
+    row = next(line for line in page.splitlines() if line.startswith("| decode 8 x 128 | 1 ms"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2] == "10.0 (9.0 to 11.0)"
+    assert cells[3] == "20.0 (15.0 to 25.0)"
+    # Round by round: 20/10, 30/20, 90/30.
+    assert cells[7] == "2.00 (1.75 to 2.50)"
+    assert cells[8] == "30.00 (25.00 to 60.00)"
+    assert "| decode 1 x 128 | 5 AR; 2.5 kB |" in page
+    assert "load average before the run 3.2" in page
+    assert "cost model" not in page
+    assert "](a.png)" in _report().markdown("a.png")
+    assert ".png" not in page
+
+
+def test_errors_of_the_prediction():
+    report = _report()
+    cells = [cell for cell in report.cells if cell.arm.label == "base"]
+    fit = Calibration(
+        machine=Machine(),
+        predicted=tuple(
+            Predicted(cell=cell, seconds=10e-3 * factor, held_out=held_out)
+            for cell, factor, held_out in zip(
+                cells, (1.0, 1.1, 1.5, 0.8), (False, True, True, True), strict=False
+            )
+        ),
+    )
+    page = _report(fit).markdown()
+    assert "| fitted | 1 | 0.0% | 0.0% | 0.0% | 100% |" in page
+    assert "| held out | 3 | 20.0% | 50.0% | 50.0% | 67% |" in page
+    assert "| base | 10.00 | 8.00 | -20% |" in page
+    data = _report(fit).to_dict()["calibration"]
+    assert [p["held_out"] for p in data["predicted"]] == [False, True, True, True]
+
+
+def test_everything_is_in_the_json():
+    data = json.loads(json.dumps(_report().to_dict()))
+    assert data["command"] == "bdlora bench -x"
+    assert len(data["cells"]) == 10 * 5
+    (found,) = [
+        cell["seconds"]
+        for cell in data["cells"]
+        if (cell["phase"], cell["batch"], cell["latency_s"], cell["arm"])
+        == ("decode", 8, 1e-3, "slora 16")
+    ]
+    assert found == [0.02, 0.03, 0.09]
+    assert {"torch", "megatron-core", "Python"} <= data["machine"]["versions"].keys()
+    assert data["calibration"] is None
+
+
+def test_a_cell_that_was_not_measured():
+    report = _report()
+    with pytest.raises(KeyError, match="bdlora"):
+        report.cell(Arm(layout=Layout.BDLORA, rank=2), report.plan.settings()[0])
+
+
+def test_the_picture(tmp_path):
+    path = plot_report(_report(), tmp_path / "layouts.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
