@@ -37,8 +37,7 @@ class Ranks:
         if settings.cpu:
             # Ranks of one machine talk over its loopback, where nobody else listens.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            threads = max(len(os.sched_getaffinity(0)) // settings.tp, 1)
-            os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(_cores() // settings.tp, 1)))
         self._folder = tempfile.mkdtemp(prefix="bdlora-")
         self._links: list[Connection] = []
         self.processes: list[BaseProcess] = []
@@ -97,3 +96,10 @@ class Ranks:
         for link in self._links:
             link.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _cores() -> int:
+    """The cores that this process may use; a container's may be fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -66,7 +66,7 @@ def test_a_prompt_is_sent_by_keyboard_and_its_answer_streams(page, server):
     target = os.environ.get("BDLORA_SCREENSHOT")
     if target:
         page.wait_for_timeout(6000)
-        page.screenshot(path=target)
+        page.screenshot(path=target, full_page=True)
 
 
 def test_errors_are_shown(page):

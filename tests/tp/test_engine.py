@@ -244,8 +244,10 @@ def failing_body(rank: int, world: int) -> None:
         sampling = Sampling(temperature=0.0, max_tokens=2)
         assert engine.store is not None
 
+        disk = {"gone": True}
+
         def broken() -> Any:
-            if rank == world - 1:
+            if rank == world - 1 and disk["gone"]:
                 raise OSError("the disk is gone")
             return make("two")
 
@@ -266,6 +268,17 @@ def failing_body(rank: int, world: int) -> None:
         done = [e.request_id for e in events if isinstance(e, Token) and e.finish]
         assert sorted(done) == [1, 2]
         assert not engine.has_work
+        # The refusal has begun another load; when that has failed too, the disk is there again.
+        disk["gone"] = False
+        outcomes = []
+        for request_id in (10, 11):
+            engine.submit(
+                Submit(request_id=request_id, prompt=(1, 2), sampling=sampling, adapter="broken")
+            )
+            while engine.has_work:
+                outcomes += engine.step(wait_s=0.05)
+        assert isinstance(outcomes[0], Failed)
+        assert outcomes[-1].finish == "length"
 
 
 def test_an_adapter_that_fails_on_one_rank_fails_its_requests_alone():

@@ -12,9 +12,14 @@ from typing import Any
 
 import torch
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-__all__ = ["AdapterContext", "UnpaddedContext"]
+from bdlora_megatron.errors import CapacityError
+from bdlora_megatron.runtime import cpu_is_enabled
+from bdlora_megatron.serve.engine.options import EngineOptions
+
+__all__ = ["AdapterContext", "UnpaddedContext", "make_context"]
 
 _SLOT = "adapter_slot"
 
@@ -156,3 +161,47 @@ class UnpaddedContext(AdapterContext):
 
     TOKEN_ROUNDER = 1
     REQUEST_ROUNDER = 1
+
+
+def make_context(
+    model: GPTModel, options: EngineOptions, slot_of: Callable[[int], int]
+) -> AdapterContext:
+    """Allocate the cache for a model.
+
+    Args:
+        model: The model.
+        options: Sizes.
+        slot_of: See ``AdapterContext``.
+
+    Returns:
+        The context.
+
+    Raises:
+        CapacityError: It does not hold one request of ``max_length``.
+    """
+    config = model.config
+    kind = UnpaddedContext if cpu_is_enabled() else AdapterContext
+    context = kind(
+        slot_of=slot_of,
+        params_dtype=config.params_dtype,
+        num_layers=config.num_layers,
+        kv_channels=config.kv_channels,
+        num_attention_heads=config.num_query_groups,
+        max_sequence_length=options.max_length,
+        buffer_size_gb=options.cache_bytes / 2**30,
+        max_requests=options.max_requests,
+        # A step is padded to whole tiles, up to this.
+        max_tokens=kind.round_up_tokens(options.max_tokens),
+        block_size_tokens=options.block_tokens,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+    )
+    needed = -(-options.max_length // options.block_tokens)
+    if context.num_blocks < needed:
+        block_bytes = context.block_size_bytes
+        raise CapacityError(
+            f"cache_bytes={options.cache_bytes} holds {context.num_blocks} blocks of "
+            f"{options.block_tokens} tokens, and one request of max_length={options.max_length} "
+            f"takes {needed}; set cache_bytes={(needed + 1) * block_bytes} or more, or a smaller "
+            "max_length"
+        )
+    return context

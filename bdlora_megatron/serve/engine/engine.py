@@ -6,7 +6,6 @@ requests wait here until theirs is in a slot, keep the slot while they run, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
@@ -15,54 +14,18 @@ from megatron.core.inference.model_inference_wrappers.inference_wrapper_config i
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
 
-from bdlora_megatron.errors import CapacityError, ConfigError
-from bdlora_megatron.runtime import cpu_is_enabled
+from bdlora_megatron.errors import AdapterLoadError, CapacityError, ConfigError
 from bdlora_megatron.serve.engine.admission import Admission, Admitted, Refused, Take
-from bdlora_megatron.serve.engine.context import AdapterContext, UnpaddedContext
+from bdlora_megatron.serve.engine.context import make_context
 from bdlora_megatron.serve.engine.controller import AdapterController, AdapterGPT
 from bdlora_megatron.serve.engine.dropping import DroppingEngine
+from bdlora_megatron.serve.engine.options import EngineOptions
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import Failed, FinishReason, Snapshot, Submit, Token
 from bdlora_megatron.serve.store import AdapterStore
 from bdlora_megatron.serve.store_types import AdapterKey
 
-__all__ = ["EngineOptions", "ServingEngine"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineOptions:
-    """How much the engine does at once."""
-
-    max_requests: int = 64
-    """Requests that run at once, at most."""
-
-    max_tokens: int = 2048
-    """Tokens of one step, at most; longer prompts are read in chunks."""
-
-    max_length: int = 4096
-    """The longest prompt and answer together."""
-
-    cache_bytes: int = 2**30
-    """Memory of the key-value cache on one rank."""
-
-    block_tokens: int = 256
-    """Positions of a block of the cache; flash-attention wants a multiple of 256."""
-
-    patience: int = 64
-    """Steps that a request waits before it closes an adapter to get its slot."""
-
-    per_adapter: int | None = None
-    """Requests of one adapter that run at once, at most."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_requests", "max_tokens", "max_length", "cache_bytes", "block_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; wanted at least 1")
-        if self.max_tokens < self.max_requests:
-            raise ConfigError(
-                f"max_tokens={self.max_tokens} is less than max_requests={self.max_requests}: a "
-                f"step has a token of every request; set max_tokens={self.max_requests} or more"
-            )
+__all__ = ["ServingEngine"]
 
 
 class ServingEngine:
@@ -102,7 +65,7 @@ class ServingEngine:
         self._waiting: dict[int, Submit] = {}
         # The version that each running request holds; None for the base model.
         self._running: dict[int, AdapterKey | None] = {}
-        self._context = _context(model, self.options, self._slot_of)
+        self._context = make_context(model, self.options, self._slot_of)
         config = InferenceWrapperConfig(
             hidden_size=model.config.hidden_size,
             params_dtype=model.config.params_dtype,
@@ -250,7 +213,13 @@ class ServingEngine:
         if self.store is None:
             raise ConfigError("this engine serves the base model alone")
         key = self.store.key(adapter)
-        if self.store.acquire(key) is not None:
+        try:
+            taken = self.store.acquire(key) is not None
+        except AdapterLoadError:
+            # For this request; the next one has another try.
+            self.store.prefetch(key)
+            raise
+        if taken:
             return Take.TAKEN
         return Take.LOADING if self.store.is_loading(key) else Take.NO_SLOT
 
@@ -282,37 +251,3 @@ class ServingEngine:
         self.admission.finished(None if key is None else key.name)
         if key is not None and self.store is not None:
             self.store.release(key)
-
-
-def _context(model: GPTModel, options: EngineOptions, slot_of: Any) -> AdapterContext:
-    """The cache.
-
-    Raises:
-        CapacityError: It does not hold one request of ``max_length``.
-    """
-    config = model.config
-    kind = UnpaddedContext if cpu_is_enabled() else AdapterContext
-    context = kind(
-        slot_of=slot_of,
-        params_dtype=config.params_dtype,
-        num_layers=config.num_layers,
-        kv_channels=config.kv_channels,
-        num_attention_heads=config.num_query_groups,
-        max_sequence_length=options.max_length,
-        buffer_size_gb=options.cache_bytes / 2**30,
-        max_requests=options.max_requests,
-        # A step is padded to whole tiles, up to this.
-        max_tokens=kind.round_up_tokens(options.max_tokens),
-        block_size_tokens=options.block_tokens,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-    )
-    needed = -(-options.max_length // options.block_tokens)
-    if context.num_blocks < needed:
-        block_bytes = context.block_size_bytes
-        raise CapacityError(
-            f"cache_bytes={options.cache_bytes} holds {context.num_blocks} blocks of "
-            f"{options.block_tokens} tokens, and one request of max_length={options.max_length} "
-            f"takes {needed}; set cache_bytes={(needed + 1) * block_bytes} or more, or a smaller "
-            "max_length"
-        )
-    return context

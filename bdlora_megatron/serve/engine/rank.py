@@ -23,7 +23,8 @@ from bdlora_megatron.convert import load_hf_model, read_hf_config
 from bdlora_megatron.errors import BDLoRAError
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.serve.engine.desk import AdapterDesk
-from bdlora_megatron.serve.engine.engine import EngineOptions, ServingEngine
+from bdlora_megatron.serve.engine.engine import ServingEngine
+from bdlora_megatron.serve.engine.options import EngineOptions
 from bdlora_megatron.serve.logs import configure_logging
 from bdlora_megatron.serve.messages import (
     Answer,

@@ -95,7 +95,7 @@ async def unload_lora_adapter(request: Request, body: UnloadRequest) -> str:
 async def health(request: Request) -> Response:
     """Whether the server's processes live."""
     front: Front = request.app.state.front
-    alive = front.client.is_attached
+    alive = not front.client.has_ended
     return PlainTextResponse("ok" if alive else "the engine has ended", 200 if alive else 503)
 
 

@@ -106,9 +106,9 @@ class EngineClient:
         return await asyncio.shield(self._ready)
 
     @property
-    def is_attached(self) -> bool:
-        """Whether there are ranks."""
-        return self._link is not None
+    def has_ended(self) -> bool:
+        """Whether there were ranks and are none any more; not while they start."""
+        return self._ready is not None and self._link is None
 
     @property
     def is_ready(self) -> bool:

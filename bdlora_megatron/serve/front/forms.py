@@ -1,0 +1,176 @@
+"""How OpenAI's two APIs write an answer down, whole or in pieces."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from bdlora_megatron.serve.front.generation import Answer, Job
+from bdlora_megatron.serve.front.state import Front
+from bdlora_megatron.serve.front.text import Piece
+from bdlora_megatron.serve.messages import Choice
+
+__all__ = ["ChatForm", "CompletionForm", "Form"]
+
+
+class Form:
+    """A job, and how one of the two APIs writes its answers down.
+
+    Attributes:
+        job: What to do.
+    """
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, front: Front, job: Job) -> None:
+        self.job = job
+        self._tokenizer = front.tokenizer
+        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        choices = [self.choice(index, made) for index, made in enumerate(answers)]
+        total = sum(made.tokens for made in answers)
+        return {**self._head(self.kind), "choices": choices, "usage": self.usage(total)}
+
+    def chunk(self, choices: list[dict[str, Any]], *, usage: bool) -> dict[str, Any]:
+        """One event of a stream."""
+        empty = {"usage": None} if usage else {}
+        return {**self._head(self.chunk_kind), "choices": choices, **empty}
+
+    def usage(self, tokens: int) -> dict[str, int]:
+        """What the answers cost."""
+        prompt = self.job.prompt_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": tokens,
+            "total_tokens": prompt + tokens,
+        }
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self.job.model,
+        }
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream says of an answer before its first token, if anything."""
+        raise NotImplementedError
+
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A piece of an answer in a stream."""
+        raise NotImplementedError
+
+    def choice(self, index: int, made: Answer) -> dict[str, Any]:
+        """A whole answer."""
+        raise NotImplementedError
+
+    def _spelt(self, token: int) -> str:
+        return self._tokenizer.decode([token], special=True)
+
+
+class CompletionForm(Form):
+    """``/v1/completions``."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, front: Front, job: Job, *, echo: bool) -> None:
+        super().__init__(front, job)
+        self._echo = echo
+        # Where each answer's next token begins in its text.
+        self._offsets = [len(self._before(index)) for index in range(job.answers)]
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream says of an answer before its first token, if anything."""
+        text = self._before(index)
+        return self._choice(index, text, (), None) if text else None
+
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A piece of an answer in a stream."""
+        return self._choice(index, piece.text, piece.choices, piece.finish)
+
+    def choice(self, index: int, made: Answer) -> dict[str, Any]:
+        """A whole answer."""
+        choices = [choice for piece in made.pieces for choice in piece.choices]
+        text = self._before(index) + made.text
+        return self._choice(index, text, choices, made.pieces[-1].finish)
+
+    def _before(self, index: int) -> str:
+        return self.job.prompt_of(index).text if self._echo else ""
+
+    def _choice(
+        self, index: int, text: str, choices: Sequence[Choice], finish: str | None
+    ) -> dict[str, Any]:
+        logprobs = (
+            self._logprobs(index, choices) if self.job.sampling.logprobs is not None else None
+        )
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _logprobs(self, index: int, choices: Sequence[Choice]) -> dict[str, Any]:
+        tokens = [self._spelt(choice.token) for choice in choices]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [choice.logprob for choice in choices],
+            "top_logprobs": [
+                {self._spelt(token): value for token, value in choice.top} for choice in choices
+            ],
+            "text_offset": offsets,
+        }
+
+
+class ChatForm(Form):
+    """``/v1/chat/completions``."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream says of an answer before its first token, if anything."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A piece of an answer in a stream."""
+        return {
+            "index": index,
+            "delta": {"content": piece.text} if piece.text else {},
+            "logprobs": self._logprobs(piece.choices),
+            "finish_reason": piece.finish,
+        }
+
+    def choice(self, index: int, made: Answer) -> dict[str, Any]:
+        """A whole answer."""
+        choices = [choice for piece in made.pieces for choice in piece.choices]
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": made.text},
+            "logprobs": self._logprobs(choices),
+            "finish_reason": made.pieces[-1].finish,
+        }
+
+    def _logprobs(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
+        if self.job.sampling.logprobs is None:
+            return None
+        return {
+            "content": [
+                {
+                    **self._token(choice.token, choice.logprob),
+                    "top_logprobs": [self._token(token, value) for token, value in choice.top],
+                }
+                for choice in choices
+            ]
+        }
+
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self._spelt(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
