@@ -8,5 +8,5 @@ import os
 import torch
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
-    # Triton reads it when it is first imported, which Megatron-Core does; so here, before all tests.
+    # Triton reads it on its first import, which Megatron-Core does; so here, before all tests.
     os.environ.setdefault("TRITON_INTERPRET", "1")

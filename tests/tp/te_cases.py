@@ -68,7 +68,10 @@ def build(te: TECase, reference: Reference, rank: int) -> Any:
     kwargs |= {"gather_output": False} if case.column else {"input_is_parallel": True}
     kind = te.kind
     if te.adapter and not te.from_base:
-        kind, kwargs = TE_CLASSES[kind], {**kwargs, "lora": lora_config(case), "name": case.layer}
+        kind, kwargs = (
+            TE_CLASSES[kind],
+            {**kwargs, "lora": lora_config(case), "lora_name": case.layer},
+        )
     layer = kind(in_features(case), sum(projections(case).values()), **kwargs)
     if te.adapter and te.from_base:
         layer = lora_layer(layer)

@@ -141,7 +141,8 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
         The engine and the desk.
     """
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    # Slots are in Megatron-Core's own layers, also where Transformer Engine is installed.
+    # Megatron-Core's own layers, also where Transformer Engine is installed: the engine has run
+    # with no others.
     spec = get_gpt_layer_local_spec(
         qk_layernorm=read_hf_config(settings.model).qk_norm, normalization="RMSNorm"
     )
