@@ -10,8 +10,17 @@ import time
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, PromptTuningConfig, get_peft_model
-from peft.tuners.lora.config import KasaConfig, MontecloraConfig
+from peft import (
+    AdaLoraConfig,
+    ArrowConfig,
+    IA3Config,
+    LoftQConfig,
+    LoHaConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from peft.tuners.lora.config import CordaConfig, KasaConfig, MontecloraConfig
 from safetensors.torch import save_file
 
 from bdlora_megatron.convert import read_peft
@@ -116,6 +125,26 @@ def test_other_kinds_of_adapters_are_refused(kind, tmp_path):
     model = get_peft_model(tiny_llama(), OTHER_KINDS[kind])
     message = refused(save(model, tmp_path / kind))
     assert f'peft_type is {kind!r}, wanted "LORA"' in message
+
+
+#: Trained with packages that are not here; PEFT writes the config, and the tensors are plain.
+CONFIGS = {
+    "arrow": ({"arrow_config": ArrowConfig(top_k=1)}, "routes between adapters"),
+    "corda": ({"init_lora_weights": "corda", "corda_config": CordaConfig()}, "'corda'"),
+    "loftq": ({"init_lora_weights": "loftq", "loftq_config": LoftQConfig()}, "'loftq'"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configs_that_peft_writes_for_other_methods_are_refused(case, tmp_path):
+    settings, wanted = CONFIGS[case]
+    folder = write(tmp_path / case)
+    config = LoraConfig(r=8, target_modules=COLUMN + ROW, inference_mode=True)
+    for name, value in settings.items():
+        # The constructor asks whether the packages are there.
+        setattr(config, name, value)
+    config.save_pretrained(folder)
+    assert wanted in refused(folder)
 
 
 # --- written by hand ----------------------------------------------------------------------------
