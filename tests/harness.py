@@ -15,10 +15,21 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "megatron.core", "tests.preload"]
+
+def start_fork_server() -> None:
+    """Start the server process from which all ranks of this test run are forked.
+
+    There is one for the whole process, and what it imports is settled when it starts: whoever is
+    first. So it starts before any test, or each rank would import Megatron-Core by itself.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["torch", "torch.distributed", "megatron.core", "tests.preload"]
+    )
+    forkserver.ensure_running()
 
 
 class RankError(AssertionError):
@@ -43,7 +54,6 @@ def run_ranks(
         RankError: A rank raised, died, or did not finish in time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
