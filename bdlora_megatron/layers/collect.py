@@ -5,7 +5,6 @@ Letters in shapes: P tensor-parallel ranks.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -17,11 +16,9 @@ from bdlora_megatron.convert.adapter import Adapter, BaseShape, ModuleKey, block
 from bdlora_megatron.errors import TargetError, UnsupportedError
 from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.factors import Factor
-from bdlora_megatron.layers.load import HF_NAMES
+from bdlora_megatron.layers.load import HF_NAMES, decoder_layer
 
 __all__ = ["collect_adapter"]
-
-_DECODER_LAYER = re.compile(r"(?:.*\.)?decoder\.layers\.(\d+)\..*?([^.]+)")
 
 
 @torch.no_grad()
@@ -66,14 +63,14 @@ def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) 
 
 
 def _key(full_name: str, projection: str) -> ModuleKey:
-    found = _DECODER_LAYER.fullmatch(full_name)
-    own = HF_NAMES.get(found.group(2), {}) if found else {}
-    if found is None or projection not in own:
+    place = decoder_layer(full_name)
+    own = HF_NAMES.get(place[1], {}) if place else {}
+    if place is None or projection not in own:
         raise UnsupportedError(
             f"the adapter of {full_name} belongs to no single projection of a decoder layer, so no "
             "adapter format can hold it; train with LoRAConfig(fused=False) and without such layers"
         )
-    return ModuleKey(layer=int(found.group(1)), name=own[projection])
+    return ModuleKey(layer=place[0], name=own[projection])
 
 
 def _whole(factor: Factor) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from bdlora_megatron.convert import BaseShape, WriteOptions, write_adapter
-from bdlora_megatron.convert.hf_base import HFConfig
+from bdlora_megatron.convert import WriteOptions, write_adapter
+from bdlora_megatron.convert.base_check import base_shape
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers import collect_adapter
 from bdlora_megatron.runtime import model_parallel
@@ -199,7 +199,7 @@ class _Run:
         names = [name for name, asked in wanted.items() if asked]
         if not names:
             return ()
-        adapter = collect_adapter(self.model, self.folder.name, _base_shape(self.hf))
+        adapter = collect_adapter(self.model, self.folder.name, base_shape(self.hf))
         if torch.distributed.get_rank() == 0:
             options = WriteOptions(overwrite=True, base_model=self.config.model.hf_path)
             for name in names:
@@ -238,19 +238,6 @@ def _rows(config: TrainConfig, examples: list[Example], *, shuffled: bool) -> Ro
         config.model.seq_length,
         packing=config.dataset.packing,
         seed=config.rng.seed if shuffled else 0,
-    )
-
-
-def _base_shape(hf: HFConfig) -> BaseShape:
-    return BaseShape(
-        hidden_size=hf.hidden_size,
-        ffn_size=hf.ffn_size,
-        q_size=hf.num_heads * hf.head_dim,
-        kv_size=hf.num_kv_heads * hf.head_dim,
-        num_heads=hf.num_heads,
-        num_kv_heads=hf.num_kv_heads,
-        head_dim=hf.head_dim,
-        num_layers=hf.num_layers,
     )
 
 
