@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from bdlora_megatron.config import Layout, LoRAConfig
+from bdlora_megatron.config import Layout
 from bdlora_megatron.layers.adapters import (
     Adapter,
     AdapterOptions,
@@ -46,27 +46,6 @@ class LoRAColumnParallelLinear(LoRALinear, ColumnParallelLinear):
 
     base_class = ColumnParallelLinear
     splits_input = False
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        lora: LoRAConfig | None = None,
-        lora_name: str = "",
-        **kwargs: Any,
-    ) -> None:
-        """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
-
-        Args:
-            input_size: I, over all ranks.
-            output_size: O, over all ranks.
-            lora: The adapter; none when unset.
-            lora_name: The layer's attribute name in its parent, such as ``linear_qkv``.
-            **kwargs: For ``ColumnParallelLinear``.
-        """
-        super().__init__(input_size, output_size, **kwargs)
-        self.finish(lora, lora_name)
 
     def _make_adapter(
         self,
@@ -108,27 +87,6 @@ class LoRARowParallelLinear(LoRALinear, RowParallelLinear):
 
     base_class = RowParallelLinear
     splits_input = True
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        lora: LoRAConfig | None = None,
-        lora_name: str = "",
-        **kwargs: Any,
-    ) -> None:
-        """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
-
-        Args:
-            input_size: I, over all ranks.
-            output_size: O.
-            lora: The adapter; none when unset.
-            lora_name: The layer's attribute name in its parent, such as ``linear_proj``.
-            **kwargs: For ``RowParallelLinear``.
-        """
-        super().__init__(input_size, output_size, **kwargs)
-        self.finish(lora, lora_name)
 
     def _make_adapter(
         self,

@@ -59,6 +59,30 @@ class LoRALinear(nn.Module):
     regather_input: bool
     _unmerged: Tensor | None
 
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        lora: LoRAConfig | None = None,
+        lora_name: str = "",
+        **kwargs: Any,
+    ) -> None:
+        """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
+
+        Args:
+            input_size: I, over all ranks.
+            output_size: O, over all ranks.
+            lora: The adapter; none when unset.
+            lora_name: The layer's attribute name in its parent, such as ``linear_qkv``.
+            **kwargs: For ``base_class``, which comes next in every subclass.
+        """
+        super().__init__(input_size, output_size, **kwargs)
+        self._start_empty()
+        self._check_base()
+        if lora is not None:
+            self.attach_config(lora, lora_name)
+
     @classmethod
     def from_base(cls: type[LayerT], base: nn.Module) -> LayerT:
         """Turn a built Megatron-Core layer into one that can hold an adapter.
@@ -126,13 +150,6 @@ class LoRALinear(nn.Module):
                 f"the base weight is quantised (dtype {weight.dtype}); dequantise the base model "
                 f"to one of {[str(kind) for kind in _FLOATS]} first"
             )
-
-    def finish(self, lora: LoRAConfig | None, name: str) -> None:
-        """Complete a constructor once Megatron-Core has built the base layer."""
-        self._start_empty()
-        self._check_base()
-        if lora is not None:
-            self.attach_config(lora, name)
 
     def geometry(self, name: str, *, fused: bool) -> LayerGeometry:
         """The projections this layer holds under the name that its parent gives it."""

@@ -29,7 +29,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from bdlora_megatron.config import Layout, LoRAConfig
+from bdlora_megatron.config import Layout
 from bdlora_megatron.layers.adapters import (
     Adapter,
     AdapterOptions,
@@ -129,27 +129,6 @@ class LoRATEColumnParallelLinear(_TEColumnLike, TEColumnParallelLinear):
     base_class = TEColumnParallelLinear
     splits_input = False
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        lora: LoRAConfig | None = None,
-        lora_name: str = "",
-        **kwargs: Any,
-    ) -> None:
-        """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
-
-        Args:
-            input_size: I, over all ranks.
-            output_size: O, over all ranks.
-            lora: The adapter; none when unset.
-            lora_name: The layer's attribute name in its parent, such as ``linear_qkv``.
-            **kwargs: For ``TEColumnParallelLinear``.
-        """
-        super().__init__(input_size, output_size, **kwargs)
-        self.finish(lora, lora_name)
-
     def forward(self, x: Tensor) -> Output:
         """The layer's output and, where it is told not to add it, its bias."""
         if not self._runs_adapters():
@@ -178,27 +157,6 @@ class LoRATELayerNormColumnParallelLinear(_TEColumnLike, TELayerNormColumnParall
     base_class = TELayerNormColumnParallelLinear
     splits_input = False
     own_attributes = (*LoRALinear.own_attributes, "_halves")
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        lora: LoRAConfig | None = None,
-        lora_name: str = "",
-        **kwargs: Any,
-    ) -> None:
-        """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
-
-        Args:
-            input_size: I, over all ranks.
-            output_size: O, over all ranks.
-            lora: The adapter; none when unset.
-            lora_name: The layer's attribute name in its parent, such as ``linear_qkv``.
-            **kwargs: For ``TELayerNormColumnParallelLinear``.
-        """
-        super().__init__(input_size, output_size, **kwargs)
-        self.finish(lora, lora_name)
 
     def _start_empty(self) -> None:
         super()._start_empty()
@@ -265,27 +223,6 @@ class LoRATERowParallelLinear(_TELoRALinear, TERowParallelLinear):
 
     base_class = TERowParallelLinear
     splits_input = True
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        lora: LoRAConfig | None = None,
-        lora_name: str = "",
-        **kwargs: Any,
-    ) -> None:
-        """Build the layer as Megatron-Core builds its own, with a fresh adapter inside.
-
-        Args:
-            input_size: I, over all ranks.
-            output_size: O.
-            lora: The adapter; none when unset.
-            lora_name: The layer's attribute name in its parent, such as ``linear_proj``.
-            **kwargs: For ``TERowParallelLinear``.
-        """
-        super().__init__(input_size, output_size, **kwargs)
-        self.finish(lora, lora_name)
 
     @property
     def input_size(self) -> int:  # type: ignore[override]
