@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from xml.etree import ElementTree
 
 from tests.compat.__main__ import _report
-from tests.compat.environment import Result, _count
+from tests.compat.environment import Result, _count, _interpreter
 from tests.compat.releases import RELEASES
 
 REPORT = """
@@ -35,6 +36,26 @@ def test_counts_and_reasons():
         "tests.a::test_bad[1]": "TypeError: got an unexpected keyword argument 'tp_group'",
         "tests.a::test_bad[2]": "boom",
     }
+
+
+def test_an_older_python_is_named():
+    (release,) = [r for r in RELEASES if r.version == "0.19.0"]
+    for python, named in (("3.11.7", True), ("3.12.1", False)):
+        result = _result()
+        result.versions = {"python": python}
+        page = "\n".join(_report([(release, result)]))
+        assert ("installed with --ignore-requires-python" in page) is named
+
+
+def test_an_interpreter_that_does_not_start_is_passed_over(tmp_path, monkeypatch):
+    major, minor = sys.version_info[:2]
+    shim = tmp_path / f"python{major}.{minor + 1}"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for status, found in ((127, None), (0, str(shim))):
+        shim.write_text(f"#!/bin/sh\nexit {status}\n", "utf-8")
+        shim.chmod(0o755)
+        assert _interpreter((major, minor + 1)) == found
+    assert _interpreter((major, minor)) == sys.executable
 
 
 def test_a_kept_result_comes_back(tmp_path):

@@ -81,7 +81,8 @@ def _report(results: Sequence[tuple[Release, Result]]) -> Iterator[str]:
 
 def _remarks(release: Release, result: Result) -> str:
     remarks = [result.problem, release.note]
-    if release.python_is_too_old:
+    used = tuple(int(part) for part in result.versions.get("python", "").split(".")[:2] if part)
+    if used and used < release.python:
         oldest = ".".join(map(str, release.python))
         remarks.append(f"says it wants Python {oldest}; installed with --ignore-requires-python")
     return "; ".join(filter(None, remarks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -69,19 +70,33 @@ def try_release(release: Release, cache: Path, pytest_args: list[str]) -> Result
 def _install(release: Release, folder: Path) -> str:
     """The interpreter of the release's environment, which is made once."""
     python, stamp = folder / "bin" / "python", folder / "installed.stamp"
-    wanted = json.dumps([asdict(release), (ROOT / "constraints-dev.txt").read_text("utf-8")])
+    interpreter = _interpreter(release.python)
+    pins = (ROOT / "constraints-dev.txt").read_text("utf-8")
+    wanted = json.dumps([asdict(release), interpreter, pins])
     if stamp.exists() and stamp.read_text("utf-8") == wanted:
         return str(python)
-    _output(sys.executable, "-m", "venv", "--clear", str(folder))
+    _output(interpreter or sys.executable, "-m", "venv", "--clear", str(folder))
     constraints = folder / "constraints.txt"
     constraints.write_text(_constraints(release), "utf-8")
     pip = (str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
     _output(*pip, "-c", str(constraints), "torch", "numpy", *_TOOLS, *release.extra)
-    force = ("--ignore-requires-python",) if release.python_is_too_old else ()
+    force = () if interpreter else ("--ignore-requires-python",)
     _output(*pip, "--no-deps", *force, f"megatron-core=={release.version}")
     _output(*pip, "--no-deps", "--editable", str(ROOT))
     stamp.write_text(wanted, "utf-8")
     return str(python)
+
+
+def _interpreter(oldest: tuple[int, int]) -> str | None:
+    """This interpreter where it is new enough, else a newer one on the PATH that starts."""
+    if sys.version_info[:2] >= oldest:
+        return sys.executable
+    for minor in range(oldest[1], oldest[1] + 3):
+        found = shutil.which(f"python{oldest[0]}.{minor}")
+        # A version manager's shim is there for every version it knows, chosen or not.
+        if found and subprocess.run([found, "--version"], capture_output=True).returncode == 0:
+            return found
+    return None
 
 
 def _constraints(release: Release) -> str:

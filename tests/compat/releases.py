@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 #: What must hold on every release. Tests of tools (command line, plots, demo) are left out.
@@ -19,19 +18,15 @@ CORE = (
 class Release:
     """One release of Megatron-Core.
 
-    `python` is the oldest that it says it supports. `extra` are requirements beside the ones in
-    constraints-dev.txt, which they override. `note` goes into the table.
+    `python` is the oldest that it says it supports; where none is found, an older one is tried all
+    the same. `extra` are requirements beside the ones in constraints-dev.txt, which they override.
+    `note` goes into the table.
     """
 
     version: str
     python: tuple[int, int] = (3, 10)
     extra: tuple[str, ...] = ()
     note: str = ""
-
-    @property
-    def python_is_too_old(self) -> bool:
-        """The wheel says that it does not support this interpreter; it is tried all the same."""
-        return sys.version_info[:2] < self.python
 
 
 RELEASES = (
