@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
 import torch
 
-from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.errors import ConfigError, nearest
 
 __all__ = ["DEFAULT_TARGETS", "Layout", "LoRAConfig"]
 
@@ -142,9 +141,9 @@ class LoRAConfig:
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                near = get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {known}"
-                raise ConfigError(f"unknown key {key!r} in the LoRA settings{hint}")
+                raise ConfigError(
+                    f"unknown key {key!r} in the LoRA settings; {nearest(key, known)}"
+                )
         return cls(**values)
 
 

@@ -18,6 +18,9 @@ Every message says what was wrong, what was found, what was wanted and what to d
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 __all__ = [
     "AdapterFormatError",
     "AdapterLoadError",
@@ -29,6 +32,7 @@ __all__ = [
     "ShapeError",
     "TargetError",
     "UnsupportedError",
+    "nearest",
 ]
 
 
@@ -70,3 +74,10 @@ class AdapterLoadError(BDLoRAError, RuntimeError):
 
 class CapacityError(BDLoRAError, RuntimeError):
     """Something does not fit the room that was made for it; the message says what to set."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or else all of them."""
+    names = sorted(known)
+    near = get_close_matches(str(name), names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"

@@ -6,13 +6,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.convert.adapter import MODULE_NAMES, Adapter, BaseShape, ModuleKey
 from bdlora_megatron.convert.problems import Problems
-from bdlora_megatron.errors import AdapterFormatError
+from bdlora_megatron.errors import AdapterFormatError, nearest
 
 __all__ = ["Manifest", "ModuleEntry", "manifest_of", "read_manifest", "write_manifest"]
 
@@ -148,9 +147,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_keys(raw: Mapping[str, Any], known: frozenset[str], problems: Problems) -> None:
     for key in sorted(raw.keys() - known):
-        near = get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-        problems.add(f"unknown key {key!r}; {hint}")
+        problems.add(f"unknown key {key!r}; {nearest(key, known)}")
     for key in sorted(known - raw.keys()):
         problems.add(f"key {key!r} is missing; write the adapter again")
 
@@ -168,7 +165,7 @@ def _base(raw: Mapping[str, Any], problems: Problems) -> BaseShape:
     sizes: dict[str, int] = {}
     for key, value in raw.items():
         if key not in known:
-            problems.add(f"base has the unknown key {key!r}; known are {', '.join(sorted(known))}")
+            problems.add(f"base has the unknown key {key!r}; {nearest(key, known)}")
         elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.add(f"base.{key} is {value!r}, wanted a positive integer")
         else:

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
-from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.errors import ConfigError, nearest
 from bdlora_megatron.plugs.settings import BlockDiagonalSettings
 
 __all__ = ["PeftChoice", "read_scheme"]
@@ -64,9 +63,7 @@ def read_scheme(config: Any) -> PeftChoice:
     scheme = section[names[0]]
     scheme = "none" if scheme is None else scheme
     if scheme not in _SCHEMES:
-        raise ConfigError(
-            f"peft.scheme={scheme!r}; wanted one of {_SCHEMES}{_hint(scheme, _SCHEMES)}"
-        )
+        raise ConfigError(f"peft.scheme={scheme!r}; {nearest(scheme, _SCHEMES)}")
     _refuse_unknown(section, (names[0], "bdlora", "lora"), "peft")
     if scheme == "none":
         return PeftChoice(scheme="none", arguments={})
@@ -111,11 +108,4 @@ def _arguments(section: Mapping[str, Any], scheme: str, known: Sequence[str]) ->
 def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in values:
         if key not in known:
-            raise ConfigError(
-                f"unknown key {where}.{key}{_hint(str(key), known)}; known: {list(known)}"
-            )
-
-
-def _hint(key: Any, known: Sequence[str]) -> str:
-    near = get_close_matches(str(key), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown key {where}.{key}; {nearest(key, known)}")

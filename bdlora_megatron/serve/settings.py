@@ -6,11 +6,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.errors import ConfigError, nearest
 
 __all__ = ["ApiKey", "ServeSettings", "check_adapter_name"]
 
@@ -188,9 +187,7 @@ class ServeSettings:
         known = {f.name: f for f in fields(cls)}
         for name in values:
             if name not in known:
-                near = get_close_matches(str(name), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}"
-                raise ConfigError(f"unknown setting {name!r}{hint}")
+                raise ConfigError(f"unknown setting {name!r}; {nearest(name, known)}")
         made = {name: _plain(name, value, str(known[name].type)) for name, value in values.items()}
         if "model" not in made:
             raise ConfigError("no model is given; name the folder of the base model")
