@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import pickle
+import pickletools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ __all__ = ["METADATA_NAME", "Chunk", "DistTensors", "open_dist_tensors", "write_
 METADATA_NAME = ".metadata"
 # Of a checkpoint with optimizer state too; an adapter's own is a few hundred kilobytes.
 _LARGEST_METADATA = 256 << 20
+_REMEMBERS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 # Of one tensor: one from each tensor-parallel rank, two from a gated layer's.
 _MOST_CHUNKS = 1024
 
@@ -247,12 +249,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _open(folder: Path) -> DistTensors:
-    path = folder / METADATA_NAME
-    size = path.stat().st_size
-    if size > _LARGEST_METADATA:
-        raise AdapterFormatError(f"{path} has {size} bytes, which no adapter's has")
-    with path.open("rb") as file:
-        metadata = _Unpickler(file).load()
+    metadata = _read_metadata(folder / METADATA_NAME)
     tensors: dict[str, TensorStorageMetadata] = {}
     facts: dict[str, Tensor | None] = {}
     for name, entry in metadata.state_dict_metadata.items():
@@ -279,6 +276,20 @@ def _open(folder: Path) -> DistTensors:
         row_parts={name: _row_parts(entry) for name, entry in tensors.items()},
         load=load,
     )
+
+
+def _read_metadata(path: Path) -> Any:
+    size = path.stat().st_size
+    if size > _LARGEST_METADATA:
+        raise AdapterFormatError(f"{path} has {size} bytes, which no adapter's has")
+    content = path.read_bytes()
+    # The unpickler makes room for the largest number that an object is remembered under, whatever
+    # number a file claims, and no more objects can be remembered than there are bytes.
+    for opcode, number, _ in pickletools.genops(content):
+        if opcode.name in _REMEMBERS and (number or 0) >= len(content):
+            raise AdapterFormatError(f"{path} remembers an object as number {number}; it is broken")
+    # From memory: of a file, the unpickler would ask for as many bytes as it claims to have.
+    return _Unpickler(io.BytesIO(content)).load()
 
 
 def _row_parts(entry: TensorStorageMetadata) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 
 import pytest
 import torch
@@ -89,6 +90,26 @@ def test_a_pickle_that_is_cut_or_missing_is_refused(tmp_path):
         assert "cannot be read" in refused(folder)
     (folder / ".metadata").unlink()
     assert "cannot be read" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        pytest.param(pickle.FRAME + (1 << 62).to_bytes(8, "little"), id="frame"),
+        pytest.param(pickle.BINBYTES8 + (1 << 62).to_bytes(8, "little"), id="bytes"),
+        # The unpickler would make room for four thousand million objects: 34 GB of zeros.
+        pytest.param(pickle.NONE + pickle.LONG_BINPUT + b"\xff" * 4, id="remembered"),
+        pytest.param(pickle.NONE + pickle.PUT + b"4000000000\n", id="remembered as text"),
+    ],
+)
+def test_metadata_that_claims_to_be_huge_takes_no_memory(claim, tmp_path):
+    folder = halves(tmp_path / "x")
+    whole = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(whole[:2] + claim + whole[2:])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(folder)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 64 << 10, f"{grown} KiB"
 
 
 def _gap(metadata):
