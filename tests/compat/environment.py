@@ -17,7 +17,16 @@ from tests.compat.releases import CORE, Release
 
 ROOT = Path(__file__).parents[2]
 #: What the core's tests import, beside this package's own requirements.
-_TOOLS = ("hypothesis", "peft", "psutil", "pytest", "pytest-timeout", "safetensors", "transformers")
+_TOOLS = (
+    "einops",
+    "hypothesis",
+    "peft",
+    "psutil",
+    "pytest",
+    "pytest-timeout",
+    "safetensors",
+    "transformers",
+)
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception): ")
 _VERSIONS = """
 import importlib.metadata, json, platform
