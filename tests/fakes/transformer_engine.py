@@ -45,9 +45,16 @@ class _Product(torch.autograd.Function):
 
 class _Norm(nn.Module):
     def __init__(
-        self, hidden_size, eps=1e-5, sequence_parallel=False, zero_centered_gamma=False, **kwargs
+        self,
+        normalized_shape=None,
+        eps=1e-5,
+        sequence_parallel=False,
+        zero_centered_gamma=False,
+        hidden_size=None,  # the name of old, which Megatron-Core used until 0.16
+        **kwargs,
     ):
         super().__init__()
+        hidden_size = hidden_size if normalized_shape is None else normalized_shape
         where = {"dtype": kwargs.get("params_dtype"), "device": kwargs.get("device")}
         self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
         self.weight = nn.Parameter(
