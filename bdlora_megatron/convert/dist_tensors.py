@@ -76,6 +76,9 @@ _CLASSES = frozenset(
     }
 )
 
+# Megatron-Core's own kinds of Metadata and SavePlan, in what 0.14 and 0.15 save.
+_STRATEGY = "megatron.core.dist_checkpointing.strategies.torch"
+_OLD_CLASSES = frozenset({"MCoreMetadata", "MCoreSavePlan"})
 
 _BROKEN = (
     OSError,
@@ -229,6 +232,10 @@ class _Planner(SavePlanner):
     create_global_plan = finish_plan = create_local_plan  # type: ignore[assignment]
 
 
+class _OldRecord:
+    """What a class of Megatron-Core 0.14 or 0.15 held, whichever release is installed here."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Builds metadata and nothing else."""
 
@@ -240,6 +247,8 @@ class _Unpickler(pickle.Unpickler):
         """
         if (module, name) in _CLASSES:
             return super().find_class(module, name)
+        if module == _STRATEGY and name in _OLD_CLASSES:
+            return _OldRecord
         kind = getattr(torch, name, None) if module == "torch" else None
         if isinstance(kind, (torch.dtype, torch.layout, torch.memory_format)):
             return kind

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import resource
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -59,6 +61,26 @@ def test_tensors_and_layers_are_put_together(tmp_path):
     assert torch.equal(tensors.load("b", None), torch.stack([TALL, -TALL]))
     assert tensors.row_parts == {"a": 2, "b": 1}
     assert tensors.facts["b"].is_meta
+
+
+def test_what_older_releases_save_is_read(tmp_path):
+    """Megatron-Core 0.14 and 0.15 save metadata and plans of classes of their own."""
+    strategy = "megatron.core.dist_checkpointing.strategies.torch"
+    old = {
+        name: type(name, (), {"__module__": strategy})
+        for name in ("MCoreMetadata", "MCoreSavePlan")
+    }
+    folder = halves(tmp_path / "x")
+    path = folder / ".metadata"
+    saved, plan = old["MCoreMetadata"](), old["MCoreSavePlan"]()
+    vars(plan).update(items=[], mcore_data={"a": {"nd_reformulated_orig_global_shape": (6, 4)}})
+    vars(saved).update(vars(pickle.loads(path.read_bytes())), mcore_data={}, all_local_plans=[plan])
+    with pytest.MonkeyPatch.context() as patch:
+        module = ModuleType(strategy)
+        vars(module).update(old)
+        patch.setitem(sys.modules, strategy, module)
+        path.write_bytes(pickle.dumps(saved))
+    assert torch.equal(open_dist_tensors(folder).load("a", None), TALL)
 
 
 class _RunsCode:
