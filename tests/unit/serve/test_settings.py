@@ -57,6 +57,16 @@ def test_keys_come_from_the_environment(model, monkeypatch):
     assert made.admin_key == "admin-key"
 
 
+def test_layers_are_megatrons_unless_transformer_engines_are_asked_for(model):
+    assert parse("--model", model).layers == "megatron"
+    asked = parse("--model", model, "--set", "layers=transformer_engine")
+    assert asked.layers == "transformer_engine"
+    with pytest.raises(ConfigError, match="Transformer Engine runs on GPUs"):
+        parse("--model", model, "--cpu", "--set", "layers=transformer_engine")
+    with pytest.raises(ConfigError, match="layers='te'; wanted one of"):
+        parse("--model", model, "--set", "layers=te")
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
