@@ -38,7 +38,8 @@ def requests(count: int, seed: int) -> list[Submit]:
             top_p=rng.choice([1.0, 0.9]),
             top_k=rng.choice([0, 7]),
             seed=rng.randrange(2**32),
-            logprobs=rng.choice([None, 2]),
+            logprobs=(logprobs := rng.choice([None, 2])),
+            prompt_logprobs=logprobs is not None and request_id % 3 > 0,
             max_tokens=rng.randint(1, 12),
             stop_ids=frozenset(rng.sample(range(VOCAB), 3)),
         )
@@ -76,7 +77,10 @@ def wide_model(world: int) -> Any:
 
 
 def run(engine: ServingEngine, arrivals: dict[int, list[Submit]], cancels: dict[int, list[int]]):
-    """Drive the engine; returns each request's tokens and finish reason."""
+    """Drive the engine; returns each request's tokens and finish reason.
+
+    Where a prompt's log-probabilities are asked for, its tokens from the second on come first.
+    """
     got: dict[int, list[Choice]] = {}
     ends: dict[int, Any] = {}
     for step in range(2000):
@@ -90,7 +94,8 @@ def run(engine: ServingEngine, arrivals: dict[int, list[Submit]], cancels: dict[
         for event in engine.step(wait_s=0.05):
             assert isinstance(event, Token), event
             assert event.request_id not in ends
-            got[event.request_id].append(event.choice)
+            assert not (event.prompt and got[event.request_id])
+            got[event.request_id] += [*event.prompt, event.choice]
             if event.finish is not None:
                 ends[event.request_id] = event.finish
     raise AssertionError("the engine did not come to an end")

@@ -27,18 +27,29 @@ def alone(model: Any, request: Submit) -> tuple[list[Choice], str]:
     """What the request gets from a plain model that runs nothing else."""
     sampler = Sampler()
     sampler.add(0, request.sampling)
-    tokens, choices = list(request.prompt), []
+    tokens, choices, prompt = list(request.prompt), [], []
     while True:
         ids = torch.tensor([tokens])
         logits = model(ids, torch.arange(len(tokens))[None], causal(len(tokens)))
-        logits = gather_from_tensor_model_parallel_region(logits)[0, -1:]
-        choice = sampler.choose(logits, [0])[0]
+        logits = gather_from_tensor_model_parallel_region(logits)[0]
+        if request.sampling.prompt_logprobs and not choices:
+            prompt = [
+                by_hand(row, token, request.sampling.logprobs)
+                for row, token in zip(logits, tokens[1:], strict=False)
+            ]
+        choice = sampler.choose(logits[-1:], [0])[0]
         choices.append(choice)
         tokens.append(choice.token)
         if choice.token in request.sampling.stop_ids:
-            return choices, "stop"
+            return prompt + choices, "stop"
         if len(choices) == request.sampling.max_tokens:
-            return choices, "length"
+            return prompt + choices, "length"
+
+
+def by_hand(logits: torch.Tensor, token: int, count: int) -> Choice:
+    logprobs = [float(x) for x in logits - logits.exp().sum().log()]
+    order = sorted(range(len(logprobs)), key=lambda i: -logprobs[i])[:count]
+    return Choice(token, logprobs[token], tuple((i, logprobs[i]) for i in order))
 
 
 def causal(length: int) -> torch.Tensor:
@@ -65,6 +76,7 @@ def check_equal(got: list[Choice], expected: list[Choice], *, whole: bool, label
         if mine.logprob is not None:
             assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
             assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+            assert [x for _, x in mine.top] == pytest.approx([x for _, x in theirs.top], abs=1e-5)
 
 
 def mixed_body(rank: int, world: int) -> dict[str, Any]:
@@ -95,6 +107,8 @@ def mixed_body(rank: int, world: int) -> dict[str, Any]:
         assert after.preemptions > 0, "the cache was never short: the test shows less than it says"
         assert after.slot_evictions > 0
         assert "stop" in ends.values()
+        asked = [request for request in made if request.sampling.prompt_logprobs]
+        assert max(len(request.prompt) for request in asked) > 10, "no chunks of such a prompt"
         cut = [request_id for request_id in cancelled if request_id not in ends]
         return {"got": got, "ends": ends, "after": after, "cut": len(cut)}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from bdlora_megatron.errors import CapacityError
 from bdlora_megatron.runtime import cpu_is_enabled
 from bdlora_megatron.serve.engine.options import EngineOptions
+from bdlora_megatron.serve.engine.prompts import Span
 
 __all__ = ["AdapterContext", "UnpaddedContext", "make_context"]
 
@@ -77,6 +78,14 @@ class AdapterContext(DynamicInferenceContext):
             self.paused_request_count : self.total_request_count
         ].tolist()
         return ids
+
+    @property
+    def spans(self) -> list[Span]:
+        """Which tokens the coming step, or the step just run, has of which request, in order."""
+        rows = slice(self.paused_request_count, self.total_request_count)
+        firsts = self.request_kv_length_offsets[rows].tolist()
+        lengths = self.request_query_lengths[rows].tolist()
+        return [Span(*span) for span in zip(self.active_ids, firsts, lengths, strict=True)]
 
     @property
     def used_blocks(self) -> int:
