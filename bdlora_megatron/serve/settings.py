@@ -77,6 +77,9 @@ class ServeSettings:
     layers: str = "megatron"
     """Whose linear layers the model has: ``megatron``, or on GPUs ``transformer_engine``."""
 
+    cuda_graphs: bool = False
+    """Capture decoding steps in CUDA graphs. This has never run on a GPU."""
+
     layout: str = "bdlora"
     """How ranks hold adapters: ``bdlora`` (serves any), ``half_sharded`` or ``slora``."""
 
@@ -164,6 +167,8 @@ class ServeSettings:
                 "layers='transformer_engine' on a CPU; Transformer Engine runs on GPUs: leave "
                 "layers out, or cpu"
             )
+        if self.cpu and self.cuda_graphs:
+            raise ConfigError("cuda_graphs on a CPU; there are none: leave one of the two out")
         if self.admin_key is not None and len(self.admin_key) < 8:
             raise ConfigError("admin_key has fewer than 8 characters; make a longer one")
         for name in self.adapters:

@@ -51,10 +51,17 @@ def requests(count: int, seed: int) -> list[Submit]:
 
 
 def engine_for(
-    world: int, *, blocks: int, num_slots: int = 2, model: Any = None, **options: Any
+    world: int,
+    *,
+    blocks: int,
+    num_slots: int = 2,
+    model: Any = None,
+    implementation: Any = None,
+    **options: Any,
 ) -> ServingEngine:
     model = wide_model(world) if model is None else model
-    slots = ModelSlots(model, SlotRoom(num_slots=num_slots, max_rank=8))
+    room = SlotRoom(num_slots=num_slots, max_rank=8, implementation=implementation)
+    slots = ModelSlots(model, room)
     store = AdapterStore(slots, StoreOptions(host_bytes=3 * slots.largest_bytes))
     for name in ADAPTERS:
         store.register(name, partial(make, name))

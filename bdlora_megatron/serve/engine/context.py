@@ -23,6 +23,8 @@ from bdlora_megatron.serve.engine.prompts import Span
 __all__ = ["AdapterContext", "UnpaddedContext", "make_context"]
 
 _SLOT = "adapter_slot"
+#: Numbers of requests for which a decoding step is captured; a step is padded to the next one.
+_GRAPHS = 16
 
 
 class AdapterContext(DynamicInferenceContext):
@@ -203,6 +205,9 @@ def make_context(
         max_tokens=kind.round_up_tokens(options.max_tokens),
         block_size_tokens=options.block_tokens,
         tensor_model_parallel_size=config.tensor_model_parallel_size,
+        num_cuda_graphs=_GRAPHS if options.cuda_graphs else None,
+        # Steps that read prompts are long, and of too many sizes.
+        use_cuda_graphs_for_non_decode_steps=False,
     )
     needed = -(-options.max_length // options.block_tokens)
     if context.num_blocks < needed:

@@ -42,7 +42,10 @@ class AdapterGPT(GPTInferenceWrapper):
     def _forward(self, inference_input: dict[str, Any]) -> Tensor:
         context = self.inference_context
         if self.slots is not None:
-            self.slots.set_batch(self.slots.batch(context.token_slots()))
+            if context.using_cuda_graph_this_step():
+                self.slots.set_captured_batch(context.token_slots())
+            else:
+                self.slots.set_batch(self.slots.batch(context.token_slots()))
         # Those of the last token of each request do, where nobody asks about prompts.
         context.materialize_only_last_token_logits = not self.scores.wanted(context.active_ids)
         logits: Tensor = super()._forward(inference_input)

@@ -117,7 +117,8 @@ def run_rank(settings: ServeSettings, link: Connection) -> None:
     threading.Thread(target=_receive, args=(link, inbox), daemon=True, name="link").start()
     if settings.cpu:
         enable_cpu_inference()
-    with runtime.model_parallel(settings.tp), torch.inference_mode():
+    groups = runtime.model_parallel(settings.tp, cuda_graphs=settings.cuda_graphs)
+    with groups, torch.inference_mode():
         control = torch.distributed.new_group(
             backend="gloo", timeout=timedelta(seconds=settings.rank_timeout_s)
         )
@@ -150,6 +151,7 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
         settings.model,
         dtype=dtype,
         max_sequence_length=settings.max_length,
+        settings={"cuda_graph_impl": "local"} if settings.cuda_graphs else None,
         layer_spec=_layer_spec(settings),
     )
     layouts = (Layout.BDLORA, Layout.HALF_SHARDED)
@@ -167,6 +169,7 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
         cache_bytes=settings.cache_bytes,
         block_tokens=settings.block_tokens,
         patience=settings.patience_steps,
+        cuda_graphs=settings.cuda_graphs,
         per_adapter=settings.max_per_adapter,
     )
     engine = ServingEngine(model, store, options)
