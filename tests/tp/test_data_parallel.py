@@ -21,6 +21,7 @@ from megatron.core.transformer.module import Float16Module
 
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.layers import apply_lora, collect_adapter, lora_layers
+from bdlora_megatron.layers.factors import Factor
 from tests.fakes import apex
 from tests.harness import run_ranks
 from tests.tolerances import MODEL_BFLOAT16, MODEL_GRADIENTS, assert_close
@@ -221,3 +222,23 @@ def test_fused_accumulation_of_a_base_that_is_trained_with_its_adapters():
     ]
     # Four linear layers of two decoder layers, in every micro-batch of two steps.
     assert _check(runs) == [4 * 2 * MICRO_BATCHES * 2] * 2
+
+
+def _hooked(rank, world_size):
+    with model_parallel(world_size):
+        for layout in Layout:
+            model = _build(world_size, Run(ddp={}, layout=layout), dtype=torch.float32)
+            factors = {n: m for n, m in model.named_modules() if isinstance(m, Factor)}
+            called = set()
+            for name, factor in factors.items():
+                factor.register_forward_pre_hook(
+                    lambda *_, name=name, called=called: called.add(name)
+                )
+            _loss(model, _batch(0))
+            assert called == factors.keys()
+            assert len(factors) == 2 * 2 * 7
+
+
+def test_layers_call_the_module_of_every_factor():
+    """Where Megatron waits for a parameter that is still being gathered."""
+    run_ranks(2, _hooked)
