@@ -75,7 +75,8 @@ def _key(full_name: str, projection: str) -> ModuleKey:
 
 def _whole(factor: Factor) -> Tensor:
     """``[rows, columns]`` from every rank's share; the inverse of ``Factor.cut``."""
-    local, dim, group = factor.weight.detach().contiguous(), factor.shape.shard_dim, factor.tp_group
+    weight: Tensor = factor()
+    local, dim, group = weight.detach().contiguous(), factor.shape.shard_dim, factor.tp_group
     if dim is None or group.size() == 1:
         return local.cpu().clone()
     shares = [torch.empty_like(local) for _ in range(group.size())]

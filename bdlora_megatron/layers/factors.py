@@ -97,6 +97,15 @@ class Factor(nn.Module):
         # Megatron's DDP reduces gradients of parameters with this mark over data-parallel ranks.
         self.weight.allreduce = True  # type: ignore[attr-defined]
 
+    def forward(self) -> Tensor:
+        """The local weight; layers get it by this call, whatever it is used for.
+
+        What gathers parameters only when they are needed (Megatron's ``overlap_param_gather``)
+        waits in the module's forward hooks; a layer that read ``weight`` would compute with the
+        shares that the ranks had before.
+        """
+        return self.weight
+
     def cut(self, full: Tensor) -> Tensor:
         """Cut this rank's share out of a whole factor ``[rows, columns]``."""
         group = self.tp_group

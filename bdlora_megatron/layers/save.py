@@ -20,7 +20,7 @@ from bdlora_megatron.convert.megatron_format import (
     WEIGHTS_NAME,
     common_state,
 )
-from bdlora_megatron.errors import ConfigError, TargetError, UnsupportedError
+from bdlora_megatron.errors import ConfigError, TargetError
 from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.load import decoder_keys
 
@@ -46,7 +46,6 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
 
     Raises:
         TargetError: The model has no adapter.
-        UnsupportedError: A pipeline stage has no part of it.
         ConfigError: There is something at the path.
 
     Collectives: over all ranks, those of `dist_checkpointing.save`, one all-gather of names and
@@ -78,7 +77,6 @@ def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
 
     Raises:
         TargetError: No stage has an adapter.
-        UnsupportedError: Some stage has none.
     """
     own: _Entries = {}
     base = None
@@ -95,13 +93,8 @@ def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
     entries = {key: value for _, some in everyone for key, value in some.items()}
     if not entries:
         raise TargetError("the model has no adapter to save; load or apply one first")
-    for rank, (_, some) in enumerate(everyone):
-        if not some:
-            raise UnsupportedError(
-                f"rank {rank} holds no part of the adapter, and a pipeline stage without one "
-                "cannot take part in saving it; save from fewer stages"
-            )
-    return everyone[0][0], entries
+    # A stage that holds none of the layers in question knows no base either.
+    return next(base for base, _ in everyone if base is not None), entries
 
 
 def _stacked_layers(entries: _Entries, num_layers: int | None) -> int | None:

@@ -108,6 +108,10 @@ def gather_and_shrink(
     Collectives: forward one all-gather, shared with the base; backward one reduce-scatter, shared
     with the base, and one all-gather to form dA.
     """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        # Autocast is off again when backward runs; its type must be in what is saved for it.
+        A = A.to(torch.get_autocast_dtype(kind))
     shared, z = _GatherAndShrink.apply(x, A, mask, keep, group)  # type: ignore[no-untyped-call]
     return shared, z
 

@@ -31,6 +31,7 @@ from bdlora_megatron.layers.adapters import AdapterOptions, ProjectionPlan
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.pools import LayerRoom, LayerShare, Pools, own_columns, slot_columns
 from bdlora_megatron.ops import GroupedBatch, SlotFactors, add_grouped, expand, shrink
+from bdlora_megatron.ops.grouped import Implementation
 
 __all__ = ["LayerSlots", "ServingStep"]
 
@@ -43,10 +44,12 @@ class ServingStep:
         batch: Which slot each token uses; None runs the base model alone.
         exchange: Whether layers run the S-LoRA pools too, with their collectives. The same on every
             rank.
+        implementation: Of the grouped product, instead of the device's own.
     """
 
     batch: GroupedBatch | None = None
     exchange: bool = False
+    implementation: Implementation | None = None
 
 
 class LayerSlots:
@@ -176,7 +179,8 @@ class LayerSlots:
         batch = self.step.batch
         assert batch is not None
         tokens, flat = x.flatten(0, -2), out.view(-1, out.shape[-1])
-        flat = add_grouped(flat, tokens, self._own.factors[0], batch)
+        how = self.step.implementation
+        flat = add_grouped(flat, tokens, self._own.factors[0], batch, implementation=how)
         if self.step.exchange and self._exchanged is not None:
             flat = self._add_exchanged(self._exchanged.factors, flat, tokens, batch)
         return flat.view_as(out)
@@ -184,7 +188,8 @@ class LayerSlots:
     def _add_exchanged(
         self, factors: list[SlotFactors], out: Tensor, x: Tensor, batch: GroupedBatch
     ) -> Tensor:
-        z, group = shrink(x, factors[0], batch), self.tp_group
+        group, how = self.tp_group, self.step.implementation
+        z = shrink(x, factors[0], batch, implementation=how)
         # In the model's own type on the wire, as a layer with one adapter sends it.
         sent = z.to(x.dtype)
         if self._column:
@@ -195,5 +200,5 @@ class LayerSlots:
             summed = reduce_from_tensor_model_parallel_region(sent, group=group)
             parts = (copy_to_tensor_model_parallel_region(summed, group=group),)
         for part, held in zip(parts, factors, strict=True):
-            out = expand(out, part.to(z.dtype), held, batch)
+            out = expand(out, part.to(z.dtype), held, batch, implementation=how)
         return out

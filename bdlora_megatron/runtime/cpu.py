@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.fusions import fused_softmax
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -71,6 +72,17 @@ def enable_cpu() -> None:
             "_CUDA_RNG_STATE_TRACKER": None,
             "_CUDA_RNG_STATE_TRACKER_INITIALIZED": False,
         },
+        # Their backward pass knows whether the forward pass ran under CUDA's autocast only.
+        **{
+            function: {
+                "forward": staticmethod(_on_cpu(torch.amp.custom_fwd, function.forward)),
+                "backward": staticmethod(_on_cpu(torch.amp.custom_bwd, function.backward)),
+            }
+            for function in (
+                megatron_layers.LinearWithFrozenWeight,
+                megatron_layers.LinearWithGradAccumulationAndAsyncCommunication,
+            )
+        },
         # Recomputing norms and activation functions.
         CheckpointWithoutOutput: {"__init__": _without_fp8(CheckpointWithoutOutput.__init__)},
         **optimizer_replacements(),
@@ -79,6 +91,11 @@ def enable_cpu() -> None:
     for owner, attributes in replacements.items():
         for name, value in attributes.items():
             setattr(owner, name, value)
+
+
+def _on_cpu(decorate: Any, decorated: Any) -> Any:
+    """What a decorator for CUDA's autocast made of a function, made anew for the CPU's."""
+    return decorate(decorated.__wrapped__, device_type="cpu")
 
 
 def _current_device() -> torch.device:

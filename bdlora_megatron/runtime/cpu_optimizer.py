@@ -1,16 +1,18 @@
-"""What Megatron-Core's optimizer and schedules need on a CPU; installed by ``enable_cpu``.
+"""What Megatron-Core's optimizers and schedules need on a CPU; installed by ``enable_cpu``.
 
-It works for float32 parameters and without the distributed optimizer. Of other types, Megatron-Core
-itself refuses every tensor that is not on a GPU.
+That is the float32 optimizer, the one that keeps float32 copies of sixteen-bit parameters, and the
+distributed one, which splits both over data-parallel ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.optimizer import clip_grads, optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
@@ -24,6 +26,12 @@ def optimizer_replacements() -> dict[Any, dict[str, Any]]:
         optimizer: {
             "torch": _TorchOnCPU(),
             "clip_grad_by_total_norm_fp32": _clip_by_total_norm,
+        },
+        optimizer.Float16OptimizerWithFloat16Params: {
+            "__init__": _seeing_cuda_types(optimizer.Float16OptimizerWithFloat16Params.__init__)
+        },
+        distrib_optimizer.DistributedOptimizer: {
+            "__init__": _seeing_cuda_types(distrib_optimizer.DistributedOptimizer.__init__)
         },
         clip_grads: {"torch": _TorchOnCPU(), "l2_norm_impl": _l2_norm},
         # The number of tokens in a step: torch.zeros([], device="cuda").
@@ -52,6 +60,33 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return factory(*args, **kwargs)
 
     return make
+
+
+def _seeing_cuda_types(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Let a constructor sort parameters by the names of CUDA's types, the only ones it knows."""
+
+    @functools.wraps(constructor)
+    def construct(*args: Any, **kwargs: Any) -> None:
+        with _cuda_type_names():
+            constructor(*args, **kwargs)
+
+    return construct
+
+
+@contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    """``tensor.type()`` says ``torch.cuda.FloatTensor`` for ``torch.FloatTensor``."""
+    asked = Tensor.type
+
+    def type_name(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = asked(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    Tensor.type = type_name  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Tensor.type = asked  # type: ignore[method-assign]
 
 
 def _l2_norm(

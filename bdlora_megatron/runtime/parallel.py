@@ -32,7 +32,9 @@ def device() -> torch.device:
 
 
 @contextmanager
-def model_parallel(tp: int = 1, *, pp: int = 1, seed: int = 1234) -> Iterator[torch.device]:
+def model_parallel(
+    tp: int = 1, *, pp: int = 1, seed: int = 1234, cuda_graphs: bool = False
+) -> Iterator[torch.device]:
     """Hold Megatron-Core's process groups for the length of a ``with`` block.
 
     The default process group is made from torchrun's environment where there is none yet, with NCCL
@@ -42,6 +44,7 @@ def model_parallel(tp: int = 1, *, pp: int = 1, seed: int = 1234) -> Iterator[to
         tp: Tensor-parallel ranks.
         pp: Pipeline-parallel stages.
         seed: Seed of Megatron's random streams.
+        cuda_graphs: Inference steps will be captured, which those of training would not allow.
 
     Yields:
         The device this rank computes on.
@@ -57,7 +60,7 @@ def model_parallel(tp: int = 1, *, pp: int = 1, seed: int = 1234) -> Iterator[to
         where = device()
         _initialize(tp, pp)
         torch.manual_seed(seed)
-        model_parallel_cuda_manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed, inference_rng_tracker=cuda_graphs)
         yield where
     finally:
         parallel_state.destroy_model_parallel()

@@ -51,6 +51,9 @@ class Sampling:
     logprobs: int | None = None
     """Report the log-probability of each token, and of so many most probable ones."""
 
+    prompt_logprobs: bool = False
+    """Report those of the prompt's tokens, too, from the second on."""
+
     max_tokens: int = 16
     """End after so many tokens, with reason ``length``."""
 
@@ -68,6 +71,8 @@ class Sampling:
             raise ConfigError(f"max_tokens={self.max_tokens}; wanted at least 1")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise ConfigError(f"logprobs={self.logprobs}; wanted 0 to 20")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise ConfigError("prompt_logprobs without logprobs; set logprobs to 0 or more")
 
     @property
     def greedy(self) -> bool:
@@ -164,11 +169,13 @@ class Token:
         request_id: Which.
         choice: The token.
         finish: Why it was the last, if it was.
+        prompt: With the first token, if it was asked for: the prompt's tokens from the second on.
     """
 
     request_id: int
     choice: Choice
     finish: FinishReason | None = None
+    prompt: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

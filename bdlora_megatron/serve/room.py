@@ -11,6 +11,7 @@ import torch
 from bdlora_megatron.config import DEFAULT_TARGETS, Layout
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers.pools import LayerShare
+from bdlora_megatron.ops.grouped import Implementation
 
 __all__ = ["AdapterShare", "SlotRoom"]
 
@@ -39,6 +40,9 @@ class SlotRoom:
 
     dtype: torch.dtype | None = None
     """The factors' type; the base weights' when unset."""
+
+    implementation: Implementation | None = None
+    """Of the grouped product, instead of the device's own."""
 
     def __post_init__(self) -> None:
         if min(self.num_slots, self.max_rank) < 1:

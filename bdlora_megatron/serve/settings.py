@@ -15,6 +15,7 @@ __all__ = ["ApiKey", "ServeSettings", "check_adapter_name"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:-]{0,127}")
 _LAYOUTS = ("bdlora", "half_sharded", "slora")
+_LAYERS = ("megatron", "transformer_engine")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -71,6 +72,12 @@ class ServeSettings:
 
     dtype: str | None = None
     """The model's type; as stored when unset."""
+
+    layers: str = "megatron"
+    """Whose linear layers the model has: ``megatron``, or on GPUs ``transformer_engine``."""
+
+    cuda_graphs: bool = False
+    """Capture decoding steps in CUDA graphs. This has never run on a GPU."""
 
     layout: str = "bdlora"
     """How ranks hold adapters: ``bdlora`` (serves any), ``half_sharded`` or ``slora``."""
@@ -153,10 +160,14 @@ class ServeSettings:
         for name in ("port", "max_queue", "drain_s", "restarts"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}; wanted 0 or more")
-        if self.layout not in _LAYOUTS:
-            raise ConfigError(f"layout={self.layout!r}; wanted one of {_LAYOUTS}")
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r}; wanted one of {_DTYPES}")
+        self._check_choices()
+        if self.cpu and self.layers == "transformer_engine":
+            raise ConfigError(
+                "layers='transformer_engine' on a CPU; Transformer Engine runs on GPUs: leave "
+                "layers out, or cpu"
+            )
+        if self.cpu and self.cuda_graphs:
+            raise ConfigError("cuda_graphs on a CPU; there are none: leave one of the two out")
         if self.admin_key is not None and len(self.admin_key) < 8:
             raise ConfigError("admin_key has fewer than 8 characters; make a longer one")
         for name in self.adapters:
@@ -165,6 +176,18 @@ class ServeSettings:
                     f"an adapter is called {name!r}, as the base model is; name it otherwise, or "
                     "set served_name"
                 )
+
+    def _check_choices(self) -> None:
+        """Refuse words that mean nothing here.
+
+        Raises:
+            ConfigError: There is one.
+        """
+        choices = {"layout": _LAYOUTS, "layers": _LAYERS, "dtype": _DTYPES}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known and not (name == "dtype" and value is None):
+                raise ConfigError(f"{name}={value!r}; wanted one of {known}")
 
     @property
     def base_name(self) -> str:

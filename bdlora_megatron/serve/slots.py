@@ -49,7 +49,8 @@ class ModelSlots:
             TargetError: The model has none of the targeted layers.
         """
         self.room = room = room or SlotRoom()
-        self.step = ServingStep()
+        self.step = ServingStep(implementation=room.implementation)
+        self._captured: dict[int, GroupedBatch] = {}
         self._model = model
         taken = [n for n, layer in lora_layers(model) if layer.adapter or layer.slots]
         if taken:
@@ -257,11 +258,28 @@ class ModelSlots:
         """Say what the coming steps run, until it is said again; None runs the base model alone.
 
         Args:
-            batch: The batch; the same on every rank. A captured CUDA graph keeps reading the one it
-                was captured with, which ``GroupedBatch.refill`` changes in place.
+            batch: The batch; the same on every rank.
         """
         self.step.batch = batch
         self.step.exchange = bool(self._exchanged)
+
+    def set_captured_batch(self, token_slot: Tensor) -> None:
+        """Say what the coming step runs, which is captured in a CUDA graph or replays one.
+
+        A graph does again what was done when it was captured, on the same memory. So there is one
+        batch for each number of tokens, described anew in place, and the pools of the S-LoRA layout
+        are run in every such step, if there are any.
+
+        Args:
+            token_slot: As for ``batch``.
+        """
+        known = self._captured.get(len(token_slot))
+        if known is None:
+            known = self._captured[len(token_slot)] = self.batch(token_slot)
+        else:
+            known.refill(token_slot)
+        self.step.batch = known
+        self.step.exchange = Layout.SLORA in self.room.layouts
 
     @contextmanager
     def serving(self, batch: GroupedBatch) -> Iterator[None]:

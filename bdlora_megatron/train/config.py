@@ -206,6 +206,11 @@ def _contradictions(config: TrainConfig) -> list[str]:
             f"train.global_batch_size is {train.global_batch_size}; it must be a multiple of "
             f"micro_batch_size={train.micro_batch_size}"
         )
+    if train.precision == "bf16" and model.dtype == "float32":
+        problems.append(
+            "model.dtype is float32; with train.precision=bf16 the base is bfloat16: leave "
+            "model.dtype out, or train in fp32"
+        )
     if optimizer.min_lr > optimizer.lr:
         problems.append(f"optimizer.min_lr is {optimizer.min_lr}; lr={optimizer.lr} is smaller")
     decay = config.scheduler.lr_decay_iters or train.train_iters

@@ -102,7 +102,8 @@ class _Run:
             loss = self._steps(stepper, facts)
             if self.report is not None:
                 self.report.draw()
-            exported = self._export()
+            with stepper.main_weights():
+                exported = self._export()
         return RunResult(steps=self.steps_done, validation_loss=loss, exported=exported)
 
     def _evaluate_base(self) -> RunResult:

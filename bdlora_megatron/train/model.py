@@ -34,7 +34,7 @@ def build_model(config: TrainConfig) -> tuple[GPTModel, HFConfig]:
     lora = resolve_peft(config.peft, hf)
     model = load_hf_model(
         config.model.hf_path,
-        dtype=_DTYPES[config.model.dtype],
+        dtype=_DTYPES["bfloat16" if config.train.precision == "bf16" else config.model.dtype],
         max_sequence_length=config.model.seq_length,
         settings=_settings(config.model),
         # Transformer Engine's attention would not see the mask that keeps packed examples apart.

@@ -49,7 +49,8 @@ def resolve_peft(peft: PeftSection, hf: HFConfig) -> LoRAConfig | None:
         dropout=section.dropout,
         target_modules=section.target_modules,
         exclude_modules=section.exclude_modules,
-        # Sixteen bits would lose the small steps of a small learning rate.
+        # Sixteen bits would lose the small steps of a small learning rate. Under mixed precision
+        # Megatron-Core narrows them and keeps copies that it steps.
         dtype=torch.float32,
     )
 

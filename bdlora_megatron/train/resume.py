@@ -32,6 +32,9 @@ _FREE = (
     "export.",
 )
 
+#: Settings that older checkpoints do not know, with what they then were.
+_SINCE_THEN = {"train.precision": "fp32"}
+
 
 def run_facts(config: TrainConfig, hf: HFConfig, examples: Sequence[Example]) -> dict[str, Any]:
     """What has to be equal for a run to go on as if it had never stopped.
@@ -62,7 +65,7 @@ def check_resumable(saved: Mapping[str, Any], facts: Mapping[str, Any], path: st
     Raises:
         ConfigError: They differ; all differences are listed.
     """
-    before, now = _flat(saved["settings"]), _flat(facts["settings"])
+    before, now = _SINCE_THEN | _flat(saved["settings"]), _flat(facts["settings"])
     problems = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

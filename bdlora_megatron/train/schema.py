@@ -31,7 +31,7 @@ class ModelSection:
     hf_path: str
     """Folder of a Hugging Face Llama-family model, with its tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the frozen base; that of the stored weights by default. Factors are float32."""
+    """Type of the frozen base; that of the stored weights by default. See ``train.precision``."""
     seq_length: int = 1024
     """Tokens in a row of a batch."""
     tensor_model_parallel_size: int = 1
@@ -108,6 +108,9 @@ class TrainSection:
     """Rows in a step, over all ranks."""
     micro_batch_size: int = 1
     """Rows that go through the model at once on a rank."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the factors and their products. ``bf16`` is Megatron-Core's mixed precision: base and
+    factors in bfloat16, gradients summed and factors kept for the optimizer in float32."""
     eval_interval: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     eval_iters: int = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from bdlora_megatron.errors import BDLoRAError
@@ -73,7 +75,9 @@ class Stepper:
         """
         self._config = config
         self.model = DistributedDataParallel(
-            model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model
+            model.config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+            Float16Module(model.config, model) if config.train.precision == "bf16" else model,
         )
         self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self.model])
         self.scheduler = _scheduler(self.optimizer, config)
@@ -114,6 +118,26 @@ class Stepper:
         self.scheduler.step(increment=1)
         norm = None if norm is None else float(norm)
         return StepResult(loss=loss, tokens=tokens, grad_norm=norm, lr=lr)
+
+    @contextmanager
+    def main_weights(self) -> Iterator[None]:
+        """Put the optimizer's float32 copies in the factors' places inside the ``with`` block.
+
+        Yields:
+            Nothing. Without mixed precision the factors are float32 anyway, and stay.
+        """
+        copies = [
+            (factor, factor.data, factor.main_param.data)
+            for factor in self.model.parameters()
+            if getattr(factor, "main_param", None) is not None
+        ]
+        for factor, _, main in copies:
+            factor.data = main
+        try:
+            yield
+        finally:
+            for factor, own, _ in copies:
+                factor.data = own
 
 
 def mean_loss(model: Any, batches: Sequence[Batch], config: TrainConfig) -> float:
@@ -195,7 +219,7 @@ def _over_ranks(outputs: Sequence[Tensor], where: torch.device) -> tuple[float, 
 
 
 def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
-    optimizer = config.optimizer
+    optimizer, half = config.optimizer, config.train.precision == "bf16"
     return OptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -205,6 +229,8 @@ def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
+        bf16=half,
+        params_dtype=torch.bfloat16 if half else torch.float32,
     )
 
 

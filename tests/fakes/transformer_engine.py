@@ -205,6 +205,16 @@ class LayerNormLinear(_Module):
         return (y, self.bias) if self.return_bias else y
 
 
+class DotProductAttention(nn.Module):
+    """Can be built into a model whose attention is computed by somebody else."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+
+    def forward(self, *args, **kwargs):
+        raise NotImplementedError("this stand-in computes no attention")
+
+
 def _placeholder(name: str) -> type:
     def refuse(self, *args, **kwargs):
         raise NotImplementedError(f"the stand-in for Transformer Engine has no {name}")
@@ -268,8 +278,9 @@ def install() -> None:
             "transformer_engine.common.recipe", DelayedScaling=type("DelayedScaling", (), {})
         ),
     }
-    classes = {kind.__name__: kind for kind in (Linear, LayerNormLinear, LayerNorm, RMSNorm)}
-    for name in ("DotProductAttention", "GroupedLinear", "TransformerLayer"):
+    kinds = (Linear, LayerNormLinear, LayerNorm, RMSNorm, DotProductAttention)
+    classes = {kind.__name__: kind for kind in kinds}
+    for name in ("GroupedLinear", "TransformerLayer"):
         classes[name] = _placeholder(name)
     pytorch = _module("transformer_engine.pytorch", **classes)
     common = _module("transformer_engine.common")

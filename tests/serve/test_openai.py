@@ -19,8 +19,8 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
-    """What PEFT answers, token by token, to a prompt's token ids."""
+def tuned(folder):
+    """PEFT's model with all adapters."""
     import peft
     import transformers
 
@@ -32,6 +32,12 @@ def alone(folder):
             tuned = peft.PeftModel.from_pretrained(base, path, adapter_name=name)
         else:
             tuned.load_adapter(path, adapter_name=name)
+    return tuned
+
+
+@pytest.fixture(scope="module")
+def alone(tuned):
+    """What PEFT answers, token by token, to a prompt's token ids."""
 
     def answer(model: str, ids: list[int], count: int) -> list[int]:
         given = torch.tensor([ids])
@@ -177,6 +183,52 @@ def test_echo_token_prompts_and_log_probabilities(client, tokenizer):
     assert max(logprobs.top_logprobs[0].values()) == logprobs.token_logprobs[0]
 
 
+@torch.no_grad()
+def _log_probabilities(tuned, model, ids):
+    """Of every next token in every place, by PEFT."""
+    if model == "model":
+        with tuned.disable_adapter():
+            return tuned(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    tuned.set_adapter(model)
+    return tuned(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("model", ["model", *models.ADAPTERS])
+def test_prompts_are_scored_as_peft_scores_them(client, tuned, alone, tokenizer, model):
+    # Longer than a step: the prompt is read in chunks.
+    prompt = "ninety-nine bottles of beer on the wall, ninety-nine bottles of beer"
+    ids = tokenizer.encode(prompt)
+    request = {"model": model, "prompt": prompt, "echo": True, "logprobs": 2, "temperature": 0}
+    made = client.completions.create(**request, max_tokens=2)
+    assert made.choices[0].text.startswith(prompt)
+    found = made.choices[0].logprobs
+    whole = ids + alone(model, ids, 2)
+    wanted = _log_probabilities(tuned, model, whole)
+    assert len(found.tokens) == len(whole) == len(ids) + 2
+    assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+    for place, token in enumerate(whole[1:], start=1):
+        row = wanted[place - 1]
+        assert found.token_logprobs[place] == pytest.approx(float(row[token]), abs=1e-4)
+        # Two tokens that are no text by themselves are spelt alike, and are one entry.
+        top = list(found.top_logprobs[place].values())
+        assert top == pytest.approx(row.topk(2).values[-len(top) :].tolist(), abs=1e-4)
+    assert found.text_offset == list(range(len(whole)))
+    # Nothing but the score, and all of it in a stream's first piece.
+    scored = client.completions.create(**request, max_tokens=0)
+    assert scored.choices[0].text == prompt
+    assert scored.choices[0].finish_reason == "length"
+    assert scored.usage.completion_tokens == 0
+    assert scored.choices[0].logprobs.token_logprobs[1:] == pytest.approx(
+        found.token_logprobs[1:-2], abs=1e-5
+    )
+    stream = client.completions.create(**request, max_tokens=2, stream=True)
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert "".join(chunk.text for chunk in chunks) == made.choices[0].text
+    streamed = [value for chunk in chunks for value in chunk.logprobs.token_logprobs]
+    assert streamed[1:] == pytest.approx(found.token_logprobs[1:], abs=1e-5)
+    assert len(chunks[0].logprobs.tokens) > len(ids)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
@@ -188,7 +240,6 @@ def test_echo_token_prompts_and_log_probabilities(client, tokenizer):
         ({"prompt": [[1], [10**6]]}, openai.BadRequestError, "token ids"),
         ({"frequency_penalty": 1.0}, openai.BadRequestError, "frequency_penalty"),
         ({"extra_body": {"guided_json": {}}}, openai.BadRequestError, "guided_json"),
-        ({"echo": True, "logprobs": 1}, openai.BadRequestError, "echo"),
         ({"best_of": 3}, openai.BadRequestError, "best_of"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

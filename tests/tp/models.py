@@ -48,6 +48,8 @@ def tiny_model(config: TransformerConfig, spec: Any = None, *, seed: int = 3) ->
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
     _draw_gated_layers(model, seed)
     return model

@@ -7,7 +7,6 @@ sequence again for every token, in fp64.
 from __future__ import annotations
 
 import random
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,94 +16,10 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from bdlora_megatron import runtime
 from bdlora_megatron.layers import load_adapter, remove_lora
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
-from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
-from bdlora_megatron.serve.engine import EngineOptions, ServingEngine
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import Choice, Failed, Sampling, Submit, Token
 from tests.harness import run_ranks
-from tests.tp.models import VOCAB
-from tests.tp.serving_cases import make_adapter, serving_model
-
-ADAPTERS = {
-    "vanilla": {"rank": 4},
-    "two": {"rank": 4, "num_blocks": 2},
-    "four": {"rank": 8, "num_blocks": 4},
-    "attention": {"rank": 3, "modules": ("q_proj", "o_proj")},
-}
-BLOCK, LENGTH = 4, 32
-
-
-def make(name: str) -> Any:
-    return make_adapter(list(ADAPTERS).index(name), name=name, **ADAPTERS[name])
-
-
-def requests(count: int, seed: int) -> list[Submit]:
-    rng = random.Random(seed)
-    made = []
-    for request_id in range(count):
-        prompt = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 20)))
-        sampled = rng.random() < 0.5
-        sampling = Sampling(
-            temperature=rng.uniform(0.5, 1.5) if sampled else 0.0,
-            top_p=rng.choice([1.0, 0.9]),
-            top_k=rng.choice([0, 7]),
-            seed=rng.randrange(2**32),
-            logprobs=rng.choice([None, 2]),
-            max_tokens=rng.randint(1, 12),
-            stop_ids=frozenset(rng.sample(range(VOCAB), 3)),
-        )
-        adapter = rng.choice([None, *ADAPTERS])
-        made.append(
-            Submit(request_id=request_id, prompt=prompt, sampling=sampling, adapter=adapter)
-        )
-    return made
-
-
-def engine_for(world: int, *, blocks: int, num_slots: int = 2, **options: Any) -> ServingEngine:
-    slots = ModelSlots(_model(world), SlotRoom(num_slots=num_slots, max_rank=8))
-    store = AdapterStore(slots, StoreOptions(host_bytes=3 * slots.largest_bytes))
-    for name in ADAPTERS:
-        store.register(name, partial(make, name))
-    # Per position: keys and values, 2 layers, 24 / P numbers of 8 bytes; one block is Megatron's.
-    cache_bytes = (blocks + 1) * BLOCK * 2 * 2 * (24 // world) * 8
-    sizes = {
-        "max_requests": 6,
-        "max_tokens": 10,
-        "max_length": LENGTH,
-        "block_tokens": BLOCK,
-        "cache_bytes": cache_bytes,
-        "patience": 4,
-    }
-    return ServingEngine(_model_of(slots), store, EngineOptions(**{**sizes, **options}))
-
-
-def _model(world: int) -> Any:
-    return serving_model(world, params_dtype=torch.float64, pipeline_dtype=torch.float64).double()
-
-
-def _model_of(slots: ModelSlots) -> Any:
-    return slots._model
-
-
-def run(engine: ServingEngine, arrivals: dict[int, list[Submit]], cancels: dict[int, list[int]]):
-    """Drive the engine; returns each request's tokens and finish reason."""
-    got: dict[int, list[Choice]] = {}
-    ends: dict[int, Any] = {}
-    for step in range(2000):
-        for request in arrivals.pop(step, ()):
-            engine.submit(request)
-            got[request.request_id] = []
-        for request_id in cancels.pop(step, ()):
-            engine.cancel(request_id)
-        if not (arrivals or cancels or engine.has_work):
-            return got, ends
-        for event in engine.step(wait_s=0.05):
-            assert isinstance(event, Token), event
-            assert event.request_id not in ends
-            got[event.request_id].append(event.choice)
-            if event.finish is not None:
-                ends[event.request_id] = event.finish
-    raise AssertionError("the engine did not come to an end")
+from tests.tp.engine_cases import ADAPTERS, engine_for, make, requests, run, wide_model
 
 
 @torch.inference_mode()
@@ -112,18 +27,29 @@ def alone(model: Any, request: Submit) -> tuple[list[Choice], str]:
     """What the request gets from a plain model that runs nothing else."""
     sampler = Sampler()
     sampler.add(0, request.sampling)
-    tokens, choices = list(request.prompt), []
+    tokens, choices, prompt = list(request.prompt), [], []
     while True:
         ids = torch.tensor([tokens])
         logits = model(ids, torch.arange(len(tokens))[None], causal(len(tokens)))
-        logits = gather_from_tensor_model_parallel_region(logits)[0, -1:]
-        choice = sampler.choose(logits, [0])[0]
+        logits = gather_from_tensor_model_parallel_region(logits)[0]
+        if request.sampling.prompt_logprobs and not choices:
+            prompt = [
+                by_hand(row, token, request.sampling.logprobs)
+                for row, token in zip(logits, tokens[1:], strict=False)
+            ]
+        choice = sampler.choose(logits[-1:], [0])[0]
         choices.append(choice)
         tokens.append(choice.token)
         if choice.token in request.sampling.stop_ids:
-            return choices, "stop"
+            return prompt + choices, "stop"
         if len(choices) == request.sampling.max_tokens:
-            return choices, "length"
+            return prompt + choices, "length"
+
+
+def by_hand(logits: torch.Tensor, token: int, count: int) -> Choice:
+    logprobs = [float(x) for x in logits - logits.exp().sum().log()]
+    order = sorted(range(len(logprobs)), key=lambda i: -logprobs[i])[:count]
+    return Choice(token, logprobs[token], tuple((i, logprobs[i]) for i in order))
 
 
 def causal(length: int) -> torch.Tensor:
@@ -131,7 +57,7 @@ def causal(length: int) -> torch.Tensor:
 
 
 def all_alone(world: int, made: list[Submit]) -> dict[int, tuple[list[Choice], str]]:
-    model, expected = _model(world), {}
+    model, expected = wide_model(world), {}
     for name in (None, *ADAPTERS):
         if name is not None:
             load_adapter(model, make(name))
@@ -150,6 +76,7 @@ def check_equal(got: list[Choice], expected: list[Choice], *, whole: bool, label
         if mine.logprob is not None:
             assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
             assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+            assert [x for _, x in mine.top] == pytest.approx([x for _, x in theirs.top], abs=1e-5)
 
 
 def mixed_body(rank: int, world: int) -> dict[str, Any]:
@@ -180,6 +107,8 @@ def mixed_body(rank: int, world: int) -> dict[str, Any]:
         assert after.preemptions > 0, "the cache was never short: the test shows less than it says"
         assert after.slot_evictions > 0
         assert "stop" in ends.values()
+        asked = [request for request in made if request.sampling.prompt_logprobs]
+        assert max(len(request.prompt) for request in asked) > 10, "no chunks of such a prompt"
         cut = [request_id for request_id in cancelled if request_id not in ends]
         return {"got": got, "ends": ends, "after": after, "cut": len(cut)}
 

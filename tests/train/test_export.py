@@ -105,6 +105,22 @@ def test_trained_at_three_ranks_resumed_at_one_peft_computes_the_same(root, tmp_
             assert_close(logits, trained, "Megatron's logits at TP=3", (1e-5, 1e-4))
 
 
+def test_begun_on_one_rank_and_ended_on_four_peft_computes_the_same(root, tmp_path):
+    """Two tensor-parallel ranks times two pipeline stages, of which each exports its layer."""
+    common = {"peft": SCHEMES["bdlora"], "scheduler": {"lr_decay_iters": 8}}
+    common |= {"optimizer": {"lr": 0.05}}
+    run_ranks(1, train_rank, settings(root, tmp_path, train__train_iters=2, **common))
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    model = {"hf_path": str(root / "base"), "seq_length": 48, "sequence_parallel": True, **sizes}
+    run_ranks(4, train_rank, settings(root, tmp_path, train__train_iters=4, model=model, **common))
+    last = settings(root, tmp_path, train__train_iters=4, **common)
+    (trained,) = run_ranks(1, _checkpoint_logits, last)
+    base = _peft_logits(root / "base")
+    assert (trained - base).abs().max() > 0.05 * base.abs().max()
+    found = _peft_logits(root / "base", tmp_path / ADAPTER)
+    assert_close(found, trained, "PEFT's logits", (1e-5, 1e-4))
+
+
 def test_scheme_none_evaluates_the_base_model_and_writes_no_adapter(root, tmp_path):
     config = settings(root, tmp_path, peft={"scheme": "none"})
     (result,) = run_ranks(1, train_rank, config)

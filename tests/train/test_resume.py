@@ -78,9 +78,10 @@ def test_resumed_at_the_same_size_every_bit_is_the_same(root, whole, tmp_path):
         (3, {"model__tensor_model_parallel_size": 3}),
         (2, {"model__tensor_model_parallel_size": 2, "model__sequence_parallel": True}),
         (2, {"model__pipeline_model_parallel_size": 2}),
+        (4, {"model__tensor_model_parallel_size": 2, "model__pipeline_model_parallel_size": 2}),
         (2, {"train__micro_batch_size": 1}),
     ],
-    ids=["tp3", "tp2-sequence", "pp2", "dp2"],
+    ids=["tp3", "tp2-sequence", "pp2", "tp2-pp2", "dp2"],
 )
 def test_resumed_at_another_size_the_losses_are_the_same(
     root, whole_without_dropout, tmp_path, world_size, changes

@@ -33,6 +33,14 @@ SIZES = {
     "tp2-sequence": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "dp2": (2, {}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "tp2-pp2-sequence": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "sequence_parallel": True,
+        },
+    ),
     "tp2-dp2-sequence": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
 }
 

@@ -56,7 +56,7 @@ class ColumnAdapter(Adapter):
 
     def shrink_weight(self) -> Tensor:
         """All projections' A, one below the other: ``[K / P, I]``."""
-        weights: list[Tensor] = [self.factors(plan)[0].weight for plan in self.plans]
+        weights: list[Tensor] = [self.factors(plan)[0]() for plan in self.plans]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     def expand_weight(self) -> Tensor:
@@ -69,7 +69,7 @@ class ColumnAdapter(Adapter):
 
     def laid_out(self, plan: ProjectionPlan) -> Tensor:
         """One projection's local B as a plain matrix, with its scale if it is folded in."""
-        return self.lay_out_b(plan, self.scaled(self.factors(plan)[1].weight, plan))
+        return self.lay_out_b(plan, self.scaled(self.factors(plan)[1](), plan))
 
     def lay_out_b(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
         """A local B with its local blocks on the diagonal: ``[O / P, R / P]``."""

@@ -59,7 +59,7 @@ class RowAdapter(Adapter):
 
     def shrink_weight(self) -> Tensor:
         """Local A as a plain matrix."""
-        return self.lay_out_a(self.only, self.factors(self.only)[0].weight)
+        return self.lay_out_a(self.only, self.factors(self.only)[0]())
 
     def lay_out_a(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
         """A local A with its local blocks on the diagonal: ``[R / P, I / P]``."""
@@ -67,7 +67,8 @@ class RowAdapter(Adapter):
 
     def expand_weight(self) -> Tensor:
         """Local B: ``[O, R / P]``."""
-        return self.factors(self.only)[1].weight
+        weight: Tensor = self.factors(self.only)[1]()
+        return weight
 
     def dropout_rng(self) -> AbstractContextManager[None]:
         """Megatron's model-parallel stream: each rank sees other elements of X, so other masks."""

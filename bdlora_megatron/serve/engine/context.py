@@ -18,10 +18,13 @@ from torch import Tensor
 from bdlora_megatron.errors import CapacityError
 from bdlora_megatron.runtime import cpu_is_enabled
 from bdlora_megatron.serve.engine.options import EngineOptions
+from bdlora_megatron.serve.engine.prompts import Span
 
 __all__ = ["AdapterContext", "UnpaddedContext", "make_context"]
 
 _SLOT = "adapter_slot"
+#: Numbers of requests for which a decoding step is captured; a step is padded to the next one.
+_GRAPHS = 16
 
 
 class AdapterContext(DynamicInferenceContext):
@@ -77,6 +80,14 @@ class AdapterContext(DynamicInferenceContext):
             self.paused_request_count : self.total_request_count
         ].tolist()
         return ids
+
+    @property
+    def spans(self) -> list[Span]:
+        """Which tokens the coming step, or the step just run, has of which request, in order."""
+        rows = slice(self.paused_request_count, self.total_request_count)
+        firsts = self.request_kv_length_offsets[rows].tolist()
+        lengths = self.request_query_lengths[rows].tolist()
+        return [Span(*span) for span in zip(self.active_ids, firsts, lengths, strict=True)]
 
     @property
     def used_blocks(self) -> int:
@@ -194,6 +205,9 @@ def make_context(
         max_tokens=kind.round_up_tokens(options.max_tokens),
         block_size_tokens=options.block_tokens,
         tensor_model_parallel_size=config.tensor_model_parallel_size,
+        num_cuda_graphs=_GRAPHS if options.cuda_graphs else None,
+        # Steps that read prompts are long, and of too many sizes.
+        use_cuda_graphs_for_non_decode_steps=False,
     )
     needed = -(-options.max_length // options.block_tokens)
     if context.num_blocks < needed:

@@ -13,6 +13,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 )
 from torch import Tensor
 
+from bdlora_megatron.serve.engine.prompts import PromptScores
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import Choice
 from bdlora_megatron.serve.slots import ModelSlots
@@ -23,20 +24,30 @@ __all__ = ["AdapterController", "AdapterGPT"]
 class AdapterGPT(GPTInferenceWrapper):
     """Tells all layers, once per step, which slot each token uses."""
 
-    def __init__(self, *args: Any, slots: ModelSlots | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, slots: ModelSlots | None, scores: PromptScores, **kwargs: Any
+    ) -> None:
         """Wrap a model.
 
         Args:
             *args: As for ``GPTInferenceWrapper``.
             slots: The model's slots; None serves the base model alone.
+            scores: The prompts whose log-probabilities are asked for.
             **kwargs: As for ``GPTInferenceWrapper``.
         """
         super().__init__(*args, **kwargs)
         self.slots = slots
+        self.scores = scores
 
     def _forward(self, inference_input: dict[str, Any]) -> Tensor:
+        context = self.inference_context
         if self.slots is not None:
-            self.slots.set_batch(self.slots.batch(self.inference_context.token_slots()))
+            if context.using_cuda_graph_this_step():
+                self.slots.set_captured_batch(context.token_slots())
+            else:
+                self.slots.set_batch(self.slots.batch(context.token_slots()))
+        # Those of the last token of each request do, where nobody asks about prompts.
+        context.materialize_only_last_token_logits = not self.scores.wanted(context.active_ids)
         logits: Tensor = super()._forward(inference_input)
         return logits
 
@@ -76,6 +87,7 @@ class AdapterController(TextGenerationController):
         context = self.inference_wrapped_model.inference_context
         rows = logits.squeeze(0)
         if not context.materialize_only_last_token_logits:
+            self.inference_wrapped_model.scores.read(rows, context.spans)
             rows = context.last_token_logits(logits)
         ids, unfinished = context.active_ids, context.chunked_prefill_request_id
         chosen = self.sampler.choose(rows, ids, idle=unfinished)

@@ -20,6 +20,7 @@ from bdlora_megatron.serve.engine.context import make_context
 from bdlora_megatron.serve.engine.controller import AdapterController, AdapterGPT
 from bdlora_megatron.serve.engine.dropping import DroppingEngine
 from bdlora_megatron.serve.engine.options import EngineOptions
+from bdlora_megatron.serve.engine.prompts import PromptScores
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import Failed, FinishReason, Snapshot, Submit, Token
 from bdlora_megatron.serve.store import AdapterStore
@@ -62,6 +63,7 @@ class ServingEngine:
             per_adapter=self.options.per_adapter,
         )
         self._sampler = Sampler()
+        self._scores = PromptScores()
         self._waiting: dict[int, Submit] = {}
         # The version that each running request holds; None for the base model.
         self._running: dict[int, AdapterKey | None] = {}
@@ -73,7 +75,7 @@ class ServingEngine:
             padded_vocab_size=model.vocab_size,
         )
         slots = None if store is None else store.slots
-        wrapped = AdapterGPT(model, config, self._context, slots=slots)
+        wrapped = AdapterGPT(model, config, self._context, slots=slots, scores=self._scores)
         wrapped.prep_model_for_inference()
         self._controller = AdapterController(wrapped, self._sampler)
         self._engine = DroppingEngine(self._controller, self._context, random_seed=0)
@@ -142,7 +144,7 @@ class ServingEngine:
             self._engine.step_modern()
         for request_id, choice in self._controller.choices.items():
             finish = self._finish(request_id, choice.token)
-            events.append(Token(request_id, choice, finish))
+            events.append(Token(request_id, choice, finish, self._scores.take(request_id)))
             if finish is not None:
                 self._end(request_id)
         return events
@@ -229,6 +231,9 @@ class ServingEngine:
             key = self.store.key(admitted.adapter)
         self._running[request.request_id] = key
         self._sampler.add(request.request_id, request.sampling)
+        if request.sampling.prompt_logprobs:
+            count = request.sampling.logprobs or 0
+            self._scores.add(request.request_id, request.prompt, count)
         self._engine.add_request(
             request.request_id,
             list(request.prompt),
@@ -248,6 +253,7 @@ class ServingEngine:
     def _end(self, request_id: int) -> None:
         key = self._running.pop(request_id)
         self._sampler.remove(request_id)
+        self._scores.remove(request_id)
         self.admission.finished(None if key is None else key.name)
         if key is not None and self.store is not None:
             self.store.release(key)

@@ -31,6 +31,9 @@ class EngineOptions:
     patience: int = 64
     """Steps that a request waits before it closes an adapter to get its slot."""
 
+    cuda_graphs: bool = False
+    """Capture decoding steps in CUDA graphs; a model wants ``cuda_graph_impl="local"`` for that."""
+
     per_adapter: int | None = None
     """Requests of one adapter that run at once, at most."""
 

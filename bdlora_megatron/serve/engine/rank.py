@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import queue
@@ -15,12 +16,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import ModuleSpec
 
 from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import load_hf_model, read_hf_config
-from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.errors import BDLoRAError, MissingDependencyError
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.serve.engine.desk import AdapterDesk
 from bdlora_megatron.serve.engine.engine import ServingEngine
@@ -112,7 +117,8 @@ def run_rank(settings: ServeSettings, link: Connection) -> None:
     threading.Thread(target=_receive, args=(link, inbox), daemon=True, name="link").start()
     if settings.cpu:
         enable_cpu_inference()
-    with runtime.model_parallel(settings.tp), torch.inference_mode():
+    groups = runtime.model_parallel(settings.tp, cuda_graphs=settings.cuda_graphs)
+    with groups, torch.inference_mode():
         control = torch.distributed.new_group(
             backend="gloo", timeout=timedelta(seconds=settings.rank_timeout_s)
         )
@@ -141,13 +147,12 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
         The engine and the desk.
     """
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    # Megatron-Core's own layers, also where Transformer Engine is installed: the engine has run
-    # with no others.
-    spec = get_gpt_layer_local_spec(
-        qk_layernorm=read_hf_config(settings.model).qk_norm, normalization="RMSNorm"
-    )
     model = load_hf_model(
-        settings.model, dtype=dtype, max_sequence_length=settings.max_length, layer_spec=spec
+        settings.model,
+        dtype=dtype,
+        max_sequence_length=settings.max_length,
+        settings={"cuda_graph_impl": "local"} if settings.cuda_graphs else None,
+        layer_spec=_layer_spec(settings),
     )
     layouts = (Layout.BDLORA, Layout.HALF_SHARDED)
     if settings.layout == Layout.SLORA.value:
@@ -164,10 +169,28 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
         cache_bytes=settings.cache_bytes,
         block_tokens=settings.block_tokens,
         patience=settings.patience_steps,
+        cuda_graphs=settings.cuda_graphs,
         per_adapter=settings.max_per_adapter,
     )
     engine = ServingEngine(model, store, options)
     return engine, AdapterDesk(engine, store)
+
+
+def _layer_spec(settings: ServeSettings) -> ModuleSpec:
+    """Megatron-Core's own layers, or Transformer Engine's where the settings ask for them.
+
+    Raises:
+        MissingDependencyError: They ask for Transformer Engine, and it is not installed.
+    """
+    qk_norm = read_hf_config(settings.model).qk_norm
+    if settings.layers == "megatron":
+        return get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise MissingDependencyError(
+            "layers='transformer_engine' needs Transformer Engine, which is not installed; "
+            "pip install 'bdlora-megatron[te]', or leave layers out"
+        )
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
 
 
 def _receive(link: Connection, inbox: queue.SimpleQueue[Command]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bdlora_megatron.serve.messages import Choice, Sampling
 
-__all__ = ["Sampler", "choose_tokens"]
+__all__ = ["Sampler", "choose_tokens", "worths"]
 
 
 class Sampler:
@@ -61,7 +61,7 @@ class Sampler:
         choices = [Choice(token) for token in tokens]
         for row, sampling in enumerate(settings):
             if sampling.logprobs is not None:
-                choices[row] = _worth(logits[row], tokens[row], sampling.logprobs)
+                (choices[row],) = worths(logits[row : row + 1], tokens[row:], sampling.logprobs)
         return choices
 
 
@@ -107,9 +107,26 @@ def choose_tokens(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[
     return tokens
 
 
-def _worth(logits: Tensor, token: int, count: int) -> Choice:
-    """The log-probabilities of a token and of ``count`` most probable ones."""
+def worths(logits: Tensor, tokens: Sequence[int], count: int) -> list[Choice]:
+    """The log-probabilities of a token in each row, and of the most probable ones.
+
+    Args:
+        logits: ``[rows, vocabulary]``.
+        tokens: One a row; further ones are left alone.
+        count: How many of the most probable ones.
+
+    Returns:
+        The tokens with their log-probabilities, by row.
+
+    Collectives:
+        None.
+    """
+    tokens = tokens[: len(logits)]
     logprobs = logits.float().log_softmax(dim=-1)
-    values, ids = logprobs.topk(min(count, len(logprobs)))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Choice(token, float(logprobs[token]), top)
+    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
+    tops = zip(ids.tolist(), values.tolist(), strict=True)
+    return [
+        Choice(token, value, tuple(zip(*top, strict=True)))
+        for token, value, top in zip(tokens, own, tops, strict=True)
+    ]

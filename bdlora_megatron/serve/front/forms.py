@@ -81,29 +81,64 @@ class CompletionForm(Form):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, front: Front, job: Job, *, echo: bool) -> None:
+    def __init__(self, front: Front, job: Job, *, echo: bool, silent: bool) -> None:
+        """Say how.
+
+        Args:
+            front: The front.
+            job: What to do.
+            echo: Put the prompt before each answer, with its log-probabilities if the job has them.
+            silent: Leave the answers themselves out.
+        """
         super().__init__(front, job)
         self._echo = echo
+        self._silent = silent
+        self._scored = job.sampling.prompt_logprobs
+        self._begun: set[int] = set()
         # Where each answer's next token begins in its text.
-        self._offsets = [len(self._before(index)) for index in range(job.answers)]
+        self._offsets = [0 if self._scored else len(self._before(i)) for i in range(job.answers)]
+
+    def usage(self, tokens: int) -> dict[str, int]:
+        """What the answers cost."""
+        return super().usage(0 if self._silent else tokens)
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says of an answer before its first token, if anything."""
-        text = self._before(index)
+        # The log-probabilities of a prompt come with the first token, and the prompt with them.
+        text = "" if self._scored else self._before(index)
         return self._choice(index, text, (), None) if text else None
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
         """A piece of an answer in a stream."""
-        return self._choice(index, piece.text, piece.choices, piece.finish)
+        text, choices = self._said(piece)
+        if self._scored and index not in self._begun:
+            self._begun.add(index)
+            text = self._before(index) + text
+            choices = (*self._prompt(index, piece), *choices)
+        return self._choice(index, text, choices, self._finish(piece))
 
     def choice(self, index: int, made: Answer) -> dict[str, Any]:
         """A whole answer."""
-        choices = [choice for piece in made.pieces for choice in piece.choices]
-        text = self._before(index) + made.text
-        return self._choice(index, text, choices, made.pieces[-1].finish)
+        said = [self._said(piece) for piece in made.pieces]
+        text = self._before(index) + "".join(text for text, _ in said)
+        choices = [choice for _, some in said for choice in some]
+        if self._scored:
+            choices = [*self._prompt(index, made.pieces[0]), *choices]
+        return self._choice(index, text, choices, self._finish(made.pieces[-1]))
+
+    def _said(self, piece: Piece) -> tuple[str, tuple[Choice, ...]]:
+        return ("", ()) if self._silent else (piece.text, piece.choices)
+
+    def _finish(self, piece: Piece) -> str | None:
+        # Whatever ended the token that is left out, the answer was as long as it could be.
+        return "length" if self._silent and piece.finish else piece.finish
 
     def _before(self, index: int) -> str:
         return self.job.prompt_of(index).text if self._echo else ""
+
+    def _prompt(self, index: int, first: Piece) -> list[Choice]:
+        """The prompt's tokens. Nothing says how probable the first one is."""
+        return [Choice(self.job.prompt_of(index).ids[0]), *first.prompt]
 
     def _choice(
         self, index: int, text: str, choices: Sequence[Choice], finish: str | None
@@ -123,7 +158,10 @@ class CompletionForm(Form):
             "tokens": tokens,
             "token_logprobs": [choice.logprob for choice in choices],
             "top_logprobs": [
-                {self._spelt(token): value for token, value in choice.top} for choice in choices
+                None
+                if choice.logprob is None
+                else {self._spelt(token): value for token, value in choice.top}
+                for choice in choices
             ],
             "text_offset": offsets,
         }

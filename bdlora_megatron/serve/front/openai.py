@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -61,11 +62,18 @@ def plan_body(front: Front, body: CompletionRequest | ChatRequest, adapter: str 
         raise BadRequestError(
             "best_of must be n or left out: answers are not ranked", param="best_of"
         )
-    if body.echo and body.logprobs is not None:
-        raise BadRequestError("echo does not go with logprobs: those of prompts are not computed")
+    silent = body.max_tokens == 0
+    if silent and not body.echo:
+        raise BadRequestError(
+            "max_tokens=0 wants echo=true, or nothing is left", param="max_tokens"
+        )
     prompts = [_prompt(front.tokenizer, prompt) for prompt in body.prompts]
-    job = plan(front, body, adapter, prompts, max_tokens=body.max_tokens, logprobs=body.logprobs)
-    return CompletionForm(front, job, echo=body.echo)
+    # The engine gives one token at least; a form that says nothing leaves it out.
+    most = 1 if silent else body.max_tokens
+    job = plan(front, body, adapter, prompts, max_tokens=most, logprobs=body.logprobs)
+    if body.echo and body.logprobs is not None:
+        job = replace(job, sampling=replace(job.sampling, prompt_logprobs=True))
+    return CompletionForm(front, job, echo=body.echo, silent=silent)
 
 
 def _plan_chat(front: Front, body: ChatRequest, adapter: str | None) -> Form:

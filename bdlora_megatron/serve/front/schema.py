@@ -77,7 +77,7 @@ class CompletionRequest(GenerationFields):
             Field(min_length=1, max_length=_MOST_CHOICES),
         ]
     )
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None

@@ -107,11 +107,13 @@ class Piece:
         text: The text; empty at an end without any.
         choices: The tokens.
         finish: Why this is the last piece, if it is.
+        prompt: In the first piece, if it was asked for: the prompt's tokens from the second on.
     """
 
     text: str
     choices: tuple[Choice, ...]
     finish: FinishReason | None = None
+    prompt: tuple[Choice, ...] = ()
 
 
 class TextStream:
@@ -135,6 +137,7 @@ class TextStream:
         self._begin, self._read = 0, len(self._ids)
         self._held = ""
         self._choices: list[Choice] = []
+        self._prompt: tuple[Choice, ...] = ()
 
     def push(self, token: Token) -> Piece | None:
         """Take a token.
@@ -148,6 +151,7 @@ class TextStream:
         """
         self._ids.append(token.choice.token)
         self._choices.append(token.choice)
+        self._prompt += token.prompt
         self._held += self._new_text(last=token.finish is not None)
         at = min((i for i in map(self._held.find, self._stop) if i >= 0), default=-1)
         if at >= 0:
@@ -177,7 +181,8 @@ class TextStream:
     def _piece(self, text: str, finish: FinishReason | None) -> Piece:
         self._held = self._held[len(text) :]
         choices, self._choices = tuple(self._choices), []
-        return Piece(text, choices, finish)
+        prompt, self._prompt = self._prompt, ()
+        return Piece(text, choices, finish, prompt)
 
 
 def _stop_ids(folder: Path, own: int | None) -> frozenset[int]:

@@ -57,6 +57,23 @@ def test_keys_come_from_the_environment(model, monkeypatch):
     assert made.admin_key == "admin-key"
 
 
+def test_cuda_graphs_are_off_and_refused_on_a_cpu(model):
+    assert not parse("--model", model).cuda_graphs
+    assert parse("--model", model, "--set", "cuda_graphs=true").cuda_graphs
+    with pytest.raises(ConfigError, match="cuda_graphs on a CPU"):
+        parse("--model", model, "--cpu", "--set", "cuda_graphs=true")
+
+
+def test_layers_are_megatrons_unless_transformer_engines_are_asked_for(model):
+    assert parse("--model", model).layers == "megatron"
+    asked = parse("--model", model, "--set", "layers=transformer_engine")
+    assert asked.layers == "transformer_engine"
+    with pytest.raises(ConfigError, match="Transformer Engine runs on GPUs"):
+        parse("--model", model, "--cpu", "--set", "layers=transformer_engine")
+    with pytest.raises(ConfigError, match="layers='te'; wanted one of"):
+        parse("--model", model, "--set", "layers=te")
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [

@@ -1,0 +1,108 @@
+"""Requests for the serving engine and an engine that serves them, for tests of either."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import torch
+
+from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
+from bdlora_megatron.serve.engine import EngineOptions, ServingEngine
+from bdlora_megatron.serve.messages import Choice, Sampling, Submit, Token
+from tests.tp.models import VOCAB
+from tests.tp.serving_cases import make_adapter, serving_model
+
+ADAPTERS = {
+    "vanilla": {"rank": 4},
+    "two": {"rank": 4, "num_blocks": 2},
+    "four": {"rank": 8, "num_blocks": 4},
+    "attention": {"rank": 3, "modules": ("q_proj", "o_proj")},
+}
+BLOCK, LENGTH = 4, 32
+
+
+def make(name: str) -> Any:
+    return make_adapter(list(ADAPTERS).index(name), name=name, **ADAPTERS[name])
+
+
+def requests(count: int, seed: int) -> list[Submit]:
+    rng = random.Random(seed)
+    made = []
+    for request_id in range(count):
+        prompt = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 20)))
+        sampled = rng.random() < 0.5
+        sampling = Sampling(
+            temperature=rng.uniform(0.5, 1.5) if sampled else 0.0,
+            top_p=rng.choice([1.0, 0.9]),
+            top_k=rng.choice([0, 7]),
+            seed=rng.randrange(2**32),
+            logprobs=(logprobs := rng.choice([None, 2])),
+            prompt_logprobs=logprobs is not None and request_id % 3 > 0,
+            max_tokens=rng.randint(1, 12),
+            stop_ids=frozenset(rng.sample(range(VOCAB), 3)),
+        )
+        adapter = rng.choice([None, *ADAPTERS])
+        made.append(
+            Submit(request_id=request_id, prompt=prompt, sampling=sampling, adapter=adapter)
+        )
+    return made
+
+
+def engine_for(
+    world: int,
+    *,
+    blocks: int,
+    num_slots: int = 2,
+    model: Any = None,
+    implementation: Any = None,
+    **options: Any,
+) -> ServingEngine:
+    model = wide_model(world) if model is None else model
+    room = SlotRoom(num_slots=num_slots, max_rank=8, implementation=implementation)
+    slots = ModelSlots(model, room)
+    store = AdapterStore(slots, StoreOptions(host_bytes=3 * slots.largest_bytes))
+    for name in ADAPTERS:
+        store.register(name, partial(make, name))
+    # Per position: keys and values, 2 layers, 24 / P numbers of 8 bytes; one block is Megatron's.
+    cache_bytes = (blocks + 1) * BLOCK * 2 * 2 * (24 // world) * 8
+    sizes = {
+        "max_requests": 6,
+        "max_tokens": 10,
+        "max_length": LENGTH,
+        "block_tokens": BLOCK,
+        "cache_bytes": cache_bytes,
+        "patience": 4,
+    }
+    return ServingEngine(model, store, EngineOptions(**{**sizes, **options}))
+
+
+def wide_model(world: int) -> Any:
+    """In fp64, so that two ways to the same logits choose the same tokens."""
+    return serving_model(world, params_dtype=torch.float64, pipeline_dtype=torch.float64).double()
+
+
+def run(engine: ServingEngine, arrivals: dict[int, list[Submit]], cancels: dict[int, list[int]]):
+    """Drive the engine; returns each request's tokens and finish reason.
+
+    Where a prompt's log-probabilities are asked for, its tokens from the second on come first.
+    """
+    got: dict[int, list[Choice]] = {}
+    ends: dict[int, Any] = {}
+    for step in range(2000):
+        for request in arrivals.pop(step, ()):
+            engine.submit(request)
+            got[request.request_id] = []
+        for request_id in cancels.pop(step, ()):
+            engine.cancel(request_id)
+        if not (arrivals or cancels or engine.has_work):
+            return got, ends
+        for event in engine.step(wait_s=0.05):
+            assert isinstance(event, Token), event
+            assert event.request_id not in ends
+            assert not (event.prompt and got[event.request_id])
+            got[event.request_id] += [*event.prompt, event.choice]
+            if event.finish is not None:
+                ends[event.request_id] = event.finish
+    raise AssertionError("the engine did not come to an end")

@@ -1,0 +1,105 @@
+"""Serving steps that are captured once and replayed, over a stand-in for CUDA graphs.
+
+The stand-in replays the operations of a linear layer on the memory that they were recorded on, with
+the Triton kernels in their interpreter. So slots, tables and batches must be changed in place, and
+nothing may wait for the device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from bdlora_megatron import runtime
+from bdlora_megatron.config import Layout
+from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
+from bdlora_megatron.serve import ModelSlots, SlotRoom
+from bdlora_megatron.serve.messages import Sampling, Submit
+from tests.fakes import cuda_graphs
+from tests.harness import run_ranks
+from tests.tp import engine_cases
+from tests.tp.serving_cases import serving_model
+from tests.tp.session import model_parallel
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton's interpreter"
+)
+
+
+def _requests():
+    """Greedy, so that rounding does not decide; more adapters than slots."""
+    adapters = [None, *engine_cases.ADAPTERS, "two"]
+    return [
+        Submit(
+            request_id=number,
+            prompt=tuple(range(number + 1, number + 2 + number % 3)),
+            sampling=Sampling(temperature=0.0, max_tokens=2 + number % 3),
+            adapter=adapter,
+        )
+        for number, adapter in enumerate(adapters)
+    ]
+
+
+def _outcome(*, graphs):
+    """What the engine gives, with the Triton kernels in captured steps or the CPU's without."""
+    changes = {"cuda_graph_impl": "local"} if graphs else {}
+    engine = engine_cases.engine_for(
+        1,
+        blocks=30,
+        model=serving_model(1, **changes),
+        implementation="triton" if graphs else None,
+        cuda_graphs=graphs,
+    )
+    made = _requests()
+    with torch.inference_mode():
+        got, ends = engine_cases.run(engine, {0: made[:3], 3: made[3:]}, {})
+    assert engine.snapshot().slot_evictions > 0
+    return {i: [choice.token for choice in choices] for i, choices in got.items()}, ends
+
+
+def _serve(rank, world):
+    cuda_graphs.install()
+    enable_cpu_inference()
+    with runtime.model_parallel(world, cuda_graphs=True):
+        wanted = _outcome(graphs=False)
+        assert not cuda_graphs.COUNTS
+        found = _outcome(graphs=True)
+        assert found == wanted
+        return dict(cuda_graphs.COUNTS)
+
+
+def test_replayed_steps_give_the_tokens_of_steps_that_are_not():
+    (counts,) = run_ranks(1, _serve)
+    # One size: four linear layers of two decoder layers, each with two launches.
+    assert counts["recorded"] == 8
+    assert counts["launches"] == 16
+    # And as many steps as there are rounds beyond prompts.
+    assert counts["replayed"] >= 4 * counts["recorded"]
+
+
+def _slots(rank, world):
+    with model_parallel(world):
+        layouts = (Layout.BDLORA, Layout.SLORA)
+        for held, exchange in ((layouts[:1], False), (layouts, True)):
+            slots = ModelSlots(serving_model(world), SlotRoom(num_slots=3, layouts=held))
+            places = set()
+            for token_slot in ([0, -1, 2, -1], [1, 1, -1, -1], [-1] * 4):
+                slots.set_captured_batch(torch.tensor(token_slot))
+                assert slots.step.batch.token_slot.tolist() == token_slot
+                # Though no adapter in that layout is there yet: a graph cannot begin to ask.
+                assert slots.step.exchange is exchange
+                places.add(slots.step.batch.token_slot.data_ptr())
+            slots.set_captured_batch(torch.tensor([0, 1]))
+            assert slots.step.batch.num_tokens == 2
+            slots.set_captured_batch(torch.tensor([0, 0, 0, 0]))
+            places.add(slots.step.batch.token_slot.data_ptr())
+            assert len(places) == 1
+            slots.set_batch(slots.batch(torch.tensor([0, 1, 2, -1])))
+            assert slots.step.exchange is False
+            assert slots.step.batch.token_slot.data_ptr() not in places
+
+
+def test_steps_of_a_size_are_described_in_one_place():
+    run_ranks(1, _slots)
