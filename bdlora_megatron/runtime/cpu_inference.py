@@ -18,6 +18,7 @@ from megatron.core.transformer import attention
 from torch import Tensor, nn
 
 from bdlora_megatron.runtime.cpu import enable_cpu
+from bdlora_megatron.runtime.versions.known import require_engine
 
 __all__ = ["enable_cpu_inference", "paged_attention"]
 
@@ -27,7 +28,9 @@ def enable_cpu_inference() -> None:
 
     Raises:
         ConfigError: CUDA is present, where Megatron-Core must be left as it is.
+        UnsupportedError: The installed Megatron-Core's engine is not known here.
     """
+    require_engine()
     enable_cpu()
     replacements: dict[Any, dict[str, Any]] = {
         torch.cuda: {"Event": _Event},

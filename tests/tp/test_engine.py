@@ -25,6 +25,8 @@ from tests.harness import run_ranks
 from tests.tp.models import VOCAB
 from tests.tp.serving_cases import make_adapter, serving_model
 
+pytestmark = pytest.mark.engine
+
 ADAPTERS = {
     "vanilla": {"rank": 4},
     "two": {"rank": 4, "num_blocks": 2},

@@ -15,6 +15,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
 
 from bdlora_megatron.errors import AdapterLoadError, CapacityError, ConfigError
+from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve.engine.admission import Admission, Admitted, Refused, Take
 from bdlora_megatron.serve.engine.context import make_context
 from bdlora_megatron.serve.engine.controller import AdapterController, AdapterGPT
@@ -53,7 +54,9 @@ class ServingEngine:
 
         Raises:
             CapacityError: ``cache_bytes`` does not hold one request of ``max_length``.
+            UnsupportedError: The installed Megatron-Core's engine is not known here.
         """
+        require_engine()
         self.options = options or EngineOptions()
         self.store = store
         self.admission = Admission(
