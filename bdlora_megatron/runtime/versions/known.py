@@ -13,9 +13,8 @@ from bdlora_megatron.errors import UnsupportedError
 
 __all__ = ["require_engine"]
 
-#: Files of ``megatron.core.inference`` that came with the first release known here, 0.16, and went
-#: with the last.
-_WANTED = ("batch_dimensions_utils.py", "model_inference_wrappers/inference_wrapper_config.py")
+#: A file of ``megatron.core.inference`` that came with the first release known here, 0.16.
+_WANTED = "batch_dimensions_utils.py"
 
 
 def require_engine() -> None:
@@ -32,8 +31,8 @@ def require_engine() -> None:
         found = "no megatron-core by that name"
     raise UnsupportedError(
         f"the inference engine of the installed release is not known here: found {found}, wanted "
-        "0.16; run pip install 'megatron-core==0.16.*' to serve (converting and training work with "
-        "0.14 to 0.19)"
+        "0.16 to 0.19; run pip install 'megatron-core>=0.16' to serve (converting and training "
+        "work with 0.14 too)"
     )
 
 
@@ -43,4 +42,4 @@ def _is_known() -> bool:
     except ModuleNotFoundError:
         return False
     folders = [] if core is None else core.submodule_search_locations or []
-    return any(all(Path(f, "inference", name).is_file() for name in _WANTED) for f in folders)
+    return any(Path(folder, "inference", _WANTED).is_file() for folder in folders)

@@ -13,6 +13,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 )
 from torch import Tensor
 
+from bdlora_megatron.runtime.versions.engine import keep_samples, step_logits
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import Choice
 from bdlora_megatron.serve.slots import ModelSlots
@@ -72,16 +73,12 @@ class AdapterController(TextGenerationController):
         self.sampler = sampler
         self.choices = {}
 
-    def _dynamic_step_sample_logits(self, logits: Tensor) -> None:
+    def _dynamic_step_sample_logits(self, *logits: Tensor) -> None:
         context = self.inference_wrapped_model.inference_context
-        rows = logits.squeeze(0)
-        if not context.materialize_only_last_token_logits:
-            rows = context.last_token_logits(logits)
+        rows = step_logits(self, logits)
         ids, unfinished = context.active_ids, context.chunked_prefill_request_id
         chosen = self.sampler.choose(rows, ids, idle=unfinished)
-        self._sampled_tokens_cuda[: len(ids)] = torch.tensor(
-            [choice.token for choice in chosen], device=logits.device
-        )
+        keep_samples(self, torch.tensor([choice.token for choice in chosen], device=rows.device))
         self.choices = {
             request_id: choice
             for request_id, choice in zip(ids, chosen, strict=True)

@@ -46,6 +46,9 @@ class DroppingEngine(DynamicInferenceEngine):
         super().schedule_waiting_requests()
         if request is None or self.context.chunked_prefill_request_id != unfinished:
             return
+        if self.context.unfinished_is_set_aside and self.context.active_ids:
+            # It has no token, and there will be room when those that run have ended.
+            return
         if request.finished_chunk_token_count == read:
             self._take_out({unfinished})
             request.finished_chunk_token_count = 0
