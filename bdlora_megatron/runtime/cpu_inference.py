@@ -33,7 +33,7 @@ def enable_cpu_inference() -> None:
     require_engine()
     enable_cpu()
     replacements: dict[Any, dict[str, Any]] = {
-        torch.cuda: {"Event": _Event},
+        torch.cuda: {"Event": _Event, "Stream": _Stream},
         # Appends to the cache with Triton where that is installed; torch's indexing does it here.
         dynamic_context: {"triton_append_key_value_cache": None},
         attention: {"is_fa_min_version": _has_attention},
@@ -132,6 +132,13 @@ class _Event:
 
     def elapsed_time(self, end: _Event) -> float:
         return (end._at - self._at) * 1e3
+
+
+class _Stream:
+    """A CUDA stream that is made, since 0.19, and used where steps overlap, which they do not."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
 
 
 class _TorchWithoutPinning:
