@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor, nn
 
-from bdlora_megatron.runtime.versions import sharded_for_checkpoint
+from bdlora_megatron.runtime.versions.layers import sharded_for_checkpoint
 
 __all__ = ["Factor", "FactorPair", "FactorShape", "kaiming_uniform", "zeros"]
 

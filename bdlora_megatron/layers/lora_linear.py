@@ -15,7 +15,7 @@ from bdlora_megatron.layers.adapters import Adapter, AdapterOptions, ProjectionP
 from bdlora_megatron.layers.geometry import LayerGeometry, layer_geometry
 from bdlora_megatron.layers.sharing import share_and_shrink, share_input
 from bdlora_megatron.layers.slots import LayerSlots
-from bdlora_megatron.runtime.versions import weight_is_rebuilt
+from bdlora_megatron.runtime.versions.layers import weight_is_rebuilt
 
 __all__ = ["LoRALinear"]
 

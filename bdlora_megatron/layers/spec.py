@@ -15,7 +15,7 @@ from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers.classes import LORA_CLASSES
 from bdlora_megatron.layers.targets import TargetMatcher
-from bdlora_megatron.runtime.versions import nested_submodules
+from bdlora_megatron.runtime.versions.layers import nested_submodules
 
 __all__ = ["lora_spec"]
 

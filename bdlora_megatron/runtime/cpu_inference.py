@@ -8,16 +8,17 @@ CUDA in passing: events that time a step, ranges for a profiler, pinned memory.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.inference.contexts import dynamic_context
-from megatron.core.inference.engines import dynamic_engine
-from megatron.core.inference.text_generation_controllers import text_generation_controller
 from megatron.core.transformer import attention
 from torch import Tensor, nn
 
 from bdlora_megatron.runtime.cpu import enable_cpu
+from bdlora_megatron.runtime.versions.engine import engine_modules
+from bdlora_megatron.runtime.versions.known import require_engine
 
 __all__ = ["enable_cpu_inference", "paged_attention"]
 
@@ -27,17 +28,21 @@ def enable_cpu_inference() -> None:
 
     Raises:
         ConfigError: CUDA is present, where Megatron-Core must be left as it is.
+        UnsupportedError: The installed Megatron-Core's engine is not known here.
     """
+    require_engine()
     enable_cpu()
     replacements: dict[Any, dict[str, Any]] = {
-        torch.cuda: {"Event": _Event},
-        dynamic_engine: {"range_push": _no_range, "range_pop": _no_range},
-        text_generation_controller: {"torch": _TorchWithoutPinning()},
+        torch.cuda: {"Event": _Event, "Stream": _Stream},
         # Appends to the cache with Triton where that is installed; torch's indexing does it here.
         dynamic_context: {"triton_append_key_value_cache": None},
         attention: {"is_fa_min_version": _has_attention},
         attention.Attention: {"flash_decode_and_prefill": _decode_and_prefill},
     }
+    for module in engine_modules():
+        asked = {"range_push": _no_range, "range_pop": _no_range, "torch": _TorchWithoutPinning()}
+        present = {name: value for name, value in asked.items() if hasattr(module, name)}
+        replacements.setdefault(module, {}).update(present)
     for owner, attributes in replacements.items():
         for name, value in attributes.items():
             setattr(owner, name, value)
@@ -129,15 +134,30 @@ class _Event:
         return (end._at - self._at) * 1e3
 
 
+class _Stream:
+    """A CUDA stream that is made, since 0.19, and used where steps overlap, which they do not."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+
 class _TorchWithoutPinning:
-    """What a module sees as ``torch``: torch, whose ``empty_like`` pins no memory."""
+    """What a module sees as ``torch``: torch, whose factories pin no memory."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+        value = getattr(torch, name)
+        return _without_pinning(value) if name in _FACTORIES else value
 
-    def empty_like(self, *args: Any, **kwargs: Any) -> Tensor:
+
+_FACTORIES = frozenset({"empty", "empty_like", "full", "full_like", "ones", "tensor", "zeros"})
+
+
+def _without_pinning(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def make(*args: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("pin_memory", None)
-        return torch.empty_like(*args, **kwargs)
+        return factory(*args, **kwargs)
+
+    return make
 
 
 def _no_range(*args: Any) -> None:

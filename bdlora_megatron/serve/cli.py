@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.errors import ConfigError, MissingDependencyError
+from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve import torchrun
 from bdlora_megatron.serve.logs import configure_logging
 from bdlora_megatron.serve.settings import ServeSettings, check_adapter_name
@@ -114,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
+    require_engine()
     settings = settings_of(arguments)
     rank = torchrun.rank_of(os.environ)
     configure_logging(rank=rank or None)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve.cli import add_model_arguments, settings_of
 from bdlora_megatron.serve.settings import ServeSettings
 
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: OUTPUT is there already, or INPUT is not.
     """
+    require_engine()
     settings = settings_of(arguments)
     if not arguments.input.is_file():
         raise ConfigError(f"{arguments.input} is no file; give one with a request on each line")

@@ -19,13 +19,21 @@ ROOT = Path(__file__).parents[2]
 #: What the core's tests import, beside this package's own requirements.
 _TOOLS = (
     "einops",
+    "fastapi",
+    "httpx2",
     "hypothesis",
+    "openai",
     "peft",
+    "prometheus-client",
     "psutil",
     "pytest",
     "pytest-timeout",
+    "pyyaml",
     "safetensors",
+    "schemathesis",
+    "tqdm",
     "transformers",
+    "uvicorn",
 )
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception): ")
 _VERSIONS = """
@@ -81,7 +89,7 @@ def _install(release: Release, folder: Path) -> str:
     python, stamp = folder / "bin" / "python", folder / "installed.stamp"
     interpreter = _interpreter(release.python)
     pins = (ROOT / "constraints-dev.txt").read_text("utf-8")
-    wanted = json.dumps([asdict(release), interpreter, pins])
+    wanted = json.dumps([asdict(release), interpreter, pins, _TOOLS])
     if stamp.exists() and stamp.read_text("utf-8") == wanted:
         return str(python)
     _output(interpreter or sys.executable, "-m", "venv", "--clear", str(folder))

@@ -11,6 +11,8 @@ CORE = (
     "tests/tp",
     "tests/golden",
     "tests/runtime",
+    "tests/unit/serve",
+    "tests/serve",
 )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -11,7 +14,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from bdlora_megatron.errors import UnsupportedError
-from bdlora_megatron.runtime import versions
+from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
+from bdlora_megatron.runtime.versions import layers as versions
+from bdlora_megatron.runtime.versions.known import require_engine
+from bdlora_megatron.serve.engine import ServingEngine
 from tests.harness import run_ranks
 from tests.tp.session import model_parallel
 
@@ -60,3 +66,58 @@ def test_a_weight_that_other_ranks_hold_parts_of(size, rebuilt):
     assert not versions.weight_is_rebuilt(layer)
     layer.gtp_remat_size = size
     assert versions.weight_is_rebuilt(layer) is rebuilt
+
+
+@pytest.mark.engine
+def test_the_engine_of_this_release_is_known():
+    require_engine()
+
+
+def _refusal(call):
+    try:
+        call()
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def test_an_engine_that_is_not_known_is_refused():
+    """On a release without one; the other half of the test above."""
+    refusal = _refusal(require_engine)
+    if refusal is None:
+        pytest.skip("this release's engine is known")
+    assert _refusal(enable_cpu_inference) == refusal
+    assert _refusal(lambda: ServingEngine(torch.nn.Identity())) == refusal
+
+
+@pytest.mark.parametrize("command", [["serve"], ["generate", "in", "out"]], ids=lambda c: c[0])
+@pytest.mark.parametrize("release", ["older", "none"])
+def test_the_command_line_refuses_before_it_imports_anything(tmp_path, release, command):
+    """A package of Megatron's name, whose import would fail, without the engine's files."""
+    if release == "older":
+        (tmp_path / "megatron/core").mkdir(parents=True)
+        (tmp_path / "megatron/core/__init__.py").write_text("raise AssertionError('imported')")
+    else:
+        (tmp_path / "megatron").mkdir()
+        (tmp_path / "megatron/__init__.py").write_text("")
+    code = (
+        "import sys\n"
+        "from bdlora_megatron.cli.main import main\n"
+        f"status = main({[*command, '--model', 'm']!r})\n"
+        "assert 'megatron.core' not in sys.modules\n"
+        "sys.exit(status)"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert (
+        "bdlora: error: the inference engine of the installed release is not known" in done.stderr
+    )
+    assert "pip install 'megatron-core" in done.stderr

@@ -11,6 +11,8 @@ import pytest
 
 from tests.serve import models
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def http(server):

@@ -14,7 +14,10 @@ import pytest
 
 _CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="no chromium on the PATH")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(_CHROMIUM is None, reason="no chromium on the PATH"),
+]
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from hypothesis.errors import Unsatisfiable
 
 from tests.serve import models
 
+pytestmark = pytest.mark.engine
+
 _MODES = {schemathesis.GenerationMode.NEGATIVE: 100, schemathesis.GenerationMode.POSITIVE: 20}
 
 

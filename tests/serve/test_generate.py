@@ -12,6 +12,8 @@ from bdlora_megatron.serve import generate
 from tests.serve import models
 from tests.serve.conftest import SIZES
 
+pytestmark = pytest.mark.engine
+
 
 def run(folder, source, target, *more):
     parser = argparse.ArgumentParser()

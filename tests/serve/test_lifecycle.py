@@ -15,6 +15,8 @@ from tests.serve import models
 from tests.serve.conftest import SIZES
 from tests.serve.servers import RunningServer
 
+pytestmark = pytest.mark.engine
+
 LONG = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 
 

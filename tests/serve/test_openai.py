@@ -11,6 +11,8 @@ import torch
 
 from tests.serve import models
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def client(server):

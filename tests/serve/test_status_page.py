@@ -6,6 +6,9 @@ import json
 import re
 
 import httpx2 as httpx
+import pytest
+
+pytestmark = pytest.mark.engine
 
 
 def test_the_page_reads_its_numbers_from_the_server(server):

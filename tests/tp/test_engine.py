@@ -7,6 +7,7 @@ sequence again for every token, in fp64.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import Choice, Failed, Sampling, Submit, Token
 from tests.harness import run_ranks
 from tests.tp.engine_cases import ADAPTERS, engine_for, make, requests, run, wide_model
+from tests.tp.serving_cases import make_adapter
+
+pytestmark = pytest.mark.engine
 
 
 @torch.inference_mode()
@@ -92,10 +96,11 @@ def mixed_body(rank: int, world: int) -> dict[str, Any]:
         for request_id in sorted(cancelled):
             when = next(s for s, rs in arrivals.items() if made[request_id] in rs)
             cancels.setdefault(when + rng.randint(1, 12), []).append(request_id)
+        # First: since 0.18 an engine turns the whole process to inference.
+        expected = all_alone(world, made)
         engine = engine_for(world, blocks=15)
         got, ends = run(engine, arrivals, cancels)
         after = engine.snapshot()
-        expected = all_alone(world, made)
         for request in made:
             request_id = request.request_id
             choices, end = expected[request_id]
@@ -127,13 +132,13 @@ def cancel_body(rank: int, world: int) -> None:
     enable_cpu_inference()
     with runtime.model_parallel(world):
         long = Sampling(temperature=0.0, max_tokens=12)
-        engine = engine_for(world, blocks=8, max_tokens=6)
         # One prompt is being read in chunks, two run: each state in which a request can be dropped.
         made = [
             Submit(request_id=i, prompt=tuple(range(1, n + 1)), sampling=long, adapter=a)
             for i, (n, a) in enumerate([(3, None), (4, "two"), (20, "two"), (2, None)])
         ]
         expected = all_alone(world, made)
+        engine = engine_for(world, blocks=8, max_tokens=6)
         for victims in ([2], [0], [0, 1], [1, 2], [0, 1, 2], [3]):
             for after in range(1, 9):
                 for request in made:
@@ -212,3 +217,45 @@ def failing_body(rank: int, world: int) -> None:
 
 def test_an_adapter_that_fails_on_one_rank_fails_its_requests_alone():
     run_ranks(2, failing_body)
+
+
+def same_prompt_body(rank: int, world: int) -> None:
+    enable_cpu_inference()
+    with runtime.model_parallel(world):
+        # Several blocks of the cache that hold the same tokens for everyone.
+        prompt = tuple(range(1, 18))
+        greedy = Sampling(temperature=0.0, max_tokens=6, logprobs=2)
+        names = [None, *ADAPTERS]
+        made = [
+            Submit(request_id=i, prompt=prompt, sampling=greedy, adapter=name)
+            for i, name in enumerate(names)
+        ]
+        expected = all_alone(world, made)
+        assert len({str(choices) for choices, _ in expected.values()}) == len(names)
+        changed = make_adapter(77, name="two", **ADAPTERS["two"])
+        model = wide_model(world)
+        load_adapter(model, changed)
+        reloaded = alone(model.eval(), made[names.index("two")])
+        assert reloaded != expected[names.index("two")]
+        engine = engine_for(world, blocks=60)
+        assert engine.store is not None
+        order = (1, 2, 1, 0, 2, 3, 4, 1)
+        turns = [[replace(made[which], request_id=100 + i) for i, which in enumerate(order)]]
+        turns += [[replace(made[which], request_id=200 + i)] for i, which in enumerate(order)]
+        for turn in turns:
+            got, _ = run(engine, {0: list(turn)}, {})
+            for request in turn:
+                wanted = expected[names.index(request.adapter)][0]
+                check_equal(got[request.request_id], wanted, whole=True, label=str(request.adapter))
+        # The same name, other weights: nothing that was cached for the old ones may serve.
+        engine.store.register("two", lambda: changed)
+        for number in (9000, 9001):
+            request = replace(made[names.index("two")], request_id=number)
+            got, _ = run(engine, {0: [request]}, {})
+            check_equal(got[number], reloaded[0], whole=True)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_same_prompt_gets_each_adapters_own_answer(world):
+    """No block of the cache may pass from one adapter, or version, to another."""
+    run_ranks(world, same_prompt_body)

@@ -23,7 +23,7 @@ from bdlora_megatron.convert.hf_base import (
 )
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.layers import lora_layers, lora_spec
-from bdlora_megatron.runtime.versions import shares_kv_heads
+from bdlora_megatron.runtime.versions.layers import shares_kv_heads
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.hf_models import CASES, SEQUENCE, VOCAB, make_model

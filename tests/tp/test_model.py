@@ -27,7 +27,7 @@ from bdlora_megatron.layers import (
     unmerge_adapters,
 )
 from bdlora_megatron.runtime import record_collectives
-from bdlora_megatron.runtime.versions import shares_kv_heads
+from bdlora_megatron.runtime.versions.layers import shares_kv_heads
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.models import (

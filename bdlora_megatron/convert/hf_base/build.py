@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bdlora_megatron.convert.hf_base.config import HFConfig
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.runtime import device
-from bdlora_megatron.runtime.versions import shares_kv_heads
+from bdlora_megatron.runtime.versions.layers import shares_kv_heads
 
 __all__ = [
     "build_gpt_model",

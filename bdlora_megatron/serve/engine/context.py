@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from bdlora_megatron.errors import CapacityError
 from bdlora_megatron.runtime import cpu_is_enabled
+from bdlora_megatron.runtime.versions.engine import SeamedContext, context_arguments
 from bdlora_megatron.serve.engine.options import EngineOptions
 from bdlora_megatron.serve.engine.prompts import Span
 
@@ -27,7 +27,7 @@ _SLOT = "adapter_slot"
 _GRAPHS = 16
 
 
-class AdapterContext(DynamicInferenceContext):
+class AdapterContext(SeamedContext):
     """A dynamic context whose requests have adapters.
 
     Attributes:
@@ -36,10 +36,7 @@ class AdapterContext(DynamicInferenceContext):
     """
 
     active_token_count: int
-    chunked_prefill_request_id: int
-    paused_request_count: int
     paused_tokens: Any
-    total_request_count: int
 
     def __init__(self, *, slot_of: Callable[[int], int], **settings: Any) -> None:
         """Allocate the cache.
@@ -51,17 +48,13 @@ class AdapterContext(DynamicInferenceContext):
         self.slot_of = slot_of
         super().__init__(**settings)
 
-    def allocate_all_tensors(self, *, is_init: bool) -> None:
-        """Allocate Megatron's tensors and one more column of request metadata."""
-        super().allocate_all_tensors(is_init=is_init)
-        # Not among request_metadata_types: those are read from sampling parameters, which do not
-        # survive the eviction of a request.
-        if _SLOT not in self.request_metadata:
-            self.request_metadata[_SLOT] = torch.full_like(self.request_ids, -1)
+    def add_columns(self) -> None:
+        """Add a column for the slots."""
+        self.add_column(_SLOT, -1)
 
-    def add_request(self, req: Any, chunk_length: int | None = None) -> None:
+    def add_request(self, req: Any, *args: Any, **kwargs: Any) -> None:
         """Add a request, or the next chunk of its prompt, with its adapter's slot."""
-        super().add_request(req, chunk_length)
+        super().add_request(req, *args, **kwargs)
         row = self.total_request_count - 1
         self.request_metadata[_SLOT][row] = self.slot_of(req.request_id)
 
@@ -70,8 +63,9 @@ class AdapterContext(DynamicInferenceContext):
         slots = torch.full_like(self.token_to_request_idx[: self.padded_active_token_count], -1)
         active = self.active_token_count
         rows = self.token_to_request_idx[:active]
-        slots[:active] = self.request_metadata[_SLOT][rows].long()
-        return slots.int()
+        slots[:active] = self.request_metadata[_SLOT][rows].to(slots.dtype)
+        # Since 0.18 rows and tokens are kept on the host.
+        return slots.int().to(self.memory_buffer.device, non_blocking=True)
 
     @property
     def active_ids(self) -> list[int]:
@@ -92,12 +86,12 @@ class AdapterContext(DynamicInferenceContext):
     @property
     def used_blocks(self) -> int:
         """Blocks of the cache that requests hold."""
-        return int(self.block_allocator.get_total_used())
+        return int(self.blocks.get_total_used())
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the cache in all."""
-        return int(self.block_allocator.total_count) - 1
+        return int(self.blocks.total_count) - 1
 
     def remove_requests(self, request_ids: Collection[int]) -> list[int]:
         """Take requests out between two steps and free their blocks at once.
@@ -109,62 +103,42 @@ class AdapterContext(DynamicInferenceContext):
             Paused requests that had to go with them, in the order in which to start them again:
             with no active request beside them, Megatron's engine would never wake them.
         """
-        count, paused = self.total_request_count, self.paused_request_count
-        ids = self.request_ids[:count].tolist()
+        aside = self.unfinished_is_set_aside
+        ids = self.request_ids[: self.total_request_count + aside].tolist()
         gone = [request_id in request_ids for request_id in ids]
         if not any(gone):
             return []
+        paused = self.paused_request_count
         stranded = (
             [] if not all(gone[paused:]) else [i for i in ids[:paused] if i not in request_ids]
         )
-        self._drop_rows([leaves or ids[row] in stranded for row, leaves in enumerate(gone)])
+        self._drop_rows([leaves or ids[row] in stranded for row, leaves in enumerate(gone)], aside)
         if self.chunked_prefill_request_id in request_ids:
-            self.chunked_prefill_request_id = -1
-            self.has_explicit_chunked_prefill_req = False
+            self.forget_unfinished()
         return stranded
 
-    def _drop_rows(self, gone: list[bool]) -> None:
-        count, paused = self.total_request_count, self.paused_request_count
+    def _drop_rows(self, gone: list[bool], aside: bool) -> None:
+        paused = self.paused_request_count
         mask = torch.tensor(gone, device=self.request_ids.device)
         self.release_memory_blocks_from_request_indexes(mask.nonzero()[:, 0])
         keep = (~mask).nonzero()[:, 0]
-        for column in self._request_columns():
+        for column in self.request_columns():
             column[: len(keep)] = column[keep]
-        self.request_to_kv_block_ids[len(keep) : count] = -1
+        self.request_to_kv_block_ids[len(keep) : len(gone)] = -1
         kept_paused = paused - sum(gone[:paused])
         if kept_paused:
             self.paused_tokens = self.paused_tokens[keep[:kept_paused]]
+        # A row that is set aside has no token.
+        count = len(keep) - (aside and not gone[-1])
         # Between steps each active request has one token, at its row's place.
-        tokens = keep[kept_paused:] - paused
-        for column in self._token_columns():
+        tokens = keep[kept_paused:count] - paused
+        for column in self.token_columns():
             column[: len(tokens)] = column[tokens]
-        self.paused_request_count, self.total_request_count = kept_paused, len(keep)
+        self.paused_request_count, self.total_request_count = kept_paused, count
         self.active_token_count = len(tokens)
         self.token_to_request_idx[: len(tokens)] = torch.arange(
-            kept_paused, len(keep), device=keep.device
+            kept_paused, count, device=keep.device
         )
-
-    def _request_columns(self) -> list[Tensor]:
-        return [
-            self.request_ids,
-            self.request_query_lengths,
-            self.request_output_lengths,
-            self.request_kv_length_offsets,
-            self.request_kv_block_counts,
-            self.request_last_kv_block_id,
-            self.request_last_kv_block_offset,
-            self.request_to_kv_block_ids,
-            *self.request_metadata.values(),
-        ]
-
-    def _token_columns(self) -> list[Tensor]:
-        return [
-            self.token_to_input_ids,
-            self.token_to_pos_ids,
-            self.token_to_block_idx,
-            self.token_to_position_in_request,
-            self.token_to_local_position_within_kv_block,
-        ]
 
 
 class UnpaddedContext(AdapterContext):
@@ -190,24 +164,19 @@ def make_context(
     Raises:
         CapacityError: It does not hold one request of ``max_length``.
     """
-    config = model.config
     kind = UnpaddedContext if cpu_is_enabled() else AdapterContext
     context = kind(
         slot_of=slot_of,
-        params_dtype=config.params_dtype,
-        num_layers=config.num_layers,
-        kv_channels=config.kv_channels,
-        num_attention_heads=config.num_query_groups,
-        max_sequence_length=options.max_length,
-        buffer_size_gb=options.cache_bytes / 2**30,
-        max_requests=options.max_requests,
-        # A step is padded to whole tiles, up to this.
-        max_tokens=kind.round_up_tokens(options.max_tokens),
-        block_size_tokens=options.block_tokens,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        num_cuda_graphs=_GRAPHS if options.cuda_graphs else None,
-        # Steps that read prompts are long, and of too many sizes.
-        use_cuda_graphs_for_non_decode_steps=False,
+        **context_arguments(
+            model,
+            max_length=options.max_length,
+            max_requests=options.max_requests,
+            # A step is padded to whole tiles, up to this.
+            max_tokens=kind.round_up_tokens(options.max_tokens),
+            block_tokens=options.block_tokens,
+            cache_bytes=options.cache_bytes,
+            cuda_graphs=_GRAPHS if options.cuda_graphs else None,
+        ),
     )
     needed = -(-options.max_length // options.block_tokens)
     if context.num_blocks < needed:

@@ -13,6 +13,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 )
 from torch import Tensor
 
+from bdlora_megatron.runtime.versions.engine import keep_samples, step_logits
 from bdlora_megatron.serve.engine.prompts import PromptScores
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import Choice
@@ -47,7 +48,7 @@ class AdapterGPT(GPTInferenceWrapper):
             else:
                 self.slots.set_batch(self.slots.batch(context.token_slots()))
         # Those of the last token of each request do, where nobody asks about prompts.
-        context.materialize_only_last_token_logits = not self.scores.wanted(context.active_ids)
+        context.last_logits_only = not self.scores.wanted(context.active_ids)
         logits: Tensor = super()._forward(inference_input)
         return logits
 
@@ -83,17 +84,16 @@ class AdapterController(TextGenerationController):
         self.sampler = sampler
         self.choices = {}
 
-    def _dynamic_step_sample_logits(self, logits: Tensor) -> None:
+    def _dynamic_step_sample_logits(self, *given: Tensor) -> None:
         context = self.inference_wrapped_model.inference_context
+        logits = step_logits(self, given)
         rows = logits.squeeze(0)
-        if not context.materialize_only_last_token_logits:
+        if not context.last_logits_only:
             self.inference_wrapped_model.scores.read(rows, context.spans)
             rows = context.last_token_logits(logits)
         ids, unfinished = context.active_ids, context.chunked_prefill_request_id
         chosen = self.sampler.choose(rows, ids, idle=unfinished)
-        self._sampled_tokens_cuda[: len(ids)] = torch.tensor(
-            [choice.token for choice in chosen], device=logits.device
-        )
+        keep_samples(self, torch.tensor([choice.token for choice in chosen], device=rows.device))
         self.choices = {
             request_id: choice
             for request_id, choice in zip(ids, chosen, strict=True)

@@ -38,13 +38,17 @@ class DroppingEngine(DynamicInferenceEngine):
         A prompt that is read in chunks has a row between two of them, and a token that is
         overwritten by the next chunk. Where the next chunk finds no room, Megatron-Core 0.16.1
         runs that token, which overwrites keys and values of the prompt. Such a prompt gives its
-        cache back instead, and is read from the start when there is room.
+        cache back instead, and is read from the start when there is room. Since 0.17 the prompt is
+        set aside without a token, and that is done only where nothing runs that would make room.
         """
         unfinished = self.context.chunked_prefill_request_id
         request = None if unfinished == -1 else self.get_request(unfinished)
         read = None if request is None else request.finished_chunk_token_count
         super().schedule_waiting_requests()
         if request is None or self.context.chunked_prefill_request_id != unfinished:
+            return
+        if self.context.unfinished_is_set_aside and self.context.active_ids:
+            # It has no token, and there will be room when those that run have ended.
             return
         if request.finished_chunk_token_count == read:
             self._take_out({unfinished})

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
-    InferenceWrapperConfig,
-)
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
 
 from bdlora_megatron.errors import AdapterLoadError, CapacityError, ConfigError
+from bdlora_megatron.runtime.versions.engine import engine_arguments, steps_run, wrapper_arguments
+from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve.engine.admission import Admission, Admitted, Refused, Take
 from bdlora_megatron.serve.engine.context import make_context
 from bdlora_megatron.serve.engine.controller import AdapterController, AdapterGPT
@@ -54,7 +53,9 @@ class ServingEngine:
 
         Raises:
             CapacityError: ``cache_bytes`` does not hold one request of ``max_length``.
+            UnsupportedError: The installed Megatron-Core's engine is not known here.
         """
+        require_engine()
         self.options = options or EngineOptions()
         self.store = store
         self.admission = Admission(
@@ -68,17 +69,13 @@ class ServingEngine:
         # The version that each running request holds; None for the base model.
         self._running: dict[int, AdapterKey | None] = {}
         self._context = make_context(model, self.options, self._slot_of)
-        config = InferenceWrapperConfig(
-            hidden_size=model.config.hidden_size,
-            params_dtype=model.config.params_dtype,
-            inference_batch_times_seqlen_threshold=-1,
-            padded_vocab_size=model.vocab_size,
-        )
         slots = None if store is None else store.slots
-        wrapped = AdapterGPT(model, config, self._context, slots=slots, scores=self._scores)
+        wrapped = AdapterGPT(
+            *wrapper_arguments(model, self._context), slots=slots, scores=self._scores
+        )
         wrapped.prep_model_for_inference()
         self._controller = AdapterController(wrapped, self._sampler)
-        self._engine = DroppingEngine(self._controller, self._context, random_seed=0)
+        self._engine = DroppingEngine(self._controller, self._context, **engine_arguments())
 
     @property
     def vocab_size(self) -> int:
@@ -171,7 +168,7 @@ class ServingEngine:
             used_blocks=self._context.used_blocks,
             num_blocks=self._context.num_blocks,
             preemptions=self._engine.evicted_request_count,
-            steps=self._engine.step_count,
+            steps=steps_run(self._engine),
             **counts,
         )
 

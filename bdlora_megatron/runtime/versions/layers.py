@@ -1,17 +1,4 @@
-"""Where Megatron-Core's releases from 0.14 to 0.19 differ for us, all of it in this one module.
-
-A difference is recognised by what the installed release offers where that can be seen, and by the
-number where it cannot: release candidates and vendors' builds carry numbers that say little.
-
-| since | difference | here |
-|---|---|---|
-| 0.16 | shards for a checkpoint are told the process groups | ``sharded_for_checkpoint`` |
-| 0.16 | ranks may be more than key-value heads, and share them | ``shares_kv_heads`` |
-| 0.18 | a layer specification builds its MLP by a ``partial``, not by a ``ModuleSpec`` | \
-``nested_submodules`` |
-| 0.18 | a linear layer's constructor takes ``name``, its full one | our own is ``lora_name`` |
-| 0.19 | weights can be split over ranks that gather them for each use | ``weight_is_rebuilt`` |
-"""
+"""What differs for layers, their specifications and their checkpoints."""
 
 from __future__ import annotations
 
