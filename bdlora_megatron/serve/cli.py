@@ -7,6 +7,7 @@ import importlib.util
 import multiprocessing
 import os
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,9 @@ def run(arguments: argparse.Namespace) -> int:
     from bdlora_megatron.serve.server import Server
 
     server = Server(settings) if rank is None else Server(settings, torchrun.OwnRank)
-    print(f"bdlora: listening on http://{settings.host}:{server.port}", file=sys.stderr)  # noqa: T201
+    # A log that can't be written, on a full disk, is no reason not to serve.
+    with suppress(OSError):
+        print(f"bdlora: listening on http://{settings.host}:{server.port}", file=sys.stderr)  # noqa: T201
     return server.run()
 
 

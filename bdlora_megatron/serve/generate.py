@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status.
 
     Raises:
-        ConfigError: OUTPUT is there already, or INPUT is not.
+        ConfigError: OUTPUT is there already or can't be written, or INPUT is not there.
     """
     require_engine()
     settings = settings_of(arguments)
@@ -74,13 +74,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.output} is there already; --overwrite replaces it")
     # Beside it, so that OUTPUT is whole or not there.
     partial = arguments.output.with_name(arguments.output.name + ".partial")
-    with arguments.input.open() as lines, partial.open("w") as out:
-        total = sum(1 for line in lines if line.strip())
-        lines.seek(0)
-        # Nobody is refused here: what waits is bounded by what is read ahead.
-        settings = replace(settings, max_queue=2**31, request_timeout_s=10.0**9)
-        failed = asyncio.run(_answer_all(settings, lines, out, total))
-    os.replace(partial, arguments.output)
+    # Nobody is refused here: what waits is bounded by what is read ahead.
+    settings = replace(settings, max_queue=2**31, request_timeout_s=10.0**9)
+    try:
+        with arguments.input.open() as lines, partial.open("w") as out:
+            total = sum(1 for line in lines if line.strip())
+            lines.seek(0)
+            failed = asyncio.run(_answer_all(settings, lines, out, total))
+        os.replace(partial, arguments.output)
+    except OSError as error:
+        raise ConfigError(
+            f"{arguments.output} could not be written: {error}; mend that and begin again. The "
+            f"answers so far are in {partial}"
+        ) from error
     return 1 if failed else 0
 
 
@@ -89,25 +95,33 @@ async def _answer_all(settings: ServeSettings, lines: IO[str], out: IO[str], tot
     from tqdm import tqdm
 
     failed = 0
-    async with _running(settings) as front:
-        ahead: asyncio.Queue[asyncio.Task[dict[str, Any]] | None] = asyncio.Queue(
-            settings.max_requests * _AHEAD
-        )
+    started: set[asyncio.Task[dict[str, Any]]] = set()
+    ahead: asyncio.Queue[asyncio.Task[dict[str, Any]] | None] = asyncio.Queue(
+        settings.max_requests * _AHEAD
+    )
 
-        async def read() -> None:
-            for number, line in _numbered(lines):
-                await ahead.put(asyncio.create_task(_one(front, number, line)))
-            await ahead.put(None)
+    async def read(front: Front) -> None:
+        for number, line in _numbered(lines):
+            task = asyncio.create_task(_one(front, number, line))
+            started.add(task)
+            await ahead.put(task)
+        await ahead.put(None)
 
-        reading = asyncio.create_task(read())
-        with tqdm(total=total, unit="request", file=sys.stderr) as bar:
-            while (task := await ahead.get()) is not None:
-                answer = await task
-                failed += "error" in answer
-                out.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                out.flush()
-                bar.update()
-        await reading
+    with tqdm(total=total, unit="request", file=sys.stderr) as bar:
+        async with _running(settings) as front:
+            reading = asyncio.create_task(read(front))
+            try:
+                while (task := await ahead.get()) is not None:
+                    answer = await task
+                    started.discard(task)
+                    failed += "error" in answer
+                    out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                    out.flush()
+                    bar.update()
+            finally:
+                for each in (reading, *started):
+                    each.cancel()
+                await asyncio.gather(reading, *started, return_exceptions=True)
     return failed
 
 

@@ -223,6 +223,9 @@ class Snapshot:
     """Requests whose cache was given to others, to be computed again; since the start."""
 
     steps: int = 0
+    host_bytes: int = 0
+    """Host memory that adapters take on one rank, loads under way included."""
+
     slot_hits: int = 0
     slot_loads: int = 0
     slot_evictions: int = 0

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,11 +25,12 @@ class Ranks:
     A rank ends when its link to this process does, so none survives this process, however it ends.
     """
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, *, enter: Callable[..., None] = enter_rank) -> None:
         """Start the processes; they load the model by themselves.
 
         Args:
             settings: The server's.
+            enter: What each process runs, in place of ``enter_rank`` and with its arguments.
         """
         # Imports torch and Megatron-Core once, and never runs a tensor operation: ranks are cheap
         # forks of a process without threads.
@@ -45,7 +47,7 @@ class Ranks:
             ours, theirs = context.Pipe()
             store = str(Path(self._folder, "store"))
             process = context.Process(
-                target=enter_rank, args=(rank, settings, store, theirs), name=f"bdlora-rank-{rank}"
+                target=enter, args=(rank, settings, store, theirs), name=f"bdlora-rank-{rank}"
             )
             process.start()
             theirs.close()

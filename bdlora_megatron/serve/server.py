@@ -9,12 +9,15 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import uvicorn
 
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.serve.front.app import make_app
 from bdlora_megatron.serve.front.client import EngineGoneError
+from bdlora_megatron.serve.front.connection import TimedProtocol
 from bdlora_megatron.serve.front.state import Front
 from bdlora_megatron.serve.front.text import Tokenizer
 from bdlora_megatron.serve.ranks import Ranks
@@ -27,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _STOP_S = 10.0
 _LOOK_S = 0.1
+#: What the kernel keeps for a client that does not read; left to itself it grows to megabytes.
+_SEND_BUFFER_BYTES = 2**18
 
 
 class Server:
@@ -56,6 +61,8 @@ class Server:
             socket.AF_INET6 if ":" in settings.host else socket.AF_INET, socket.SOCK_STREAM
         )
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         try:
             self._socket.bind((settings.host, settings.port))
             # Who connects from now on waits for the front instead of being refused.
@@ -84,8 +91,10 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
+        protocol: Any = partial(TimedProtocol, timeout_s=self.settings.client_timeout_s)
         config = uvicorn.Config(
             make_app(self.front),
+            http=protocol,
             log_config=None,
             access_log=False,
             # Streams that outlive the drain are cut then.

@@ -136,6 +136,10 @@ class ServeSettings:
     request_timeout_s: float = 600.0
     """A request that takes longer is cancelled."""
 
+    client_timeout_s: float = 60.0
+    """How long a client may take to send a whole request, and to read on when its answer is more
+    than the connection holds; then the connection is closed."""
+
     drain_s: float = 30.0
     """How long requests in flight may go on after SIGTERM."""
 
@@ -152,7 +156,7 @@ class ServeSettings:
         positive = (
             "tp", "num_slots", "max_rank", "host_cache_bytes", "max_requests", "step_tokens",
             "max_length", "cache_bytes", "block_tokens", "patience_steps", "max_body_bytes",
-            "request_timeout_s", "rank_timeout_s",
+            "request_timeout_s", "client_timeout_s", "rank_timeout_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

@@ -38,7 +38,7 @@ def text(answer):
     return answer.raise_for_status().json()["choices"][0]["text"]
 
 
-def test_an_adapter_comes_changes_and_goes(http, folder):
+def test_an_adapter_comes_changes_and_goes(http, folder, server):
     """A new adapter answers at once, its new version otherwise, and after that nobody."""
     path = folder / "adapters" / "changing"
     shutil.copytree(folder / "adapters" / "vanilla", path)
@@ -53,7 +53,11 @@ def test_an_adapter_comes_changes_and_goes(http, folder):
         models.make_adapter(folder / "model", path, seed=99, r=4)
         assert load(http, "changing", path).status_code == 200
         assert text(ask(http, "changing")) != first
+        held = server.metric("bdlora_host_bytes")
         assert unload(http, "changing").status_code == 200
+        assert server.metric("bdlora_host_bytes") < held
+        assert b'"changing"' not in server.get("/status.json")[1]
+        assert 'model="changing"' not in http.get("/metrics").text
         assert ask(http, "changing").status_code == 404
         assert unload(http, "changing").status_code == 404
     finally:
@@ -101,7 +105,7 @@ def test_a_link_does_not_lead_out_of_the_allowed_folders(http, folder, tmp_path)
         link.unlink()
 
 
-def test_unloading_waits_for_requests_in_flight(http, folder):
+def test_unloading_waits_for_requests_in_flight(http, folder, server):
     path = folder / "adapters" / "leaving"
     shutil.copytree(folder / "adapters" / "blocks", path)
     try:
@@ -117,6 +121,7 @@ def test_unloading_waits_for_requests_in_flight(http, folder):
                 while ask(http, "leaving").status_code != 404:
                     pass
                 assert not going.done()
+                assert server.metric('bdlora_outstanding_requests{model="leaving"}') == 1
                 *_, last = [line for line in lines if line]
             assert last == "data: [DONE]"
             assert going.result(30).status_code == 200

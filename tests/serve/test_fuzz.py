@@ -13,7 +13,7 @@ from tests.serve import models
 
 pytestmark = pytest.mark.engine
 
-_MODES = {schemathesis.GenerationMode.NEGATIVE: 100, schemathesis.GenerationMode.POSITIVE: 20}
+_MODES = {schemathesis.GenerationMode.NEGATIVE: 230, schemathesis.GenerationMode.POSITIVE: 20}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_every_request_is_answered_or_refused_clearly(api, server):
                 # Nothing can be wrong with a request that takes nothing.
                 assert mode is schemathesis.GenerationMode.NEGATIVE
                 assert operation.method == "get"
-    assert sum(statuses.values()) > 500, statuses
-    assert statuses[400] > 300, statuses
+    assert sum(count for status, count in statuses.items() if status >= 400) >= 1000, statuses
+    assert statuses[400] >= 800, statuses
     assert server.get("/ready") == (200, b"ready")
     assert server.metric("bdlora_used_blocks") == server.metric("bdlora_queued") == 0
     status, cards = server.get("/v1/models")

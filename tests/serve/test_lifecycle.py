@@ -67,18 +67,26 @@ def test_sigterm_lets_requests_finish_and_takes_no_new_ones(folder, tmp_path):
         assert done[0]["generated_tokens"] == 200
 
 
-def test_a_rank_that_dies_takes_the_server_down_within_seconds(folder, tmp_path):
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_dies_takes_the_server_down_within_seconds(folder, tmp_path, which):
+    """A stream and a request that waits for its whole answer are both told; nothing hangs."""
     with start(folder, tmp_path / "log") as server:
         ranks = server.ranks()
         assert len(ranks) == 2, [p.cmdline() for p in ranks]
         with concurrent.futures.ThreadPoolExecutor() as pool:
             lines = stream(server, "blocks")
             next(lines)
-            ranks[1].kill()
+            body = {**LONG, "model": "vanilla"}
+            whole = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+            while server.metric("bdlora_running") < 2:
+                pass
+            ranks[which].kill()
             rest = pool.submit(list, lines)
             assert server.process.wait(20) == 1
             assert "[DONE]" not in rest.result(20)[-1]
             assert '"error"' in rest.result()[-1]
+            assert whole.result(20).status_code == 503
+            assert "engine has ended" in whole.result().json()["error"]["message"]
         assert server.wait_gone(5) == []
 
 

@@ -155,6 +155,7 @@ class ServingEngine:
                 "slots_in_use": ledger.num_slots - ledger.available,
                 "num_slots": ledger.num_slots,
                 "resident": tuple(getattr(key, "name", str(key)) for key in ledger.keys),
+                "host_bytes": self.store.host_bytes_used,
                 "slot_hits": stats.slot_hits,
                 "slot_loads": stats.slot_loads,
                 "slot_evictions": stats.slot_evictions,

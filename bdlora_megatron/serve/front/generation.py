@@ -170,6 +170,7 @@ async def stream(front: Front, job: Job) -> AsyncGenerator[tuple[int, Piece], No
             # Told to whoever reads the queue, who ends the others too.
             inbox.put_nowait(error)
 
+    front.open_answers[job.adapter] += job.answers
     tasks = [asyncio.create_task(one(index)) for index in range(job.answers)]
     status, tokens, first_s = "cancelled", 0, None
     try:
@@ -190,8 +191,12 @@ async def stream(front: Front, job: Job) -> AsyncGenerator[tuple[int, Piece], No
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        front.open_answers[job.adapter] -= job.answers
+        if not front.open_answers[job.adapter]:
+            del front.open_answers[job.adapter]
         _record(front, job, status, tokens, first_s)
+        # Last: where the client has gone, Starlette cancels whatever is awaited here.
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _in_time(work: Coroutine[Any, Any, Result], deadline_s: float) -> Result:

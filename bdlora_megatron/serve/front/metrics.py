@@ -20,6 +20,7 @@ _GAUGES = {
     "num_blocks": "Blocks of the key-value cache",
     "slots_in_use": "Adapter slots that requests use",
     "num_slots": "Adapter slots",
+    "host_bytes": "Bytes of adapters in one rank's host memory, loads under way included",
 }
 _COUNTERS = {
     "steps": "Steps of the engine",
@@ -36,12 +37,14 @@ _COUNTERS = {
 class Metrics:
     """Counts and times of requests, by adapter, beside the engine's own numbers."""
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, base: str) -> None:
         """Make empty metrics.
 
         Args:
             client: Whose snapshot is reported.
+            base: What the base model is called.
         """
+        self._base = base
         self.registry = CollectorRegistry()
         self._client = client
         self.registry.register(self)
@@ -83,6 +86,14 @@ class Metrics:
             yield GaugeMetricFamily(f"bdlora_{name}", help_text, getattr(snapshot, name))
         for name, help_text in _COUNTERS.items():
             yield CounterMetricFamily(f"bdlora_{name}", help_text, getattr(snapshot, name))
+        waiting = GaugeMetricFamily(
+            "bdlora_outstanding_requests",
+            "Requests that wait or run, of each adapter that has any",
+            labels=["model"],
+        )
+        for adapter, count in self._client.outstanding.items():
+            waiting.add_metric([adapter or self._base], count)
+        yield waiting
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text form."""

@@ -143,11 +143,27 @@ async def _respond(request: Request, body: GenerationFields, form: Form) -> Resp
     pieces = stream(front, form.job)
     # The first piece before the status: a refusal is then told as one.
     first = await until_gone(request, _first(pieces))
-    return StreamingResponse(
-        _events(form, first, pieces, usage=usage),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-    )
+    return _EventStream(_events(form, first, pieces, usage=usage), pieces)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events whose source ends with them, also where they were never begun.
+
+    A client that goes away while its connection is full leaves Starlette between two events, and
+    what makes them would then go on until the garbage is collected.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[str, None], source: AsyncGenerator[Any, None]
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+        self._source = source
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async with aclosing(self._source), aclosing(self._events):
+            await super().__call__(scope, receive, send)
 
 
 async def _first(pieces: AsyncGenerator[tuple[int, Piece], None]) -> tuple[int, Piece]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class Front:
         adapters: By name, those that new requests may use.
         changing: Names that are being loaded or unloaded.
         draining: No further requests are taken.
+        open_answers: Answers that clients have not had to their end, by adapter; None stands for
+            the base model. What the engine has finished and a slow client has not read is one.
     """
 
     def __init__(self, settings: ServeSettings, tokenizer: Tokenizer) -> None:
@@ -57,9 +60,10 @@ class Front:
         self.settings = settings
         self.tokenizer = tokenizer
         self.client = EngineClient()
-        self.metrics = Metrics(self.client)
+        self.metrics = Metrics(self.client, settings.base_name)
         self.started = int(time.time())
         self.draining = False
+        self.open_answers: Counter[str | None] = Counter()
         self.adapters = {
             name: AdapterCard(name, Path(path)) for name, path in settings.adapters.items()
         }
@@ -152,7 +156,7 @@ class Front:
     # --- limits --------------------------------------------------------------------------------
 
     def make_room(self, adapter: str | None, count: int) -> None:
-        """See that so many more requests may come in.
+        """See that so many more answers may be begun.
 
         Args:
             adapter: For which.
@@ -164,22 +168,21 @@ class Front:
         if self.draining or not self.client.is_ready:
             what = "is being stopped" if self.draining else "is not ready yet"
             raise APIError(503, f"the server {what}; try again later", headers={"Retry-After": "5"})
-        settings, client = self.settings, self.client
+        settings, open_ = self.settings, self.open_answers
         most = settings.max_requests + settings.max_queue
         if count > most:
             raise APIError(
                 400, f"{count} answers at once, and this server takes {most}; send fewer"
             )
-        full = client.total_outstanding + count > most
+        full = open_.total() + count > most
         limit = settings.max_queue_per_adapter
         if limit is not None and adapter is not None:
-            full |= client.outstanding[adapter] + count > limit
+            full |= open_[adapter] + count > limit
         if full:
             self.metrics.rejected.labels(adapter or settings.base_name).inc()
             raise APIError(
                 429,
-                f"too many requests ({client.total_outstanding} are waiting or running); try again "
-                "later",
+                f"too many requests ({open_.total()} are waiting or running); try again later",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
