@@ -6,6 +6,7 @@ number where it cannot: release candidates and vendors' builds carry numbers tha
 | since | difference | here |
 |---|---|---|
 | 0.16 | shards for a checkpoint are told the process groups | ``sharded_for_checkpoint`` |
+| 0.16 | Transformer Engine's layers hold settings of quantisation | ``share_quantization`` |
 | 0.16 | ranks may be more than key-value heads, and share them | ``shares_kv_heads`` |
 | 0.18 | a layer specification builds its MLP by a ``partial``, not by a ``ModuleSpec`` | \
 ``nested_submodules`` |
@@ -25,7 +26,13 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from bdlora_megatron.errors import UnsupportedError
 
-__all__ = ["nested_submodules", "sharded_for_checkpoint", "shares_kv_heads", "weight_is_rebuilt"]
+__all__ = [
+    "nested_submodules",
+    "share_quantization",
+    "sharded_for_checkpoint",
+    "shares_kv_heads",
+    "weight_is_rebuilt",
+]
 
 
 def sharded_for_checkpoint(
@@ -94,6 +101,17 @@ def nested_submodules(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return value.keywords.get("submodules")
     return None
+
+
+def share_quantization(source: Any, target: Any) -> None:
+    """Let one Transformer Engine layer compute in the number formats that another was told.
+
+    Args:
+        source: A Megatron-Core layer over Transformer Engine.
+        target: Another one, changed in place.
+    """
+    if hasattr(source, "te_quant_params"):
+        target.te_quant_params = source.te_quant_params
 
 
 def weight_is_rebuilt(layer: Any) -> bool:
