@@ -28,8 +28,8 @@ from bdlora_megatron.errors import UnsupportedError
 
 __all__ = [
     "nested_submodules",
-    "share_quantization",
     "sharded_for_checkpoint",
+    "share_quantization",
     "shares_kv_heads",
     "weight_is_rebuilt",
 ]

@@ -39,9 +39,7 @@ def main() -> None:
 
     settings = OmegaConf.merge(OmegaConf.load(YAML), OmegaConf.from_dotlist(args.overrides))
     llm.finetune(
-        **pieces(
-            args.folder, args.name, steps=args.steps, cpu=args.cpu, precision=args.precision
-        ),
+        **pieces(args.folder, args.name, steps=args.steps, cpu=args.cpu, precision=args.precision),
         peft=build_peft(settings),
     )
 
@@ -82,7 +80,11 @@ def pieces(
             name=name,
             use_datetime_version=False,
             ckpt=nl.ModelCheckpoint(
-                save_last=True, every_n_train_steps=4, filename="{step}", always_save_context=True
+                save_last=True,
+                every_n_train_steps=4,
+                filename="{step}",
+                # Otherwise a finished run cannot go on.
+                save_optim_on_train_end=True,
             ),
         ),
         "optim": nl.MegatronOptimizerModule(

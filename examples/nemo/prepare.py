@@ -88,9 +88,7 @@ def import_base(hf: Path, target: Path) -> Path:
     from nemo.collections import llm
 
     # The importer takes all sizes from Hugging Face's config; this one only says "Llama".
-    anything = llm.LlamaModel(
-        llm.LlamaConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
-    )
+    anything = llm.LlamaModel(llm.LlamaConfig(num_layers=2, hidden_size=32, num_attention_heads=4))
     return llm.import_ckpt(anything, f"hf://{hf.absolute()}", output_path=target, overwrite=True)
 
 

@@ -19,7 +19,7 @@ def prepare() -> None:
     runtime.enable_cpu()
     cuda_on_cpu.redirect()
     timers = importlib.import_module("megatron.core.timers")
-    # The first rank alone gathers an empty tensor from all; gloo waits for the others, NCCL doesn't.
+    # The first rank alone gathers an empty tensor from all; gloo waits for the others, not NCCL.
     timers.Timers.get_all_timers_string = lambda *args, **kwargs: None
     # Ranks count through it whether they all read the same data.
     torch.cuda.LongTensor = torch.LongTensor
