@@ -14,17 +14,19 @@ from torch import nn
 
 from bdlora_megatron.errors import ConfigError, MissingDependencyError, UnsupportedError
 from bdlora_megatron.layers import apply_lora, lora_layers
-from bdlora_megatron.plugs import BlockDiagonalSettings, read_scheme
+from bdlora_megatron.plugs import BlockDiagonalSettings, export_adapter, make_peft
+from bdlora_megatron.plugs.export import export_asked_for
 
 try:
     from megatron.bridge.peft.base import PEFT
+    from megatron.bridge.training.callbacks import Callback
 except ImportError as error:
     raise MissingDependencyError(
         f"bdlora_megatron.bridge needs Megatron-Bridge and what it imports ({error}); "
         "pip install 'bdlora-megatron[bridge,te]'"
     ) from error
 
-__all__ = ["BDLoRA", "apply_settings", "build_peft"]
+__all__ = ["AdapterExport", "BDLoRA", "apply_settings", "build_peft", "export_adapter"]
 
 
 @dataclass
@@ -98,14 +100,44 @@ def build_peft(config: Any) -> Any:
     Raises:
         ConfigError: The scheme, a key or a value is wrong.
     """
-    choice = read_scheme(config)
-    if choice.scheme == "none":
-        return None
-    if choice.scheme == "lora":
-        from megatron.bridge.peft.lora import LoRA
+    return make_peft(config, BDLoRA, _bridges_lora)
 
-        return LoRA(**choice.arguments)
-    return BDLoRA(**choice.arguments)
+
+def _bridges_lora(**arguments: Any) -> Any:
+    from megatron.bridge.peft.lora import LoRA
+
+    return LoRA(**arguments)
+
+
+class AdapterExport(Callback):
+    """Writes the trained adapter as PEFT's folder, when training ends.
+
+    ``pretrain(config, forward_step, callbacks=[AdapterExport()])``. What is written is told by
+    ``export_peft`` and ``export_dense`` of ``config.peft``.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        """Say where.
+
+        Args:
+            folder: Where ``hf_adapter`` goes; ``config.checkpoint.save`` when unset.
+        """
+        self.folder = folder
+        self.exported: list[Path] = []
+
+    def on_train_end(self, context: Any) -> None:
+        """Write from all ranks.
+
+        Raises:
+            ConfigError: There is no folder, or it cannot be written.
+        """
+        config = context.state.cfg
+        if not isinstance(config.peft, BDLoRA):
+            return
+        folder = self.folder or config.checkpoint.save
+        if folder is None:
+            raise ConfigError("checkpoint.save is unset; give AdapterExport a folder")
+        self.exported = export_asked_for(config.peft, context.model, folder)
 
 
 def apply_settings(

@@ -39,6 +39,7 @@ from bdlora_megatron.layers.adapters import (
 )
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.lora_linear import LoRALinear
+from bdlora_megatron.runtime.versions.layers import share_quantization
 
 __all__ = [
     "TE_CLASSES",
@@ -186,7 +187,7 @@ class LoRATELayerNormColumnParallelLinear(_TEColumnLike, TELayerNormColumnParall
         if self.use_bias:
             linear._parameters["bias"] = self.bias
         linear.training = self.training
-        linear.te_quant_params = self.te_quant_params
+        share_quantization(self, linear)
         linear.is_first_microbatch = self.is_first_microbatch
         return norm, linear
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import weakref
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
-from nemo.lightning.io.pl import ckpt_to_weights_subdir
+from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.pytorch.callbacks.peft import PEFT, WrappedAdapterIO
 from nemo.lightning.pytorch.utils import is_trainer_attached
-from nemo.utils.get_rank import is_global_rank_zero
 from torch import nn
 
 from bdlora_megatron.errors import UnsupportedError
 from bdlora_megatron.layers import apply_lora
-from bdlora_megatron.plugs import BlockDiagonalSettings, read_scheme
-from bdlora_megatron.plugs.hf import hf_adapter_config
+from bdlora_megatron.plugs import BlockDiagonalSettings, export_adapter, make_peft
+from bdlora_megatron.plugs.export import export_asked_for
 
-__all__ = ["BDLoRA", "BDLoRAAdapterIO", "build_peft"]
+__all__ = ["BDLoRA", "BDLoRAAdapterIO", "build_peft", "export_adapter"]
 
 
 @dataclass
@@ -28,12 +26,8 @@ class BDLoRA(BlockDiagonalSettings, PEFT):
     """Block-diagonal LoRA for NeMo, used where its own ``LoRA`` would be.
 
     Fields are those of ``BlockDiagonalSettings``. NeMo applies it once the base model is loaded and
-    saves what has ``.adapter.`` in its name; PEFT's ``adapter_config.json`` is written beside.
+    saves what has ``.adapter.`` in its name; PEFT's folder ``hf_adapter`` is written beside.
     """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.hf_config: dict[str, Any] | None = None
 
     def transform(
         self, module: nn.Module, name: str | None = None, prefix: str | None = None
@@ -63,12 +57,17 @@ class BDLoRA(BlockDiagonalSettings, PEFT):
         """
         self.freeze_model(model)
         chunks = list(model) if isinstance(model, nn.ModuleList) else [model]
-        lora = self.lora_config(chunks)
-        adapted = apply_lora(chunks, lora)
-        self.hf_config = hf_adapter_config(lora, adapted, num_layers=_num_layers(chunks[0]))
+        apply_lora(chunks, self.lora_config(chunks))
+        # For the export. Weak: NeMo keeps and copies this object, the model is not to come along.
+        self._model = weakref.ref(model)
         if is_trainer_attached(model) and model.trainer.state.fn != TrainerFn.FITTING:
             self.freeze_model(model)
         return model
+
+    def adapted_model(self) -> nn.Module | None:
+        """The model that this object was applied to, as long as it lives."""
+        reference = getattr(self, "_model", None)
+        return None if reference is None else reference()
 
     def get_wrappped_io(self) -> Any:
         """NeMo's hook (its spelling) for how checkpoints of adapters are read and written."""
@@ -76,25 +75,20 @@ class BDLoRA(BlockDiagonalSettings, PEFT):
 
 
 class BDLoRAAdapterIO(WrappedAdapterIO):
-    """NeMo's checkpoints of adapters, with PEFT's configuration beside the weights."""
+    """NeMo's checkpoints of adapters, with PEFT's folder beside the weights."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> Any:
-        """Save the adapter, and write ``adapter_config.json`` into the checkpoint's folder."""
+        """Save the adapter, and write ``hf_adapter`` into the checkpoint's folder.
+
+        Raises:
+            ConfigError: PEFT's folder cannot be written.
+            UnsupportedError: A layer has no place in PEFT's format; set ``export_peft=False``.
+        """
         request = super().save_checkpoint(checkpoint, path, storage_options)
-        if is_global_rank_zero() and self.peft.hf_config is not None:
-            weights = Path(ckpt_to_weights_subdir(path, is_saving=True))
-            weights.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.peft.hf_config, indent=2)
-            (weights.parent / "adapter_config.json").write_text(text + "\n")
+        model = self.peft.adapted_model()
+        if model is not None:
+            export_asked_for(self.peft, model, ckpt_to_dir(path))
         return request
-
-
-def _num_layers(model: nn.Module) -> int:
-    for module in model.modules():
-        layers = getattr(getattr(module, "config", None), "num_layers", None)
-        if isinstance(layers, int):
-            return layers
-    raise UnsupportedError("the model has no TransformerConfig that tells its number of layers")
 
 
 def build_peft(config: Any) -> Any:
@@ -109,11 +103,10 @@ def build_peft(config: Any) -> Any:
     Raises:
         ConfigError: The scheme, a key or a value is wrong.
     """
-    choice = read_scheme(config)
-    if choice.scheme == "none":
-        return None
-    if choice.scheme == "lora":
-        from nemo.collections.llm.peft import LoRA
+    return make_peft(config, BDLoRA, _nemos_lora)
 
-        return LoRA(**choice.arguments)
-    return BDLoRA(**choice.arguments)
+
+def _nemos_lora(**arguments: Any) -> Any:
+    from nemo.collections.llm.peft import LoRA
+
+    return LoRA(**arguments)

@@ -13,14 +13,14 @@ These are the keys of ``bdlora train``. No version of NeMo or Megatron-Bridge ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from bdlora_megatron.errors import ConfigError, nearest
 from bdlora_megatron.plugs.settings import BlockDiagonalSettings
 
-__all__ = ["PeftChoice", "read_scheme"]
+__all__ = ["PeftChoice", "make_peft", "read_scheme"]
 
 _SCHEMES = ("bdlora", "lora", "none")
 # What the hosts' own LoRA classes have in common.
@@ -72,6 +72,26 @@ def read_scheme(config: Any) -> PeftChoice:
         scheme=scheme,
         arguments=_arguments(section, scheme, known if scheme == "bdlora" else _LORA_KEYS),
     )
+
+
+def make_peft(config: Any, ours: Callable[..., Any], lora: Callable[..., Any]) -> Any:
+    """Make the host's object for the method that a ``peft`` section asks for.
+
+    Args:
+        config: As ``read_scheme`` takes it.
+        ours: The plug's ``BDLoRA``.
+        lora: Makes the host's own ``LoRA``; only called when it is asked for.
+
+    Returns:
+        One of the two, or None for scheme ``none``.
+
+    Raises:
+        ConfigError: The scheme, a key or a value is wrong.
+    """
+    choice = read_scheme(config)
+    if choice.scheme == "none":
+        return None
+    return (ours if choice.scheme == "bdlora" else lora)(**choice.arguments)
 
 
 def _plain(config: Any) -> Any:

@@ -43,6 +43,10 @@ class BlockDiagonalSettings:
             as their ``CanonicalLoRA`` and PEFT have.
         regather_input: Under sequence parallelism, gather the input again in backward.
         lora_dtype: The factors' type; the base layer's when unset.
+        export_peft: Write PEFT's folder ``hf_adapter`` with a checkpoint; yes when unset, unless
+            the layers are ``fused``, for which PEFT has no place.
+        export_dense: Also write ``hf_adapter-dense``, the same function as a vanilla LoRA.
+        base_model: Name or path of the base model in Hugging Face's format, for those folders.
     """
 
     target_modules: list[str] = field(default_factory=lambda: list(DEFAULT_TARGETS))
@@ -56,6 +60,9 @@ class BlockDiagonalSettings:
     fused: bool = False
     regather_input: bool = False
     lora_dtype: torch.dtype | None = None
+    export_peft: bool | None = None
+    export_dense: bool = False
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_blocks is None or self.num_blocks < 1:
@@ -68,7 +75,17 @@ class BlockDiagonalSettings:
                 "dim and match_params_of_lora_rank are both set; the second decides the rank: "
                 "leave one out"
             )
+        if self.fused and (self.export_peft or self.export_dense):
+            raise ConfigError(
+                "fused=True trains one A for several projections, for which PEFT's format has no "
+                "place; set fused=False, or export_peft=False and export_dense=False"
+            )
         self._config(self._rank())
+
+    @property
+    def exports_peft(self) -> bool:
+        """Whether PEFT's folder is to be written."""
+        return not self.fused if self.export_peft is None else self.export_peft
 
     def lora_config(self, chunks: Sequence[nn.Module]) -> LoRAConfig:
         """What to put into a model.

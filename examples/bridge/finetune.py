@@ -31,11 +31,10 @@ def main() -> None:
 
         prepare()
     import torch
-    from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
-    from bdlora_megatron.bridge import apply_settings
+    from bdlora_megatron.bridge import AdapterExport, apply_settings
 
     # Bridge makes and ends the process group otherwise, and cannot make it a second time.
     torch.distributed.init_process_group("gloo" if args.cpu else "nccl")
@@ -46,7 +45,8 @@ def main() -> None:
     config = tiny_config(args.folder / "adapter", cpu=args.cpu)
     config.checkpoint.pretrained_checkpoint = str(base)
     apply_settings(config, YAML, args.overrides)
-    finetune(config, forward_step)
+    # Bridge 0.3's finetune is pretrain without a place for callbacks.
+    pretrain(config, forward_step, callbacks=[AdapterExport()])
     torch.distributed.destroy_process_group()
 
 

@@ -13,13 +13,20 @@ from torch.overrides import TorchFunctionMode
 
 
 class _CudaMeansCPU(TorchFunctionMode):
-    """Factories that are told ``device="cuda"`` make their tensors on the CPU."""
+    """What is to be made on a GPU, moved there or pinned for the way there stays on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if str(kwargs.get("device")).startswith("cuda"):
+        if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        if func is torch.Tensor.to:
+            args = tuple("cpu" if _is_cuda(value) else value for value in args)
         return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
 
 class _NoStream:

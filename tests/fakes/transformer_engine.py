@@ -206,13 +206,45 @@ class LayerNormLinear(_Module):
 
 
 class DotProductAttention(nn.Module):
-    """Can be built into a model whose attention is computed by somebody else."""
+    """Causal attention over whole sequences; what else the real one does is refused."""
 
-    def __init__(self, **kwargs):
+    def __init__(
+        self,
+        num_attention_heads,
+        kv_channels,
+        num_gqa_groups=None,
+        attention_dropout=0.0,
+        softmax_scale=None,
+        **kwargs: Any,
+    ):
         super().__init__()
+        if attention_dropout:
+            raise NotImplementedError("this stand-in drops nothing; set attention_dropout=0")
+        self.query_heads_per_group = num_attention_heads // (num_gqa_groups or num_attention_heads)
+        self.softmax_scale = softmax_scale
 
-    def forward(self, *args, **kwargs):
-        raise NotImplementedError("this stand-in computes no attention")
+    def forward(self, query, key, value, mask=None, *, attn_mask_type="causal", **kwargs: Any):
+        if attn_mask_type != "causal" or query.dim() != 4 or query.size(0) != key.size(0):
+            raise NotImplementedError("this stand-in attends causally over sbhd sequences only")
+        # [s, b, heads, d] to [b, heads, s, d], each key and value once for every query head.
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        k, v = (x.repeat_interleave(self.query_heads_per_group, dim=1) for x in (k, v))
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale
+        )
+        return y.permute(2, 0, 1, 3).flatten(2)
+
+
+def apply_rotary_pos_emb(t, freqs, tensor_format="sbhd", interleaved=False, **kwargs: Any):
+    """Turn the first half of each head's channels against the second, as far as ``freqs`` go."""
+    if tensor_format != "sbhd" or interleaved:
+        raise NotImplementedError("this stand-in turns halves of sbhd sequences only")
+    turned, rest = t.split([freqs.size(-1), t.size(-1) - freqs.size(-1)], dim=-1)
+    first, second = turned.float().chunk(2, dim=-1)
+    angles = freqs[: t.size(0)].float()
+    rotated = torch.cat((-second, first), dim=-1)
+    turned = turned.float() * angles.cos() + rotated * angles.sin()
+    return torch.cat((turned.to(t.dtype), rest), dim=-1)
 
 
 def _placeholder(name: str) -> type:
@@ -270,6 +302,10 @@ def install() -> None:
             "transformer_engine.pytorch.distributed",
             CudaRNGStatesTracker=_Tracker,
             activation_recompute_forward=_placeholder("activation_recompute_forward"),
+        ),
+        "transformer_engine.pytorch.attention": _module("transformer_engine.pytorch.attention"),
+        "transformer_engine.pytorch.attention.rope": _module(
+            "transformer_engine.pytorch.attention.rope", apply_rotary_pos_emb=apply_rotary_pos_emb
         ),
         "transformer_engine.pytorch.tensor": _module(
             "transformer_engine.pytorch.tensor", QuantizedTensor=QuantizedTensor

@@ -10,6 +10,7 @@ which never import the inference engine; ``engine`` by serving.
 | since | difference | here |
 |---|---|---|
 | 0.16 | shards for a checkpoint are told the process groups | ``layers.sharded_for_checkpoint`` |
+| 0.16 | Transformer Engine's layers hold settings of quantisation | ``layers.share_quantization`` |
 | 0.16 | ranks may be more than key-value heads, and share them | ``layers.shares_kv_heads`` |
 | 0.16 | the inference engine keeps metadata of every request | ``known.require_engine`` |
 | 0.17 | the inference engine has one configuration, and other names | ``engine`` |

@@ -12,7 +12,13 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from bdlora_megatron.errors import UnsupportedError
 
-__all__ = ["nested_submodules", "sharded_for_checkpoint", "shares_kv_heads", "weight_is_rebuilt"]
+__all__ = [
+    "nested_submodules",
+    "sharded_for_checkpoint",
+    "share_quantization",
+    "shares_kv_heads",
+    "weight_is_rebuilt",
+]
 
 
 def sharded_for_checkpoint(
@@ -81,6 +87,17 @@ def nested_submodules(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return value.keywords.get("submodules")
     return None
+
+
+def share_quantization(source: Any, target: Any) -> None:
+    """Let one Transformer Engine layer compute in the number formats that another was told.
+
+    Args:
+        source: A Megatron-Core layer over Transformer Engine.
+        target: Another one, changed in place.
+    """
+    if hasattr(source, "te_quant_params"):
+        target.te_quant_params = source.te_quant_params
 
 
 def weight_is_rebuilt(layer: Any) -> bool:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from peft import LoraConfig
 
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.plugs import BlockDiagonalSettings, read_scheme
-from bdlora_megatron.plugs.hf import hf_adapter_config
+from bdlora_megatron.plugs import BlockDiagonalSettings, make_peft, read_scheme
 
 
 def test_both_nestings_and_both_spellings():
@@ -76,17 +74,17 @@ def test_a_field_that_a_host_changed_is_checked_again():
         settings.lora_config([])
 
 
-def test_the_configuration_is_one_that_peft_reads():
-    lora = LoRAConfig(rank=8, alpha=16, num_blocks=2, dropout=0.1)
-    names = ["module.decoder.layers.1.self_attention.linear_qkv", "decoder.layers.1.mlp.linear_fc2"]
-    made = hf_adapter_config(lora, names, num_layers=2, base="some/model")
-    read = LoraConfig.from_peft_type(**made)
-    assert (read.r, read.lora_alpha, read.lora_dropout) == (8, 16, 0.1)
-    assert read.layers_to_transform == [1]
-    assert set(read.target_modules) == {"q_proj", "k_proj", "v_proj", "down_proj"}
-    assert made["use_bdlora"] == {
-        "target_modules_bd_a": ["down_proj"],
-        "target_modules_bd_b": ["k_proj", "q_proj", "v_proj"],
-        "nblocks": 2,
-        "match_strict": True,
-    }
+def test_a_fused_adapter_is_exported_only_by_mistake():
+    assert BlockDiagonalSettings(num_blocks=2).exports_peft
+    assert not BlockDiagonalSettings(num_blocks=2, fused=True).exports_peft
+    for asked in ({"export_peft": True}, {"export_dense": True}):
+        with pytest.raises(ConfigError, match="fused=True trains one A"):
+            BlockDiagonalSettings(num_blocks=2, fused=True, **asked)
+
+
+def test_the_object_of_the_scheme_is_made():
+    section = {"scheme": "bdlora", "bdlora": {"rank": 8, "num_blocks": 2}, "lora": {"dim": 4}}
+    made = make_peft(section, BlockDiagonalSettings, dict)
+    assert (made.dim, made.num_blocks) == (8, 2)
+    assert make_peft({**section, "scheme": "lora"}, BlockDiagonalSettings, dict) == {"dim": 4}
+    assert make_peft({**section, "scheme": "none"}, BlockDiagonalSettings, dict) is None
