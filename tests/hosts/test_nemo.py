@@ -1,0 +1,145 @@
+"""The plug in the real NeMo: `make test-nemo` makes an environment that has it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+from tests.hosts.nemo_run import TOKENS
+from tests.tolerances import assert_close
+
+ROOT = Path(__file__).parents[2]
+
+
+def has_nemo():
+    try:
+        return importlib.util.find_spec("nemo.collections.llm") is not None
+    except ImportError:
+        return False
+
+
+pytestmark = [
+    pytest.mark.skipif(
+        not has_nemo(), reason="nemo-toolkit is not installed; make test-nemo installs it"
+    ),
+    pytest.mark.timeout(900),
+]
+
+
+def call(*command):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=ROOT,
+        env=env,
+        timeout=280,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
+
+
+def train(folder, name, ranks, steps, *overrides):
+    call(
+        *("torch.distributed.run", "--standalone", "--nproc-per-node", ranks),
+        *("-m", "tests.hosts.nemo_run", folder, name, steps, *overrides),
+    )
+    return [
+        torch.load(folder / f"{name}-{steps}-{rank}.pt", weights_only=False)
+        for rank in range(ranks)
+    ]
+
+
+def last_checkpoint(folder, name):
+    (found,) = (folder / name / "checkpoints").glob("*-last")
+    return found
+
+
+@torch.no_grad()
+def peft_logits(base, adapter):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, torch_dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.eval()(torch.tensor([TOKENS])).logits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model in both formats, the second by NeMo's own importer, and data."""
+    path = tmp_path_factory.mktemp("nemo")
+    call("examples.nemo.prepare", "--folder", path, "--cpu")
+    return path
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_finetune_ends_goes_on_and_peft_computes_the_same(folder, ranks):
+    name = f"tp{ranks}"
+    dense = "peft.bdlora.export_dense=true"
+    first = train(folder, name, ranks, 6, dense)
+    for seen in first:
+        assert len(seen["losses"]) == 6
+        assert seen["losses"][-1] < seen["losses"][0] - 0.3
+        for (key, trains), before in seen["start"].items():
+            same = torch.equal(before, seen["end"][key, trains])
+            assert trains is (".adapter." in key)
+            assert same is not trains, f"{key} {'did not train' if trains else 'is not frozen'}"
+    keys = list(
+        FileSystemReader(last_checkpoint(folder, name) / "weights")
+        .read_metadata()
+        .state_dict_metadata
+    )
+    weights = [key for key in keys if not key.startswith("optimizer")]
+    assert len(weights) > 0
+    assert all(".adapter." in key for key in weights)
+
+    second = train(folder, name, ranks, 9, dense)
+    for before, seen in zip(first, second, strict=True):
+        assert seen["step"] == 6
+        assert len(seen["losses"]) == 3
+        for key, value in before["end"].items():
+            assert torch.equal(value, seen["start"][key]), f"{key} was not resumed"
+        assert len(seen["moments"]) == len(before["end_moments"]) > 0
+        assert all(map(torch.equal, seen["moments"], before["end_moments"]))
+
+    found = last_checkpoint(folder, name)
+    base = peft_logits(folder / "hf", None)
+    logits = second[0]["logits"]
+    assert (logits - base).abs().max() > 0.05 * base.abs().max()
+    for export in ("hf_adapter", "hf_adapter-dense"):
+        assert_close(peft_logits(folder / "hf", found / export), logits, export, (1e-5, 1e-4))
+    config = json.loads((found / "hf_adapter" / "adapter_config.json").read_text("utf-8"))
+    assert config["use_bdlora"]["nblocks"] == 2
+    config = json.loads((found / "hf_adapter-dense" / "adapter_config.json").read_text("utf-8"))
+    assert not config.get("use_bdlora")
+
+
+def test_importing_registers_the_scheme():
+    code = """
+from tests.fakes.nemo_on_cpu import prepare
+prepare()
+import pytest
+from nemo.collections.llm.peft import PEFT_STR2CLS, LoRA
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.nemo import BDLoRA, build_peft
+assert PEFT_STR2CLS["bdlora"] is BDLoRA
+assert isinstance(build_peft({"scheme": "lora", "lora": {"rank": 4}}), LoRA)
+assert build_peft({"scheme": "none"}) is None
+with pytest.raises(ConfigError, match="did you mean 'bdlora'"):
+    build_peft({"scheme": "bdlor"})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
