@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from bdlora_megatron.errors import BDLoRAError, ConfigError
 from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve.cli import add_model_arguments, settings_of
+from bdlora_megatron.serve.lines import json_line
 from bdlora_megatron.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ async def _answer_all(settings: ServeSettings, lines: IO[str], out: IO[str], tot
                     answer = await task
                     started.discard(task)
                     failed += "error" in answer
-                    out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                    out.write(json_line(answer) + "\n")
                     out.flush()
                     bar.update()
             finally:

@@ -10,6 +10,7 @@ import httpx2 as httpx
 import pytest
 
 from tests.serve import models
+from tests.serve.soak import soak
 
 pytestmark = pytest.mark.engine
 
@@ -130,59 +131,12 @@ def test_unloading_waits_for_requests_in_flight(http, folder, server):
 
 
 def test_no_request_gets_another_adapters_answer_while_adapters_come_and_go(http, folder):
-    no_wrong_answer(http, folder, 400)
-
-
-def no_wrong_answer(http, folder, count):
-    """Names are loaded with other weights and unloaded under load; every answer is one of its own.
-
-    The weights of ``swap`` alternate between two adapters, so that a request that began before a
-    change and one that began after may answer differently, but never as a third.
-    """
-    swap = folder / "adapters" / "swap"
-    sources = ["vanilla", "attention"]
-    expected = {name: text(ask(http, name)) for name in ("model", *models.ADAPTERS)}
-    assert len(set(expected.values())) == len(expected)
-    stop = threading.Event()
-    counts = {"right": 0, "gone": 0}
-
-    def change():
-        rounds = 0
-        while not stop.is_set():
-            shutil.rmtree(swap, ignore_errors=True)
-            shutil.copytree(folder / "adapters" / sources[rounds % 2], swap)
-            load(http, "swap", swap, load_inplace=True).raise_for_status()
-            if rounds % 3 == 2:
-                assert unload(http, "swap").status_code == 200
-            rounds += 1
-        return rounds
-
-    def request(i):
-        name = ["swap", "model", *models.ADAPTERS][i % 5]
-        answer = ask(http, name)
-        if answer.status_code == 200:
-            wanted = sources if name == "swap" else [name]
-            assert text(answer) in {expected[w] for w in wanted}, name
-            return "right"
-        # Unloaded meanwhile, or its files are being replaced at this moment.
-        assert name == "swap"
-        assert answer.status_code in {404, 500}
-        return "gone"
-
-    try:
-        with concurrent.futures.ThreadPoolExecutor(17) as pool:
-            changing = pool.submit(change)
-            try:
-                for outcome in pool.map(request, range(count)):
-                    counts[outcome] += 1
-            finally:
-                stop.set()
-            assert changing.result(60) >= 3
-    finally:
-        shutil.rmtree(swap, ignore_errors=True)
-        unload(http, "swap")
-    assert counts["right"] >= count * 4 // 5
-    return counts
+    """The same with ten thousand requests: ``python -m benchmarks.soak``."""
+    counts = soak(http, folder, 400)
+    assert counts["wrong"] == 0
+    assert counts["right"] >= 320
+    assert counts["loads"] >= 3
+    assert counts["right"] + counts["gone"] == 400
 
 
 def test_a_client_that_leaves_frees_its_cache_at_once(http, server):

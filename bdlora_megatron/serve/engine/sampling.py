@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,9 +60,14 @@ class Sampler:
         settings = [sampling for sampling, _ in known]
         tokens = choose_tokens(logits, settings, draws).tolist()
         choices = [Choice(token) for token in tokens]
-        for row, sampling in enumerate(settings):
-            if sampling.logprobs is not None:
-                (choices[row],) = worths(logits[row : row + 1], tokens[row:], sampling.logprobs)
+        asked = {row: s.logprobs for row, s in enumerate(settings) if s.logprobs is not None}
+        if asked:
+            # All rows at once: one by one, each would wait for the device.
+            rows = list(asked)
+            these = logits if len(rows) == len(logits) else logits[rows]
+            told = worths(these, [tokens[row] for row in rows], max(asked.values()))
+            for (row, count), choice in zip(asked.items(), told, strict=True):
+                choices[row] = replace(choice, top=choice.top[:count])
         return choices
 
 

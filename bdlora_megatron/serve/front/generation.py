@@ -247,7 +247,7 @@ async def _pieces(front: Front, job: Job, index: int) -> AsyncGenerator[Piece, N
 def _record(front: Front, job: Job, status: str, tokens: int, first_s: float | None) -> None:
     now, metrics = time.monotonic(), front.metrics
     known = job.adapter is None or job.adapter in front.adapters
-    model = (job.adapter or front.settings.base_name) if known else "unloaded"
+    model = (job.adapter or front.base_name) if known else "unloaded"
     metrics.requests.labels(model, status).inc()
     metrics.prompt_tokens.labels(model).inc(job.prompt_tokens)
     metrics.generated_tokens.labels(model).inc(tokens)

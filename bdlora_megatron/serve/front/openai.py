@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -18,6 +17,7 @@ from bdlora_megatron.serve.front.generation import Prompt, answer, plan, stream
 from bdlora_megatron.serve.front.schema import ChatRequest, CompletionRequest, GenerationFields
 from bdlora_megatron.serve.front.state import Front
 from bdlora_megatron.serve.front.text import Piece, Tokenizer
+from bdlora_megatron.serve.lines import json_line
 
 __all__ = ["plan_body", "router", "until_gone"]
 
@@ -195,4 +195,4 @@ async def _events(
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json_line(data)}\n\n"

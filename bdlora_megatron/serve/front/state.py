@@ -43,6 +43,7 @@ class Front:
     """The state of the front.
 
     Attributes:
+        base_name: What requests call the base model.
         adapters: By name, those that new requests may use.
         changing: Names that are being loaded or unloaded.
         draining: No further requests are taken.
@@ -58,9 +59,11 @@ class Front:
             tokenizer: The model's.
         """
         self.settings = settings
+        # Once: where no name is set, it is found by resolving a path.
+        self.base_name = settings.base_name
         self.tokenizer = tokenizer
         self.client = EngineClient()
-        self.metrics = Metrics(self.client, settings.base_name)
+        self.metrics = Metrics(self.client, self.base_name)
         self.started = int(time.time())
         self.draining = False
         self.open_answers: Counter[str | None] = Counter()
@@ -126,7 +129,7 @@ class Front:
 
     def allowed(self, key: ApiKey | None) -> list[str]:
         """The models that a key may use, the base model first."""
-        names = [self.settings.base_name, *self.adapters]
+        names = [self.base_name, *self.adapters]
         if key is None or key.models is None:
             return names
         return [name for name in names if name in key.models]
@@ -151,7 +154,7 @@ class Front:
                 code="model_not_found",
                 param="model",
             )
-        return None if model == self.settings.base_name else model
+        return None if model == self.base_name else model
 
     # --- limits --------------------------------------------------------------------------------
 
@@ -179,7 +182,7 @@ class Front:
         if limit is not None and adapter is not None:
             full |= open_[adapter] + count > limit
         if full:
-            self.metrics.rejected.labels(adapter or settings.base_name).inc()
+            self.metrics.rejected.labels(adapter or self.base_name).inc()
             raise APIError(
                 429,
                 f"too many requests ({open_.total()} are waiting or running); try again later",

@@ -1,0 +1,85 @@
+"""Requests while adapters are overwritten, loaded and unloaded: no answer may be another's."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+from tests.serve import models
+
+PROMPT = {"prompt": "hello", "max_tokens": 6, "temperature": 0}
+#: What the name ``swap`` stands for, in turn.
+SOURCES = ("vanilla", "attention")
+
+
+def ask(http: Any, model: str) -> Any:
+    """One completion."""
+    return http.post("/v1/completions", json={**PROMPT, "model": model})
+
+
+def text(answer: Any) -> str:
+    """What it says."""
+    said: str = answer.raise_for_status().json()["choices"][0]["text"]
+    return said
+
+
+def soak(http: Any, folder: Path, count: int) -> dict[str, int]:
+    """Names are loaded with other weights and unloaded under load; every answer is one of its own.
+
+    The weights of ``swap`` alternate between two adapters, so that a request that began before a
+    change and one that began after may answer differently, but never as a third.
+
+    Args:
+        http: A client of the server, whose adapters are ``models.ADAPTERS``.
+        folder: Where ``models.make`` put them.
+        count: Requests.
+
+    Returns:
+        How many were ``right``, ``wrong``, and ``gone``: refused while their adapter was away. And
+        how many ``loads`` and ``unloads`` there were meanwhile.
+    """
+    swap = folder / "adapters" / "swap"
+    expected = {name: text(ask(http, name)) for name in ("model", *models.ADAPTERS)}
+    assert len(set(expected.values())) == len(expected)
+    stop = threading.Event()
+    counts = {"right": 0, "wrong": 0, "gone": 0, "loads": 0, "unloads": 0}
+
+    def change() -> None:
+        while not stop.is_set():
+            shutil.rmtree(swap, ignore_errors=True)
+            shutil.copytree(folder / "adapters" / SOURCES[counts["loads"] % 2], swap)
+            body = {"lora_name": "swap", "lora_path": str(swap), "load_inplace": True}
+            http.post("/v1/load_lora_adapter", json=body).raise_for_status()
+            counts["loads"] += 1
+            if counts["loads"] % 3 == 0:
+                gone = http.post("/v1/unload_lora_adapter", json={"lora_name": "swap"})
+                assert gone.status_code == 200
+                counts["unloads"] += 1
+
+    def request(i: int) -> str:
+        name = ["swap", "model", *models.ADAPTERS][i % 5]
+        answer = ask(http, name)
+        if answer.status_code == 200:
+            wanted = SOURCES if name == "swap" else (name,)
+            return "right" if text(answer) in {expected[w] for w in wanted} else "wrong"
+        # Unloaded meanwhile, or its files are being replaced at this moment.
+        assert name == "swap"
+        assert answer.status_code in {404, 500}
+        return "gone"
+
+    try:
+        with concurrent.futures.ThreadPoolExecutor(17) as pool:
+            changing = pool.submit(change)
+            try:
+                for outcome in pool.map(request, range(count)):
+                    counts[outcome] += 1
+            finally:
+                stop.set()
+            changing.result(60)
+    finally:
+        shutil.rmtree(swap, ignore_errors=True)
+        http.post("/v1/unload_lora_adapter", json={"lora_name": "swap"})
+    return counts
