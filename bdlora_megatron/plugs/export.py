@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from bdlora_megatron.convert import WriteOptions, write_adapter
-from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.convert.adapter import Adapter
 from bdlora_megatron.layers import collect_adapter
+from bdlora_megatron.layers.export import write_peft_folders
 
 __all__ = ["HF_ADAPTER", "HF_ADAPTER_DENSE", "export_adapter", "export_asked_for"]
 
@@ -51,20 +50,8 @@ def export_adapter(
     Collectives: those of `collect_adapter`, and one small broadcast over all ranks.
     """
     folder = Path(folder).absolute()
-    chunks = [model] if isinstance(model, nn.Module) else list(model)
-    whole = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
-    adapter = collect_adapter(whole, name or folder.name)
-    refusal: list[str | None] = [None]
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        options = WriteOptions(overwrite=True, base_model=base_model, dense=dense)
-        try:
-            write_adapter(adapter, folder, "peft", options=options)
-        except (BDLoRAError, OSError) as error:
-            refusal[0] = str(error)
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        raise ConfigError(f"the adapter was not exported to {folder}: {refusal[0]}")
+    adapter = _collect(model, name or folder.name)
+    write_peft_folders(adapter, {folder: dense}, base_model=base_model)
     return folder
 
 
@@ -80,15 +67,21 @@ def export_asked_for(
 
     Returns:
         The folders: ``hf_adapter``, ``hf_adapter-dense``, both or none.
+
+    Collectives: where anything is written, those of `export_adapter`, once.
     """
     wanted = {HF_ADAPTER: settings.exports_peft, HF_ADAPTER_DENSE: settings.export_dense}
-    return [
-        export_adapter(
-            model,
-            Path(parent) / name,
-            base_model=settings.base_model,
-            dense=name == HF_ADAPTER_DENSE,
-        )
+    folders = {
+        Path(parent).absolute() / name: name == HF_ADAPTER_DENSE
         for name, asked in wanted.items()
         if asked
-    ]
+    }
+    if folders:
+        adapter = _collect(model, HF_ADAPTER)
+        write_peft_folders(adapter, folders, base_model=settings.base_model)
+    return list(folders)
+
+
+def _collect(model: nn.Module | Sequence[nn.Module], name: str) -> Adapter:
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    return collect_adapter(chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks), name)

@@ -7,17 +7,17 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
-from bdlora_megatron.convert import WriteOptions, write_adapter
 from bdlora_megatron.convert.base_check import base_shape
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers import collect_adapter
+from bdlora_megatron.layers.export import write_peft_folders
 from bdlora_megatron.runtime import model_parallel
 from bdlora_megatron.train.checkpoint import (
     checkpoints,
@@ -197,17 +197,11 @@ class _Run:
 
     def _export(self) -> tuple[Path, ...]:
         wanted = {ADAPTER: self.config.export.peft, DENSE_ADAPTER: self.config.export.dense}
-        names = [name for name, asked in wanted.items() if asked]
-        if not names:
-            return ()
-        adapter = collect_adapter(self.model, self.folder.name, base_shape(self.hf))
-        if torch.distributed.get_rank() == 0:
-            options = WriteOptions(overwrite=True, base_model=self.config.model.hf_path)
-            for name in names:
-                dense = replace(options, dense=name == DENSE_ADAPTER)
-                write_adapter(adapter, self.folder / name, "peft", options=dense)
-        torch.distributed.barrier()
-        return tuple(self.folder / name for name in names)
+        folders = {self.folder / n: n == DENSE_ADAPTER for n, asked in wanted.items() if asked}
+        if folders:
+            adapter = collect_adapter(self.model, self.folder.name, base_shape(self.hf))
+            write_peft_folders(adapter, folders, base_model=self.config.model.hf_path)
+        return tuple(folders)
 
 
 def _due(step: int, interval: int, *, last: bool) -> bool:
