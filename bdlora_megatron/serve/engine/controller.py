@@ -47,8 +47,10 @@ class AdapterGPT(GPTInferenceWrapper):
                 self.slots.set_captured_batch(context.token_slots())
             else:
                 self.slots.set_batch(self.slots.batch(context.token_slots()))
-        # Those of the last token of each request do, where nobody asks about prompts.
-        context.last_logits_only = not self.scores.wanted(context.active_ids)
+        # Those of the last token of each request do, where nobody asks about prompts. Whose they
+        # are is only looked up where somebody does: on a GPU, it waits for the device.
+        scored = self.scores.pending and self.scores.wanted(context.active_ids)
+        context.last_logits_only = not scored
         logits: Tensor = super()._forward(inference_input)
         return logits
 

@@ -79,6 +79,11 @@ class PromptScores:
         del self._prompts[request_id]
         return tuple(prompt.known[place] for place in range(1, len(prompt.ids)))
 
+    @property
+    def pending(self) -> bool:
+        """Whether any request waits for its prompt's."""
+        return bool(self._prompts)
+
     def wanted(self, request_ids: Iterable[int]) -> bool:
         """Whether a step of these requests needs logits of every token, not of the last ones."""
         return any(

@@ -118,7 +118,7 @@ def worths(logits: Tensor, tokens: Sequence[int], count: int) -> list[Choice]:
 
     Args:
         logits: ``[rows, vocabulary]``.
-        tokens: One a row; further ones are left alone.
+        tokens: One a row.
         count: How many of the most probable ones.
 
     Returns:
@@ -127,7 +127,6 @@ def worths(logits: Tensor, tokens: Sequence[int], count: int) -> list[Choice]:
     Collectives:
         None.
     """
-    tokens = tokens[: len(logits)]
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
