@@ -15,10 +15,10 @@ from torch import nn
 
 from bdlora_megatron.errors import UnsupportedError
 from bdlora_megatron.layers import apply_lora
-from bdlora_megatron.plugs import BlockDiagonalSettings, export_adapter, make_peft
+from bdlora_megatron.plugs import BlockDiagonalSettings, make_peft
 from bdlora_megatron.plugs.export import export_asked_for
 
-__all__ = ["BDLoRA", "BDLoRAAdapterIO", "build_peft", "export_adapter"]
+__all__ = ["BDLoRA", "BDLoRAAdapterIO", "build_peft"]
 
 
 @dataclass

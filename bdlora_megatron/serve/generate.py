@@ -155,7 +155,7 @@ async def _one(front: Front, number: int, line: str) -> dict[str, Any]:
         if "custom_id" in body:
             head["custom_id"] = body.pop("custom_id")
         kind = ChatRequest if "messages" in body else CompletionRequest
-        fields = kind.model_validate({"model": front.settings.base_name, **body, "stream": False})
+        fields = kind.model_validate({"model": front.base_name, **body, "stream": False})
         form = plan_body(front, fields, front.resolve(fields.model, None))
         return {**head, "response": form.whole(await answer(front, form.job))}
     except EngineGoneError:

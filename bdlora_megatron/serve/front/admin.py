@@ -144,7 +144,7 @@ def _find(front: Front, body: LoadRequest) -> tuple[Path, Fingerprint]:
         BadRequestError: The name can't be one, or there is no such folder.
         APIError: Status 403; the folder is not below those that are allowed.
     """
-    if body.lora_name == front.settings.base_name:
+    if body.lora_name == front.base_name:
         raise BadRequestError(f"{body.lora_name!r} is the base model's name", param="lora_name")
     try:
         check_adapter_name(body.lora_name)
@@ -163,7 +163,7 @@ def _find(front: Front, body: LoadRequest) -> tuple[Path, Fingerprint]:
 
 
 def _card(front: Front, name: str) -> dict[str, Any]:
-    base = front.settings.base_name
+    base = front.base_name
     card = front.adapters.get(name)
     return {
         "id": name,

@@ -25,7 +25,7 @@ async def generate(request: Request, body: MegatronRequest) -> dict[str, Any]:
         BadRequestError: ``top_k`` and ``top_p`` are both set, which Megatron-LM refuses too.
     """
     front: Front = request.app.state.front
-    model = body.adapter or front.settings.base_name
+    model = body.adapter or front.base_name
     adapter = front.resolve(model, front.authorize(request))
     if body.top_k and body.top_p:
         raise BadRequestError("cannot set both top-k and top-p samplings.", param="top_p")

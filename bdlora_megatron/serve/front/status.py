@@ -31,7 +31,7 @@ async def numbers(request: Request) -> dict[str, Any]:
     """What the page shows, for the models that the key may use."""
     front: Front = request.app.state.front
     names = front.allowed(front.authorize(request))
-    base, client, metrics = front.settings.base_name, front.client, front.metrics
+    base, client, metrics = front.base_name, front.client, front.metrics
     snapshot = asdict(client.snapshot)
     resident = set(snapshot.pop("resident"))
     ended: dict[str, float] = {}
