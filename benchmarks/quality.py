@@ -36,7 +36,7 @@ from bdlora_megatron.train.examples import Example, load_tokenizer
 from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.schema import TrainConfig
 from bdlora_megatron.train.step import Stepper, mean_loss
-from benchmarks.quality_report import Record, best_rate, write_report
+from benchmarks.quality_report import Record, best_rates, write_report
 
 RANKS, SEEDS, BLOCKS = (8, 16, 32, 64), (0, 1, 2), (3, 8)
 #: Where the search for a learning rate starts, and how often it may be widened.
@@ -137,15 +137,15 @@ def _plan(work: Path) -> Iterator[Run]:
     for rank in RANKS:
         for blocks in methods:
             yield from _search(work, blocks, rank)
+    best = best_rates(_finished(work), TUNING_SEED)
     for seed in SEEDS:
         for rank in RANKS:
             for blocks in methods:
                 if seed != TUNING_SEED:
-                    lr = best_rate(_finished(work), blocks, rank, TUNING_SEED)
+                    lr = best[rank, blocks]
                     yield Run(num_blocks=blocks, lora_rank=rank, lr=lr, seed=seed)
         for blocks in BLOCKS:
-            lr = best_rate(_finished(work), blocks, INITIALISED_AT, TUNING_SEED)
-            rank = INITIALISED_AT
+            rank, lr = INITIALISED_AT, best[INITIALISED_AT, blocks]
             yield Run(num_blocks=blocks, lora_rank=rank, lr=lr, seed=seed, full_fan_in=True)
 
 
@@ -155,7 +155,7 @@ def _search(work: Path, blocks: int, rank: int) -> Iterator[Run]:
     for _ in range(WIDENINGS + 1):
         for lr in rates:
             yield Run(num_blocks=blocks, lora_rank=rank, lr=lr, seed=TUNING_SEED)
-        wider = _widened(rates, best_rate(_finished(work), blocks, rank, TUNING_SEED))
+        wider = _widened(rates, best_rates(_finished(work), TUNING_SEED)[rank, blocks])
         if wider == rates:
             return
         rates = wider

@@ -25,10 +25,8 @@ def write_report(records: Sequence[Record], settings: Mapping[str, Any], out: Pa
     out.mkdir(parents=True, exist_ok=True)
     base = next(record["test_loss"] for record in records if not record["num_blocks"])
     runs = [record for record in records if record["num_blocks"]]
-    seed = settings["learning rate chosen with seed"]
-    cells = sorted({(run["lora_rank"], run["num_blocks"]) for run in runs})
-    best = {(rank, blocks): best_rate(runs, blocks, rank, seed) for rank, blocks in cells}
-    chosen = [run for run in runs if run["lr"] == best[run["lora_rank"], run["num_blocks"]]]
+    best = best_rates(runs, settings["learning rate chosen with seed"])
+    chosen = [run for run in runs if run["lr"] == best.get((run["lora_rank"], run["num_blocks"]))]
     table = _table([run for run in chosen if not run["full_fan_in"]])
     document = {
         "settings": dict(settings),
@@ -45,25 +43,24 @@ def write_report(records: Sequence[Record], settings: Mapping[str, Any], out: Pa
         _plot(table, out / "quality.png")
 
 
-def best_rate(runs: Sequence[Record], blocks: int, rank: int, seed: int) -> float:
-    """The learning rate that a method's tuning runs chose at one budget.
+def best_rates(runs: Sequence[Record], seed: int) -> dict[tuple[int, int], float]:
+    """The learning rates that the tuning runs chose.
 
     Args:
         runs: Finished runs, of all kinds.
-        blocks: N; 1 for vanilla LoRA.
-        rank: The LoRA rank whose parameters are the budget.
         seed: Of the tuning runs.
 
     Returns:
-        That of the lowest development loss.
+        That of the lowest development loss, by LoRA rank of the budget and number of blocks.
     """
-    tuning = [
-        run
-        for run in runs
-        if (run["num_blocks"], run["lora_rank"], run["seed"]) == (blocks, rank, seed)
-        and not run["full_fan_in"]
-    ]
-    return float(min(tuning, key=lambda run: run["development_loss"])["lr"])
+    best: dict[tuple[int, int], Record] = {}
+    for run in runs:
+        if not run["num_blocks"] or run["seed"] != seed or run["full_fan_in"]:
+            continue
+        known = best.setdefault((run["lora_rank"], run["num_blocks"]), run)
+        if run["development_loss"] < known["development_loss"]:
+            best[run["lora_rank"], run["num_blocks"]] = run
+    return {cell: float(run["lr"]) for cell, run in best.items()}
 
 
 def _table(runs: Sequence[Record]) -> list[dict[str, Any]]:
