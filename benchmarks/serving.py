@@ -77,8 +77,8 @@ def make_files(args: argparse.Namespace, folder: Path) -> None:
     import peft
     import torch
     import transformers
-    from peft.tuners.lora import BdLoraConfig
 
+    from examples.demo.train import block_diagonal
     from tests.serve.models import make_tokenizer
 
     make_tokenizer(folder / "model")
@@ -97,13 +97,10 @@ def make_files(args: argparse.Namespace, folder: Path) -> None:
     )
     base = transformers.LlamaForCausalLM(config)
     base.save_pretrained(folder / "model")
-    blocks = BdLoraConfig(
-        target_modules_bd_a=["o_proj", "down_proj"],
-        target_modules_bd_b=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
-        nblocks=args.tp,
-        match_strict=True,
-    )
-    more = {"vanilla": {"r": args.rank}, "blocks": {"r": 2 * args.rank, "use_bdlora": blocks}}
+    more = {
+        "vanilla": {"r": args.rank},
+        "blocks": {"r": 2 * args.rank, "use_bdlora": block_diagonal(args.tp)},
+    }
     for kind, settings in more.items():
         lora = peft.LoraConfig(
             target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **settings

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import BdLoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bdlora_megatron.blocks import matching_rank
@@ -25,6 +24,7 @@ from bdlora_megatron.convert import read_hf_config
 from bdlora_megatron.plan import ModelShape
 from benchmarks.peers.job import Request
 from examples.demo.texts import python_reference, shakespeare
+from examples.demo.train import block_diagonal
 
 __all__ = ["bd_rank", "make_adapters", "make_requests", "padded_base"]
 
@@ -89,12 +89,7 @@ def make_adapters(
     if missing:
         more: dict[str, Any] = {}
         if num_blocks is not None:
-            more["use_bdlora"] = BdLoraConfig(
-                target_modules_bd_a=["o_proj", "down_proj"],
-                target_modules_bd_b=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
-                nblocks=num_blocks,
-                match_strict=True,
-            )
+            more["use_bdlora"] = block_diagonal(num_blocks)
         settings = LoraConfig(
             r=rank,
             lora_alpha=2 * rank,

@@ -33,8 +33,9 @@ def write_report(stem: Path, visits: Sequence[Visit], facts: Mapping[str, Any]) 
     """
     rows = summarise(visits, int(facts["requests"]) * int(facts["answer"]))
     stem.parent.mkdir(parents=True, exist_ok=True)
+    facts = {**facts, **machine()}
     data = {
-        "facts": {**facts, **machine()},
+        "facts": facts,
         "rows": rows,
         "problems": [
             {"contender": asdict(v.contender), "problem": v.problem} for v in visits if v.problem
@@ -120,14 +121,14 @@ def agreement(answers: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]])
 def _page(
     rows: Sequence[Row], visits: Sequence[Visit], facts: Mapping[str, Any], picture: str
 ) -> Iterator[str]:
-    here, ranks = machine(), facts["ranks"]
+    ranks = facts["ranks"]
     yield "# Beside PEFT and vLLM"
     yield ""
-    yield f"Made by `{facts['command']}` in {facts['seconds']:.0f} s on {here['date']}."
+    yield f"Made by `{facts['command']}` in {facts['seconds']:.0f} s on {facts['date']}."
     yield ""
     yield (
-        f"- Machine: {here['processor']}; {here['cores']} cores, {facts['threads']} threads for "
-        f"each contender; {here['accelerator']}; load average before the run "
+        f"- Machine: {facts['processor']}; {facts['cores']} cores, {facts['threads']} threads for "
+        f"each contender; {facts['accelerator']}; load average before the run "
         f"{facts['load_before']:.1f}."
     )
     for versions in dict.fromkeys(

@@ -64,11 +64,7 @@ def recipes(base_config: Any) -> dict[str, Recipe]:
     """
     rank = 8
     blocked_rank = matching_rank(_target_shapes(base_config), lora_rank=rank, num_blocks=NUM_BLOCKS)
-    blocks = BdLoraConfig(
-        target_modules_bd_a=list(ROW_PARALLEL),
-        target_modules_bd_b=list(COLUMN_PARALLEL),
-        nblocks=NUM_BLOCKS,
-    )
+    blocks = block_diagonal(NUM_BLOCKS)
     return {
         "vanilla": Recipe(lora=_lora(rank), text_name="Shakespeare", read_text=shakespeare),
         "bdlora": Recipe(
@@ -77,6 +73,15 @@ def recipes(base_config: Any) -> dict[str, Recipe]:
             read_text=python_reference,
         ),
     }
+
+
+def block_diagonal(num_blocks: int) -> BdLoraConfig:
+    """PEFT's words for blocks that lie where tensor parallelism splits a Llama-like model."""
+    return BdLoraConfig(
+        target_modules_bd_a=list(ROW_PARALLEL),
+        target_modules_bd_b=list(COLUMN_PARALLEL),
+        nblocks=num_blocks,
+    )
 
 
 def _lora(rank: int, **options: Any) -> LoraConfig:
