@@ -10,14 +10,25 @@ from typing import Any
 
 from tests.serve import models
 
-PROMPT = {"prompt": "hello", "max_tokens": 6, "temperature": 0}
 #: What the name ``swap`` stands for, in turn.
 SOURCES = ("vanilla", "attention")
 
 
-def ask(http: Any, model: str) -> Any:
+def load(http: Any, name: str, path: Path, **more: Any) -> Any:
+    """Give a folder's adapter a name."""
+    body = {"lora_name": name, "lora_path": str(path), **more}
+    return http.post("/v1/load_lora_adapter", json=body)
+
+
+def unload(http: Any, name: str) -> Any:
+    """Take an adapter away."""
+    return http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+
+def ask(http: Any, model: str, prompt: str = "hello", **more: Any) -> Any:
     """One completion."""
-    return http.post("/v1/completions", json={**PROMPT, "model": model})
+    body = {"model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, **more}
+    return http.post("/v1/completions", json=body)
 
 
 def text(answer: Any) -> str:
@@ -51,12 +62,10 @@ def soak(http: Any, folder: Path, count: int) -> dict[str, int]:
         while not stop.is_set():
             shutil.rmtree(swap, ignore_errors=True)
             shutil.copytree(folder / "adapters" / SOURCES[counts["loads"] % 2], swap)
-            body = {"lora_name": "swap", "lora_path": str(swap), "load_inplace": True}
-            http.post("/v1/load_lora_adapter", json=body).raise_for_status()
+            load(http, "swap", swap, load_inplace=True).raise_for_status()
             counts["loads"] += 1
             if counts["loads"] % 3 == 0:
-                gone = http.post("/v1/unload_lora_adapter", json={"lora_name": "swap"})
-                assert gone.status_code == 200
+                assert unload(http, "swap").status_code == 200
                 counts["unloads"] += 1
 
     def request(i: int) -> str:
@@ -81,5 +90,5 @@ def soak(http: Any, folder: Path, count: int) -> dict[str, int]:
             changing.result(60)
     finally:
         shutil.rmtree(swap, ignore_errors=True)
-        http.post("/v1/unload_lora_adapter", json={"lora_name": "swap"})
+        unload(http, "swap")
     return counts

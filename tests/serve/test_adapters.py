@@ -10,7 +10,7 @@ import httpx2 as httpx
 import pytest
 
 from tests.serve import models
-from tests.serve.soak import soak
+from tests.serve.soak import ask, load, soak, text, unload
 
 pytestmark = pytest.mark.engine
 
@@ -19,24 +19,6 @@ pytestmark = pytest.mark.engine
 def http(server):
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
-
-
-def load(http, name, path, **more):
-    body = {"lora_name": name, "lora_path": str(path), **more}
-    return http.post("/v1/load_lora_adapter", json=body)
-
-
-def unload(http, name):
-    return http.post("/v1/unload_lora_adapter", json={"lora_name": name})
-
-
-def ask(http, model, prompt="hello", **more):
-    body = {"model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, **more}
-    return http.post("/v1/completions", json=body)
-
-
-def text(answer):
-    return answer.raise_for_status().json()["choices"][0]["text"]
 
 
 def test_an_adapter_comes_changes_and_goes(http, folder, server):
