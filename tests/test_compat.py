@@ -23,7 +23,7 @@ E   TypeError: got an unexpected keyword argument 'tp_group'
 
 
 def _result():
-    result = Result(version="0.19.0", date="2026-01-01", commit="abc")
+    result = Result(version="0.19.2", date="2026-01-01", commit="abc")
     for case in ElementTree.fromstring(REPORT).iter("testcase"):
         _count(case, result)
     return result
@@ -39,7 +39,7 @@ def test_counts_and_reasons():
 
 
 def test_an_older_python_is_named():
-    (release,) = [r for r in RELEASES if r.version == "0.19.0"]
+    (release,) = [r for r in RELEASES if r.version == "0.19.2"]
     for python, named in (("3.11.7", True), ("3.12.1", False)):
         result = _result()
         result.versions = {"python": python}
@@ -65,9 +65,9 @@ def test_a_kept_result_comes_back(tmp_path):
 
 
 def test_the_table_says_what_fails():
-    (release,) = [r for r in RELEASES if r.version == "0.19.0"]
+    (release,) = [r for r in RELEASES if r.version == "0.19.2"]
     page = "\n".join(_report([(release, _result())]))
-    assert "| 0.19.0 |  |  |  | 1 | 2 | 1 | abc, 2026-01-01 |" in page
+    assert "| 0.19.2 |  |  |  | 1 | 2 | 1 | abc, 2026-01-01 |" in page
     assert "- 1 x `boom`, such as `tests.a::test_bad[2]`" in page
-    broken = Result(version="0.19.0", date="", commit="", problem="not installed: no wheel")
+    broken = Result(version="0.19.2", date="", commit="", problem="not installed: no wheel")
     assert "not installed: no wheel" in "\n".join(_report([(release, broken)]))

@@ -35,8 +35,8 @@ RELEASES = (
     Release(version="0.14.0", extra=("numpy<2",), note="requires numpy below 2"),
     Release(version="0.15.3", extra=("numpy<2",), note="requires numpy below 2"),
     Release(version="0.16.1"),
-    Release(version="0.17.0", python=(3, 12)),
+    Release(version="0.17.1", python=(3, 12)),
     # Imported without a condition, and on no list of requirements.
-    Release(version="0.18.0", python=(3, 12), extra=("triton",), note="imports triton always"),
-    Release(version="0.19.0", python=(3, 12), extra=("triton",), note="imports triton always"),
+    Release(version="0.18.2", python=(3, 12), extra=("triton",), note="imports triton always"),
+    Release(version="0.19.2", python=(3, 12), extra=("triton",), note="imports triton always"),
 )
