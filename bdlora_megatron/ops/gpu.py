@@ -45,7 +45,7 @@ class _Blocks:
         table: Per block (slice, first feature, first column, columns, features of the slice),
             int32 ``[blocks, 5]`` on the device.
         size: Columns of a block at most.
-        align: What divides every first feature, first column and row.
+        align: What divides every first feature, first column, number of columns and features.
     """
 
     table: Tensor
@@ -220,7 +220,7 @@ def _cut(columns: tuple[Columns, ...], device: torch.device) -> _Blocks:
         for group in range(part.groups)
         for first in range(0, part.width, size)
     ]
-    shared = math.gcd(*(number for row in rows for number in (row[1], row[2], row[4])))
+    shared = math.gcd(*(number for row in rows for number in row[1:]))
     table = torch.tensor(rows, dtype=torch.int32).to(device)
     return _Blocks(table=table, size=size, align=math.gcd(shared, 16))
 

@@ -57,7 +57,8 @@ def shrink_by_token(
         rank = tl.load(a_rank + slot * J + j)
         if tl.program_id(1) % rank_blocks * BLOCK_R < rank:
             row = (tl.load(a_start + slot * J + j) + r).to(tl.int64)
-            sums = tl.zeros([BLOCK_R], dtype=tl.float32)
+            # Summed over features once, at the end: each such sum makes the warps wait.
+            products = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
             for first in range(split * BLOCK_K, I, SPLITS * BLOCK_K):
                 k = first + tl.arange(0, BLOCK_K)
                 a = tl.load(
@@ -66,8 +67,9 @@ def shrink_by_token(
                     other=0.0,
                 )
                 values = tl.load(x + t * x_stride + k, mask=k < I, other=0.0).to(a.dtype)
-                sums += tl.sum(a.to(tl.float32) * values.to(tl.float32)[None, :], axis=1)
-            tl.store(z + ((split * T + t) * J + j) * Z + r, sums, mask=r < rank)
+                products += a.to(tl.float32) * values.to(tl.float32)[None, :]
+            place = z + ((split * T + t) * J + j) * Z + r
+            tl.store(place, tl.sum(products, axis=1), mask=r < rank)
 
 
 @triton.jit
@@ -167,16 +169,19 @@ def expand_by_token(
             column = tl.multiple_of(tl.load(block + 2), ALIGN)
             row_size = tl.multiple_of(tl.load(block + 4), ALIGN)
             o = tl.arange(0, BLOCK_O)
-            inside = o < tl.load(block + 3)
+            inside = o < tl.multiple_of(tl.load(block + 3), ALIGN)
             start = tl.load(b_start + slot * J + j)
             factor = tl.load(scale + slot * J + j)
-            sums = tl.zeros([BLOCK_O], dtype=tl.float32)
+            products = tl.zeros([BLOCK_R, BLOCK_O], dtype=tl.float32)
             for first in range(0, rank, BLOCK_R):
                 r = first + tl.arange(0, BLOCK_R)
                 ranks = tl.zeros([BLOCK_R], dtype=tl.float32)
                 for split in tl.static_range(SPLITS):
                     share = z + ((split * T + t) * J + j) * Z
-                    ranks += tl.load(share + r, mask=r < rank, other=0.0)
+                    # Read up to the room's end, whose alignment is known: many at once. What lies
+                    # beyond the rank was never written.
+                    shares = tl.load(share + r, mask=r < Z, other=0.0)
+                    ranks += tl.where(r < rank, shares, 0.0)
                 row = (start + r).to(tl.int64)
                 b = tl.load(
                     B + row[:, None] * row_size + (feature + o)[None, :],
@@ -184,9 +189,9 @@ def expand_by_token(
                     other=0.0,
                 )
                 weights = (ranks * factor).to(b.dtype).to(tl.float32)
-                sums += tl.sum(weights[:, None] * b.to(tl.float32), axis=0)
+                products += weights[:, None] * b.to(tl.float32)
             place = out + t * out_stride + column + o
-            total = tl.load(place, mask=inside).to(tl.float32) + sums
+            total = tl.load(place, mask=inside).to(tl.float32) + tl.sum(products, axis=0)
             tl.store(place, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -235,7 +240,7 @@ def expand_by_tile(
             column = tl.multiple_of(tl.load(block + 2), ALIGN)
             row_size = tl.multiple_of(tl.load(block + 4), ALIGN)
             o = tl.arange(0, BLOCK_O)
-            inside = o < tl.load(block + 3)
+            inside = o < tl.multiple_of(tl.load(block + 3), ALIGN)
             position = tl.load(spans + tile * 3 + 1) + tl.arange(0, TILE)
             here = position < tl.load(spans + tile * 3 + 2)
             t = tl.load(order + position, mask=here, other=0).to(tl.int64)
@@ -244,11 +249,12 @@ def expand_by_tile(
             sums = tl.zeros([TILE, BLOCK_O], dtype=tl.float32)
             for first in range(0, rank, BLOCK_R):
                 r = first + tl.arange(0, BLOCK_R)
-                held = here[:, None] & (r < rank)[None, :]
+                room = here[:, None] & (r < Z)[None, :]
                 ranks = tl.zeros([TILE, BLOCK_R], dtype=tl.float32)
                 for split in tl.static_range(SPLITS):
                     share = z + ((split * T + t[:, None]) * J + j) * Z
-                    ranks += tl.load(share + r[None, :], mask=held, other=0.0)
+                    shares = tl.load(share + r[None, :], mask=room, other=0.0)
+                    ranks += tl.where((r < rank)[None, :], shares, 0.0)
                 row = (start + r).to(tl.int64)
                 b = tl.load(
                     B + row[:, None] * row_size + (feature + o)[None, :],
