@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from xml.etree import ElementTree
 
-from tests.compat.__main__ import _report
-from tests.compat.environment import Result, _count, _interpreter
+from tests.compat.__main__ import _report, main
+from tests.compat.environment import Result, _count, _interpreter, load_results
 from tests.compat.releases import RELEASES
 
 REPORT = """
@@ -58,10 +58,18 @@ def test_an_interpreter_that_does_not_start_is_passed_over(tmp_path, monkeypatch
     assert _interpreter((major, minor)) == sys.executable
 
 
-def test_a_kept_result_comes_back(tmp_path):
-    result = _result()
-    result.save(tmp_path / "result.json")
-    assert Result.load(tmp_path / "result.json") == result
+def test_one_row_is_brought_up_to_date_and_the_others_stay(tmp_path, monkeypatch):
+    old, new = RELEASES[0].version, RELEASES[1].version
+    out = tmp_path / "table"
+    for version, passed in ((old, 3), (new, 4), (old, 5)):
+        result = Result(version=version, date="", commit="", passed=passed)
+        monkeypatch.setattr("tests.compat.__main__.try_release", lambda *_, r=result: r)
+        monkeypatch.setattr("sys.argv", ["", "--only", version, "--out", str(out)])
+        assert main() == 0
+    kept = load_results(out.with_suffix(".json"))
+    assert {version: result.passed for version, result in kept.items()} == {old: 5, new: 4}
+    page = out.with_suffix(".md").read_text("utf-8")
+    assert [f"| {version} |" in page for version in (old, new)] == [True, True]
 
 
 def test_the_table_says_what_fails():

@@ -1,4 +1,4 @@
-"""Run the core on every release and write benchmarks/results/compatibility.md.
+"""Run the core on every release and write benchmarks/results/compatibility.{md,json}.
 
 Run: `python -m tests.compat`, or with `--only 0.14.0` to bring one row up to date.
 """
@@ -8,33 +8,37 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.compat.environment import ROOT, Result, try_release
+from tests.compat.environment import ROOT, Result, load_results, save_results, try_release
 from tests.compat.releases import CORE, RELEASES, Release
 
-OUT = ROOT / "benchmarks" / "results" / "compatibility.md"
+OUT = ROOT / "benchmarks" / "results" / "compatibility"
 
 
 def main() -> int:
     """Exit status: 0 where every release that was run passed whole."""
     arguments = _parse()
     chosen = [r for r in RELEASES if not arguments.only or r.version in arguments.only]
+    kept = load_results(arguments.out.with_suffix(".json"))
     clean = True
     for release in chosen:
         print(f"megatron-core {release.version} ...", flush=True)
         result = try_release(release, arguments.cache, arguments.pytest)
         clean = clean and not (result.failures or result.problem)
         print(f"  {_verdict(result)} in {result.seconds:.0f} s", flush=True)
-    kept = [
-        (release, Result.load(path))
-        for release in RELEASES
-        if (path := arguments.cache / release.version / "result.json").exists()
-    ]
-    OUT.write_text("\n".join(_report(kept)) + "\n", "utf-8")
-    print(OUT.relative_to(ROOT))
+        # At once: the rows so far hold if a later release is interrupted.
+        kept[release.version] = result
+        _write(arguments.out, kept)
+    print(arguments.out.with_suffix(".md"))
     return 0 if clean else 1
+
+
+def _write(out: Path, kept: Mapping[str, Result]) -> None:
+    rows = [(release, kept[release.version]) for release in RELEASES if release.version in kept]
+    save_results(out.with_suffix(".json"), [result for _, result in rows])
+    out.with_suffix(".md").write_text("\n".join(_report(rows)) + "\n", "utf-8")
 
 
 def _parse() -> argparse.Namespace:
@@ -45,9 +49,9 @@ def _parse() -> argparse.Namespace:
         "--cache",
         type=Path,
         default=ROOT / ".compat",
-        help="where environments and the last results are kept, about 2 GB for each release "
-        "(default: %(default)s)",
+        help="where environments are kept, about 2 GB for each release (default: %(default)s)",
     )
+    parser.add_argument("--out", type=Path, default=OUT, metavar="STEM", help="of the report")
     parser.add_argument("pytest", nargs="*", help="more arguments for pytest, after --")
     return parser.parse_args()
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -58,18 +59,22 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     problem: str = ""
 
-    def save(self, path: Path) -> None:
-        """Keep it for the table."""
-        path.write_text(json.dumps(asdict(self), indent=2), "utf-8")
 
-    @classmethod
-    def load(cls, path: Path) -> Result:
-        """Read a kept one."""
-        return cls(**json.loads(path.read_text("utf-8")))
+def save_results(path: Path, results: Sequence[Result]) -> None:
+    """Keep them beside the table."""
+    text = json.dumps([asdict(result) for result in results], indent=1)
+    path.write_text(text + "\n", "utf-8")
+
+
+def load_results(path: Path) -> dict[str, Result]:
+    """The kept ones by version; none where there is no file."""
+    if not path.exists():
+        return {}
+    return {row["version"]: Result(**row) for row in json.loads(path.read_text("utf-8"))}
 
 
 def try_release(release: Release, cache: Path, pytest_args: list[str]) -> Result:
-    """Install a release, run the core on it, and keep the result in the cache."""
+    """Install a release and run the core on it."""
     folder = cache / release.version
     commit = _output("git", "describe", "--always", "--dirty")
     result = Result(version=release.version, date=time.strftime("%Y-%m-%d"), commit=commit)
@@ -80,7 +85,6 @@ def try_release(release: Release, cache: Path, pytest_args: list[str]) -> Result
         result.problem = f"not installed: {_last_line(error.stderr)}"
     else:
         _run_core(python, folder, result, pytest_args)
-    result.save(folder / "result.json")
     return result
 
 
