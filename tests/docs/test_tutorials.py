@@ -94,7 +94,7 @@ def test_bridge_from_serving_on(tmp_path):
     """Its base model exists in Bridge's format alone: what is served is the reader's own."""
     base = make_model(tmp_path / "base")
     adapter = tmp_path / "run" / "adapter" / "hf_adapter"
-    models.make_adapter(base, adapter, seed=0, r=8, use_bdlora=3)
+    models.make_adapter(base, adapter, seed=0, r=8, use_bdlora=2)
     page = (ROOT / "docs" / "tutorials" / "bridge.md").read_text("utf-8")
     (serve,) = (
         command

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(1800)
 @pytest.mark.skipif(not has_nemo(), reason="nemo-toolkit is not installed; see make test-nemo")
 def test_nemo(tmp_path):
     prelude = "from tests.fakes.nemo_on_cpu import prepare\nprepare()\n"
-    reader = Reader(folder=tmp_path, port=0, until="## 5. Serve it", prelude=prelude)
+    reader = Reader(folder=tmp_path, port=0, until="## 5. Serve it", prelude=prelude, exact=True)
     reader.follow("tutorials/nemo.md")
     (last,) = (tmp_path / "run" / "adapter" / "checkpoints").glob("*-last")
     for name in ("weights", "context", "hf_adapter", "hf_adapter-dense"):
@@ -27,7 +27,7 @@ def test_nemo(tmp_path):
 @pytest.mark.skipif(not has_bridge(), reason="megatron-bridge is not installed; see test-bridge")
 def test_bridge(tmp_path):
     prelude = "from tests.fakes.bridge_on_cpu import prepare\nprepare()\n"
-    reader = Reader(folder=tmp_path, port=0, until="## 4. Serve it", prelude=prelude)
+    reader = Reader(folder=tmp_path, port=0, until="## 4. Serve it", prelude=prelude, exact=True)
     reader.follow("tutorials/bridge.md")
     adapter = tmp_path / "run" / "adapter"
     for name in ("iter_0000006/run_config.yaml", "hf_adapter", "hf_adapter-dense"):
