@@ -186,7 +186,7 @@ def _speed(step: tuple[str, int, int], link_ms: float) -> Callable[[Any], Mappin
 
     def values(report: Any) -> Mapping[str, float]:
         cells = _cells(report, step, link_ms)
-        made = {}
+        made: dict[str, float] = {}
         for name, arm in _ARMS.items():
             rounds = zip(cells["slora 16"]["seconds"], cells[arm]["seconds"], strict=True)
             low, middle, high = quantiles([a / b for a, b in rounds], n=4, method="inclusive")
