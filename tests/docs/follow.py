@@ -1,6 +1,6 @@
 """Following a tutorial as its reader does: files are written, commands typed, servers started.
 
-A block of YAML, JSON or Python below a line that ends in "`name`:" is the content of a file. Blocks
+A block of YAML, JSON or Python below a line that ends in "`name`:" is what a new file holds. Blocks
 of shell are run; a block of text below one is what it prints. A command that serves runs on until
 the page's end, or until a command that needs its memory.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests.docs.pages import ROOT, Block, blocks
 
-_FILE = re.compile(r"`(?P<name>[\w./-]+)`:\s*$")
+_FILE = re.compile(r"`(?P<name>[\w.-]+)`:\s*$")
 _NUMBERS = re.compile(r"\d")
 #: The port on the pages; tests take a free one.
 _PORT = "8000"
