@@ -23,7 +23,7 @@ from bdlora_megatron.train.schema import TrainConfig
 
 __all__ = ["RankDiedError", "launch"]
 
-_PRELOAD = ["bdlora_megatron.train.loop"]
+_PRELOAD = ["bdlora_megatron.train.preload"]
 _GRACE_S = 5.0
 
 
