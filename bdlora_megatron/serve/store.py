@@ -226,6 +226,10 @@ class AdapterStore:
         """Why an adapter's last load failed, if it did; the same on every rank."""
         return self._entry(key).error
 
+    def forget_error(self, key: AdapterKey) -> None:
+        """Let the next ``acquire`` load an adapter whose last load failed, as if it were new."""
+        self._entry(key).error = None
+
     def is_loading(self, key: AdapterKey) -> bool:
         """Whether an adapter is being loaded or waits for room in host memory."""
         entry = self._entry(key)
@@ -244,7 +248,8 @@ class AdapterStore:
             begun here if it was not), or if all slots are in use.
 
         Raises:
-            AdapterLoadError: It could not be loaded; ``prefetch`` tries again.
+            AdapterLoadError: It could not be loaded; ``prefetch`` tries again, and so does
+                ``acquire`` after ``forget_error``.
         """
         entry = self._entry(key)
         if entry.error is not None:

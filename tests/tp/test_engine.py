@@ -178,15 +178,16 @@ def failing_body(rank: int, world: int) -> None:
         sampling = Sampling(temperature=0.0, max_tokens=2)
         assert engine.store is not None
 
-        disk = {"gone": True}
+        disk = {"gone": True, "reads": 0}
 
         def broken() -> Any:
+            disk["reads"] += 1
             if rank == world - 1 and disk["gone"]:
                 raise OSError("the disk is gone")
             return make("two")
 
         engine.store.register("broken", broken)
-        names = ["broken", None, "two", "nobody"]
+        names = ["broken", None, "two", "nobody", "broken"]
         for request_id, name in enumerate(names):
             engine.submit(
                 Submit(request_id=request_id, prompt=(1, 2), sampling=sampling, adapter=name)
@@ -195,24 +196,27 @@ def failing_body(rank: int, world: int) -> None:
         for _ in range(50):
             events += engine.step(wait_s=0.05)
         failed = {event.request_id: event.reason for event in events if isinstance(event, Failed)}
-        assert set(failed) == {0, 3}
+        assert set(failed) == {0, 3, 4}
         assert f"rank {world - 1}" in failed[0]
         assert "the disk is gone" in failed[0]
+        assert failed[4] == failed[0]
+        assert disk["reads"] == 1, "one load that fails answers all who waited for it"
         assert "'nobody'" in failed[3]
         done = [e.request_id for e in events if isinstance(e, Token) and e.finish]
         assert sorted(done) == [1, 2]
         assert not engine.has_work
-        # The refusal has begun another load; when that has failed too, the disk is there again.
-        disk["gone"] = False
+        # Every later request is another try, and the first one after the mend gets an answer.
         outcomes = []
-        for request_id in (10, 11):
+        for request_id, gone in ((10, True), (11, False), (12, False)):
+            disk["gone"] = gone
             engine.submit(
                 Submit(request_id=request_id, prompt=(1, 2), sampling=sampling, adapter="broken")
             )
             while engine.has_work:
                 outcomes += engine.step(wait_s=0.05)
         assert isinstance(outcomes[0], Failed)
-        assert outcomes[-1].finish == "length"
+        assert [e.request_id for e in outcomes[1:] if e.finish == "length"] == [11, 12]
+        assert disk["reads"] == 3
 
 
 def test_an_adapter_that_fails_on_one_rank_fails_its_requests_alone():

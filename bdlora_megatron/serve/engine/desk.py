@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ from bdlora_megatron.serve.store import AdapterStore
 from bdlora_megatron.serve.store_types import AdapterKey
 
 __all__ = ["AdapterDesk"]
+
+logger = logging.getLogger(__name__)
 
 Source = Callable[[], Adapter]
 
@@ -70,7 +73,7 @@ class AdapterDesk:
         try:
             held = _Held(_source(Path(command.path), name), Layout(command.layout))
             key = self._store.register(name, held.source, layout=held.layout)
-        except (BDLoRAError, OSError, ValueError) as error:
+        except (BDLoRAError, ValueError) as error:
             return Answer(command.ticket, str(error))
         before = self._held.get(name)
         self._held[name] = held
@@ -139,15 +142,24 @@ def _source(folder: Path, name: str) -> Source:
     """A reader of a folder that refuses it once its files have changed.
 
     A version is read again whenever it comes back from disk, and all of its requests must get the
-    same weights.
+    same weights. What is wrong with the folder now is told by the reader, too: registering must not
+    fail on one rank alone.
     """
-    return partial(_read, folder, name, fingerprint(folder))
+    try:
+        return partial(_read, folder, name, fingerprint(folder))
+    except (AdapterFormatError, OSError) as error:
+        logger.warning("adapter %r will be refused until it is loaded again: %s", name, error)
+        return partial(_refuse, f"{error}, or was not when it was registered; load it again")
 
 
 def _read(folder: Path, name: str, wanted: Fingerprint) -> Adapter:
     if fingerprint(folder) != wanted:
         raise AdapterFormatError(
-            f"the files of adapter {name!r} have changed since it was loaded; load it again to "
-            "serve the new version"
+            f"the files of adapter {name!r} have changed since it was loaded or registered; put "
+            "them back with the times that they had, or load it again to serve what is there now"
         )
     return read_adapter(folder)
+
+
+def _refuse(reason: str) -> Adapter:
+    raise AdapterFormatError(reason)
