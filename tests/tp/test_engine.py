@@ -22,6 +22,7 @@ from bdlora_megatron.serve.messages import Choice, Failed, Sampling, Submit, Tok
 from tests.harness import run_ranks
 from tests.tp.engine_cases import ADAPTERS, engine_for, make, requests, run, wide_model
 from tests.tp.serving_cases import make_adapter
+from tests.unit.serve.test_penalties import by_hand as by_formula
 
 pytestmark = pytest.mark.engine
 
@@ -29,8 +30,11 @@ pytestmark = pytest.mark.engine
 @torch.inference_mode()
 def alone(model: Any, request: Submit) -> tuple[list[Choice], str]:
     """What the request gets from a plain model that runs nothing else."""
-    sampler = Sampler()
-    sampler.add(0, request.sampling)
+    sampler, wanted = Sampler(), request.sampling
+    # What is done to logits is done by hand; the sampler is to choose from what it is given.
+    plain = {"logit_bias": (), "min_tokens": 0, "repetition_penalty": 1.0}
+    plain |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    sampler.add(0, replace(wanted, **plain, logprobs=None, prompt_logprobs=False))
     tokens, choices, prompt = list(request.prompt), [], []
     while True:
         ids = torch.tensor([tokens])
@@ -41,7 +45,11 @@ def alone(model: Any, request: Submit) -> tuple[list[Choice], str]:
                 by_hand(row, token, request.sampling.logprobs)
                 for row, token in zip(logits, tokens[1:], strict=False)
             ]
-        choice = sampler.choose(logits[-1:], [0])[0]
+        said = tokens[len(request.prompt) :]
+        changed = by_formula(logits[-1].tolist(), wanted, list(request.prompt), said)
+        choice = sampler.choose(logits.new_tensor([changed]), [0])[0]
+        if wanted.logprobs is not None:
+            choice = by_hand(logits[-1], choice.token, wanted.logprobs)
         choices.append(choice)
         tokens.append(choice.token)
         if choice.token in request.sampling.stop_ids:
