@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ import httpx2 as httpx
 import psutil
 import pytest
 
+from bdlora_megatron.serve.engine.rank import ORPHANED
+from bdlora_megatron.serve.entry import enter_rank
+from bdlora_megatron.serve.settings import ServeSettings
 from tests.serve import models
 from tests.serve.conftest import SIZES
 from tests.serve.servers import RunningServer
@@ -140,6 +144,25 @@ def _kill_while_it_answers(server, rank, *, wait_s):
         assert "engine has ended" in whole.result().json()["error"]["message"]
         if wait_s:
             assert server.process.wait(wait_s) == 1
+
+
+def test_a_rank_whose_front_is_killed_while_it_starts_waits_for_no_other(folder, tmp_path):
+    """The second rank never comes: its front died before it was started."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    settings = ServeSettings(model=str(folder / "model"), tp=2, cpu=True, rank_timeout_s=60)
+    rank = context.Process(target=enter_rank, args=(0, settings, str(tmp_path / "store"), theirs))
+    rank.start()
+    theirs.close()
+    try:
+        rank.join(3)
+        assert rank.is_alive()
+        ours.close()
+        rank.join(20)
+        assert rank.exitcode == ORPHANED
+    finally:
+        rank.kill()
+        rank.join()
 
 
 def test_torchrun_starts_the_ranks_too(folder, tmp_path, server):
