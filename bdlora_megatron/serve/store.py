@@ -44,6 +44,7 @@ class _Entry:
     """
 
     source: Callable[[], Adapter]
+    check: Callable[[], None]
     layout: Layout
     num_bytes: int | None = None
     load: Load[AdapterShare] | None = None
@@ -106,7 +107,12 @@ class AdapterStore:
     # --- names -------------------------------------------------------------------------------
 
     def register(
-        self, name: str, source: Callable[[], Adapter], *, layout: Layout = Layout.BDLORA
+        self,
+        name: str,
+        source: Callable[[], Adapter],
+        *,
+        layout: Layout = Layout.BDLORA,
+        check: Callable[[], None] = lambda: None,
     ) -> AdapterKey:
         """Make an adapter known; nothing is read yet.
 
@@ -117,6 +123,8 @@ class AdapterStore:
             name: What requests call it.
             source: Reads it, in a thread, whenever it is needed: ``partial(read_peft, folder)``.
             layout: How ranks hold it.
+            check: Called in the same thread once all is read, since modules may be read from files
+                as they are looked up; raises where those have changed meanwhile.
 
         Returns:
             The version to ask for.
@@ -132,7 +140,7 @@ class AdapterStore:
             self.unregister(name)
         self._versions[name] = self._versions.get(name, 0) + 1
         key = AdapterKey(name, self._versions[name])
-        self._entries[key] = _Entry(source=source, layout=layout)
+        self._entries[key] = _Entry(source=source, check=check, layout=layout)
         self._current[name] = key
         return key
 
@@ -321,11 +329,13 @@ class AdapterStore:
                 self.stats.failures += 1
                 continue
             entry.due = self._step + self.options.lead_steps
-            entry.load = self._threads.start(partial(self._read, entry.source, entry.layout))
+            entry.load = self._threads.start(partial(self._read, entry))
             self._loading.append(key)
 
-    def _read(self, source: Callable[[], Adapter], layout: Layout) -> AdapterShare:
-        return self.slots.share(source(), layout)
+    def _read(self, entry: _Entry) -> AdapterShare:
+        share = self.slots.share(entry.source(), entry.layout)
+        entry.check()
+        return share
 
     def _load_of(self, key: AdapterKey) -> Load[AdapterShare]:
         load = self._entries[key].load
