@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,21 @@ import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from bdlora_megatron import runtime
+from bdlora_megatron.convert import write_adapter
 from bdlora_megatron.layers import load_adapter, remove_lora
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
+from bdlora_megatron.serve.engine.desk import AdapterDesk
 from bdlora_megatron.serve.engine.sampling import Sampler
-from bdlora_megatron.serve.messages import Choice, Failed, Sampling, Submit, Token
+from bdlora_megatron.serve.messages import (
+    Answer,
+    Choice,
+    Failed,
+    Load,
+    Sampling,
+    Submit,
+    Token,
+    Unload,
+)
 from tests.harness import run_ranks
 from tests.tp.engine_cases import ADAPTERS, engine_for, make, requests, run, wide_model
 from tests.tp.serving_cases import make_adapter
@@ -271,3 +283,34 @@ def same_prompt_body(rank: int, world: int) -> None:
 def test_the_same_prompt_gets_each_adapters_own_answer(world):
     """No block of the cache may pass from one adapter, or version, to another."""
     run_ranks(world, same_prompt_body)
+
+
+def unload_body(rank: int, world: int, root: Path) -> None:
+    enable_cpu_inference()
+    with runtime.model_parallel(world):
+        engine = engine_for(world, blocks=40)
+        assert engine.store is not None
+        desk, folder = AdapterDesk(engine, engine.store), root / f"rank{rank}"
+        write_adapter(make("two"), folder, "peft")
+        assert desk.load(Load(ticket=1, name="leaving", path=str(folder), wait=False)) == Answer(1)
+        greedy = Sampling(temperature=0.0, max_tokens=6)
+        for request_id in (1, 2):
+            engine.submit(
+                Submit(request_id=request_id, prompt=(1, 2), sampling=greedy, adapter="leaving")
+            )
+        events: list[Any] = []
+        while not events:
+            events += engine.step(wait_s=0.05)
+        assert desk.unload(Unload(ticket=2, name="leaving")) is None
+        while engine.has_work:
+            assert desk.settle() == [], "it was unloaded under a request that runs"
+            assert desk.unload(Unload(ticket=3, name="leaving")).error
+            events += engine.step(wait_s=0.05)
+        assert desk.settle() == [Answer(2)]
+        assert sum(event.finish == "length" for event in events) == 2
+        assert "leaving" not in engine.store.names
+        assert engine.store.host_bytes_used == 0
+
+
+def test_unloading_waits_for_the_last_request(tmp_path):
+    run_ranks(2, unload_body, tmp_path)
