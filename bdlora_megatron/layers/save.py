@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from torch import nn
 
 from bdlora_megatron.convert.adapter import BaseShape, ModuleKey
@@ -23,6 +22,7 @@ from bdlora_megatron.convert.megatron_format import (
 from bdlora_megatron.errors import ConfigError, TargetError
 from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.load import decoder_keys
+from bdlora_megatron.runtime.versions.checkpoint import save_distributed
 
 __all__ = ["save_adapter"]
 
@@ -60,7 +60,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
     sharded = {key: value for key, value in state.items() if ".adapter." in key}
     with _shared_folder(path) as folder:
         weights = folder / WEIGHTS_NAME
-        dist_checkpointing.save(sharded, str(weights), content_metadata=common)
+        save_distributed(sharded, weights, content_metadata=common)
         if torch.distributed.get_rank() == 0:
             manifest = Manifest(
                 format=FORMAT,

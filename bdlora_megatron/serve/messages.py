@@ -60,6 +60,22 @@ class Sampling:
     stop_ids: frozenset[int] = field(default_factory=frozenset)
     """Tokens that end a request, with reason ``stop``; they are reported too."""
 
+    min_tokens: int = 0
+    """Choose none of ``stop_ids`` before so many tokens."""
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens with what is added to their logits."""
+
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that was chosen before."""
+
+    frequency_penalty: float = 0.0
+    """Taken off the logit of every token, as often as it was chosen before."""
+
+    repetition_penalty: float = 1.0
+    """Divides the logit of every token in the prompt or chosen before; multiplies a negative
+    one."""
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 100.0:
             raise ConfigError(f"temperature={self.temperature}; wanted 0 to 100")
@@ -73,11 +89,39 @@ class Sampling:
             raise ConfigError(f"logprobs={self.logprobs}; wanted 0 to 20")
         if self.prompt_logprobs and self.logprobs is None:
             raise ConfigError("prompt_logprobs without logprobs; set logprobs to 0 or more")
+        self._check_logits()
+
+    def _check_logits(self) -> None:
+        """Refuse what can't be done to logits.
+
+        Raises:
+            ConfigError: There is such a thing.
+        """
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ConfigError(
+                f"min_tokens={self.min_tokens}; wanted 0 to max_tokens={self.max_tokens}"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                raise ConfigError(f"{name}={getattr(self, name)}; wanted -2 to 2")
+        if not 0.0 < self.repetition_penalty <= 100.0:
+            raise ConfigError(
+                f"repetition_penalty={self.repetition_penalty}; wanted more than 0, at most 100"
+            )
+        for token, bias in self.logit_bias:
+            if not -100.0 <= bias <= 100.0:
+                raise ConfigError(f"logit_bias of token {token} is {bias}; wanted -100 to 100")
 
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is taken, without a draw."""
         return self.temperature == 0.0 or self.top_k == 1
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether tokens are chosen from other logits than the model's."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return bool(self.logit_bias or self.min_tokens or penalties != (0.0, 0.0, 1.0))
 
 
 # --- from the front --------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class _Entry:
     """
 
     source: Callable[[], Adapter]
+    check: Callable[[], None]
     layout: Layout
     num_bytes: int | None = None
     load: Load[AdapterShare] | None = None
@@ -106,7 +107,12 @@ class AdapterStore:
     # --- names -------------------------------------------------------------------------------
 
     def register(
-        self, name: str, source: Callable[[], Adapter], *, layout: Layout = Layout.BDLORA
+        self,
+        name: str,
+        source: Callable[[], Adapter],
+        *,
+        layout: Layout = Layout.BDLORA,
+        check: Callable[[], None] = lambda: None,
     ) -> AdapterKey:
         """Make an adapter known; nothing is read yet.
 
@@ -117,6 +123,8 @@ class AdapterStore:
             name: What requests call it.
             source: Reads it, in a thread, whenever it is needed: ``partial(read_peft, folder)``.
             layout: How ranks hold it.
+            check: Called in the same thread once all is read, since modules may be read from files
+                as they are looked up; raises where those have changed meanwhile.
 
         Returns:
             The version to ask for.
@@ -132,7 +140,7 @@ class AdapterStore:
             self.unregister(name)
         self._versions[name] = self._versions.get(name, 0) + 1
         key = AdapterKey(name, self._versions[name])
-        self._entries[key] = _Entry(source=source, layout=layout)
+        self._entries[key] = _Entry(source=source, check=check, layout=layout)
         self._current[name] = key
         return key
 
@@ -226,6 +234,10 @@ class AdapterStore:
         """Why an adapter's last load failed, if it did; the same on every rank."""
         return self._entry(key).error
 
+    def forget_error(self, key: AdapterKey) -> None:
+        """Let the next ``acquire`` load an adapter whose last load failed, as if it were new."""
+        self._entry(key).error = None
+
     def is_loading(self, key: AdapterKey) -> bool:
         """Whether an adapter is being loaded or waits for room in host memory."""
         entry = self._entry(key)
@@ -244,7 +256,8 @@ class AdapterStore:
             begun here if it was not), or if all slots are in use.
 
         Raises:
-            AdapterLoadError: It could not be loaded; ``prefetch`` tries again.
+            AdapterLoadError: It could not be loaded; ``prefetch`` tries again, and so does
+                ``acquire`` after ``forget_error``.
         """
         entry = self._entry(key)
         if entry.error is not None:
@@ -316,11 +329,13 @@ class AdapterStore:
                 self.stats.failures += 1
                 continue
             entry.due = self._step + self.options.lead_steps
-            entry.load = self._threads.start(partial(self._read, entry.source, entry.layout))
+            entry.load = self._threads.start(partial(self._read, entry))
             self._loading.append(key)
 
-    def _read(self, source: Callable[[], Adapter], layout: Layout) -> AdapterShare:
-        return self.slots.share(source(), layout)
+    def _read(self, entry: _Entry) -> AdapterShare:
+        share = self.slots.share(entry.source(), entry.layout)
+        entry.check()
+        return share
 
     def _load_of(self, key: AdapterKey) -> Load[AdapterShare]:
         load = self._entries[key].load

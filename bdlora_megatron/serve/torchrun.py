@@ -72,7 +72,7 @@ def serve_rank(settings: ServeSettings, rank: int, link: Connection) -> int:
     """
     import torch
 
-    from bdlora_megatron.serve.engine.rank import run_rank
+    from bdlora_megatron.serve.engine.rank import listen, run_rank
 
     if rank:
         # torchrun passes SIGTERM on to all ranks; rank 0 drains, and tells the others when to end.
@@ -83,7 +83,7 @@ def serve_rank(settings: ServeSettings, rank: int, link: Connection) -> int:
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
-        run_rank(settings, link)
+        run_rank(settings, link, listen(link))
         torch.distributed.destroy_process_group()
     except Exception:
         logger.critical("rank %d failed:\n%s", rank, traceback.format_exc())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,9 +17,9 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.runtime.versions.checkpoint import save_distributed
 from bdlora_megatron.train.step import Stepper
 
 __all__ = ["checkpoints", "load_checkpoint", "read_facts", "save_checkpoint"]
@@ -69,11 +68,7 @@ def save_checkpoint(
         (unfinished / _FACTS).write_text(json.dumps(facts, indent=1), "utf-8")
     torch.distributed.barrier()
     state = {**_sharded_state(stepper, is_loading=False), "step": step}
-    # Megatron-Core would start a server process for the results of asynchronous writers, which
-    # lives on when this one is killed. Here the process that writes is the one that asks.
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(unfinished))
+    save_distributed(state, unfinished)
     torch.distributed.barrier()
     if first:
         _sync(unfinished)

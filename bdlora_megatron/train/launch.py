@@ -23,7 +23,7 @@ from bdlora_megatron.train.schema import TrainConfig
 
 __all__ = ["RankDiedError", "launch"]
 
-_PRELOAD = ["bdlora_megatron.train.loop"]
+_PRELOAD = ["bdlora_megatron.train.preload"]
 _GRACE_S = 5.0
 
 
@@ -128,8 +128,6 @@ def _rank_main(
         answer = ("died", f"rank {rank} failed:\n{traceback.format_exc()}")
     sender.send_bytes(pickle.dumps(answer))
     sender.close()
-    for child in multiprocessing.active_children():
-        child.terminate()
     # A peer may have failed: gloo's threads could then hang in the interpreter's tear-down.
     os._exit(0 if answer[0] == "ok" else 1)
 
@@ -138,9 +136,7 @@ def _die_with_parent(alive: Connection) -> None:
     try:
         alive.recv_bytes()
     except EOFError:
-        # Those that write a checkpoint just now; they would wait for one another for ever.
-        for child in multiprocessing.active_children():
-            child.kill()
+        # A rank has no process of its own that could outlive it: see ``versions.checkpoint``.
         os._exit(1)
 
 

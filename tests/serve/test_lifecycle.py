@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
 
 import httpx2 as httpx
+import psutil
 import pytest
 
+from bdlora_megatron.serve.engine.rank import ORPHANED
+from bdlora_megatron.serve.entry import enter_rank
+from bdlora_megatron.serve.settings import ServeSettings
 from tests.serve import models
 from tests.serve.conftest import SIZES
 from tests.serve.servers import RunningServer
+from tests.serve.soak import ask, load, text, unload
 
 pytestmark = pytest.mark.engine
 
@@ -73,20 +79,7 @@ def test_a_rank_that_dies_takes_the_server_down_within_seconds(folder, tmp_path,
     with start(folder, tmp_path / "log") as server:
         ranks = server.ranks()
         assert len(ranks) == 2, [p.cmdline() for p in ranks]
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            lines = stream(server, "blocks")
-            next(lines)
-            body = {**LONG, "model": "vanilla"}
-            whole = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
-            while server.metric("bdlora_running") < 2:
-                pass
-            ranks[which].kill()
-            rest = pool.submit(list, lines)
-            assert server.process.wait(20) == 1
-            assert "[DONE]" not in rest.result(20)[-1]
-            assert '"error"' in rest.result()[-1]
-            assert whole.result(20).status_code == 503
-            assert "engine has ended" in whole.result().json()["error"]["message"]
+        _kill_while_it_answers(server, ranks[which], wait_s=20)
         assert server.wait_gone(5) == []
 
 
@@ -107,6 +100,69 @@ def test_ranks_start_again_if_that_is_asked_for_and_none_survives_its_front(fold
         server.process.kill()
         server.process.wait()
         assert server.wait_gone(10) == []
+
+
+def test_two_ranks_start_again_as_they_were_until_restarts_are_spent(folder, tmp_path):
+    """Each time a rank is killed while it answers; its generation leaves no process behind."""
+    allowed = f"adapter_dirs=[{folder / 'adapters'}]"
+    with start(folder, tmp_path / "log", "restarts=1", allowed) as server:
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            load(http, "late", folder / "adapters" / "blocks").raise_for_status()
+            assert unload(http, "attention").status_code == 200
+            names = ("model", "vanilla", "blocks", "late")
+            before = {name: text(ask(http, name)) for name in names}
+            assert len(set(before.values())) == 3
+            for which, spent in ((1, False), (0, True)):
+                ranks = server.ranks()
+                assert len(ranks) == 2
+                _kill_while_it_answers(server, ranks[which], wait_s=20 if spent else 0)
+                gone, left = psutil.wait_procs(ranks, timeout=20)
+                assert left == []
+                assert {rank.pid for rank in gone} == {rank.pid for rank in ranks}
+                if not spent:
+                    server.wait_ready(120)
+                    assert {name: text(ask(http, name)) for name in names} == before
+                    assert ask(http, "attention").status_code == 404
+                    assert server.metric("bdlora_running") == server.metric("bdlora_queued") == 0
+        assert server.process.wait(20) == 1
+        assert server.wait_gone(10) == []
+
+
+def _kill_while_it_answers(server, rank, *, wait_s):
+    """A stream and a request for a whole answer are both told."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        lines = stream(server, "blocks")
+        next(lines)
+        body = {**LONG, "model": "vanilla"}
+        whole = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+        while server.metric("bdlora_running") < 2:
+            pass
+        rank.kill()
+        rest = pool.submit(list, lines).result(20)
+        assert '"error"' in rest[-1]
+        assert whole.result(20).status_code == 503
+        assert "engine has ended" in whole.result().json()["error"]["message"]
+        if wait_s:
+            assert server.process.wait(wait_s) == 1
+
+
+def test_a_rank_whose_front_is_killed_while_it_starts_waits_for_no_other(folder, tmp_path):
+    """The second rank never comes: its front died before it was started."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    settings = ServeSettings(model=str(folder / "model"), tp=2, cpu=True, rank_timeout_s=60)
+    rank = context.Process(target=enter_rank, args=(0, settings, str(tmp_path / "store"), theirs))
+    rank.start()
+    theirs.close()
+    try:
+        rank.join(3)
+        assert rank.is_alive()
+        ours.close()
+        rank.join(20)
+        assert rank.exitcode == ORPHANED
+    finally:
+        rank.kill()
+        rank.join()
 
 
 def test_torchrun_starts_the_ranks_too(folder, tmp_path, server):

@@ -27,6 +27,13 @@ def make(name: str) -> Any:
     return make_adapter(list(ADAPTERS).index(name), name=name, **ADAPTERS[name])
 
 
+#: What every fourth request, and every fourth after it, asks to be done to its logits.
+CHANGES = {
+    1: {"presence_penalty": 0.9, "frequency_penalty": 0.4, "repetition_penalty": 1.3},
+    3: {"logit_bias": ((5, 4.0), (9, -100.0)), "min_tokens": 1, "frequency_penalty": -0.2},
+}
+
+
 def requests(count: int, seed: int) -> list[Submit]:
     rng = random.Random(seed)
     made = []
@@ -42,6 +49,7 @@ def requests(count: int, seed: int) -> list[Submit]:
             prompt_logprobs=logprobs is not None and request_id % 3 > 0,
             max_tokens=rng.randint(1, 12),
             stop_ids=frozenset(rng.sample(range(VOCAB), 3)),
+            **CHANGES.get(request_id % 4, {}),
         )
         adapter = rng.choice([None, *ADAPTERS])
         made.append(

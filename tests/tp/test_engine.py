@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,25 @@ import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from bdlora_megatron import runtime
+from bdlora_megatron.convert import write_adapter
 from bdlora_megatron.layers import load_adapter, remove_lora
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
+from bdlora_megatron.serve.engine.desk import AdapterDesk
 from bdlora_megatron.serve.engine.sampling import Sampler
-from bdlora_megatron.serve.messages import Choice, Failed, Sampling, Submit, Token
+from bdlora_megatron.serve.messages import (
+    Answer,
+    Choice,
+    Failed,
+    Load,
+    Sampling,
+    Submit,
+    Token,
+    Unload,
+)
 from tests.harness import run_ranks
 from tests.tp.engine_cases import ADAPTERS, engine_for, make, requests, run, wide_model
 from tests.tp.serving_cases import make_adapter
+from tests.unit.serve.test_penalties import by_hand as by_formula
 
 pytestmark = pytest.mark.engine
 
@@ -29,8 +42,11 @@ pytestmark = pytest.mark.engine
 @torch.inference_mode()
 def alone(model: Any, request: Submit) -> tuple[list[Choice], str]:
     """What the request gets from a plain model that runs nothing else."""
-    sampler = Sampler()
-    sampler.add(0, request.sampling)
+    sampler, wanted = Sampler(), request.sampling
+    # What is done to logits is done by hand; the sampler is to choose from what it is given.
+    plain = {"logit_bias": (), "min_tokens": 0, "repetition_penalty": 1.0}
+    plain |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    sampler.add(0, replace(wanted, **plain, logprobs=None, prompt_logprobs=False))
     tokens, choices, prompt = list(request.prompt), [], []
     while True:
         ids = torch.tensor([tokens])
@@ -41,7 +57,11 @@ def alone(model: Any, request: Submit) -> tuple[list[Choice], str]:
                 by_hand(row, token, request.sampling.logprobs)
                 for row, token in zip(logits, tokens[1:], strict=False)
             ]
-        choice = sampler.choose(logits[-1:], [0])[0]
+        said = tokens[len(request.prompt) :]
+        changed = by_formula(logits[-1].tolist(), wanted, list(request.prompt), said)
+        choice = sampler.choose(logits.new_tensor([changed]), [0])[0]
+        if wanted.logprobs is not None:
+            choice = by_hand(logits[-1], choice.token, wanted.logprobs)
         choices.append(choice)
         tokens.append(choice.token)
         if choice.token in request.sampling.stop_ids:
@@ -178,15 +198,16 @@ def failing_body(rank: int, world: int) -> None:
         sampling = Sampling(temperature=0.0, max_tokens=2)
         assert engine.store is not None
 
-        disk = {"gone": True}
+        disk = {"gone": True, "reads": 0}
 
         def broken() -> Any:
+            disk["reads"] += 1
             if rank == world - 1 and disk["gone"]:
                 raise OSError("the disk is gone")
             return make("two")
 
         engine.store.register("broken", broken)
-        names = ["broken", None, "two", "nobody"]
+        names = ["broken", None, "two", "nobody", "broken"]
         for request_id, name in enumerate(names):
             engine.submit(
                 Submit(request_id=request_id, prompt=(1, 2), sampling=sampling, adapter=name)
@@ -195,24 +216,27 @@ def failing_body(rank: int, world: int) -> None:
         for _ in range(50):
             events += engine.step(wait_s=0.05)
         failed = {event.request_id: event.reason for event in events if isinstance(event, Failed)}
-        assert set(failed) == {0, 3}
+        assert set(failed) == {0, 3, 4}
         assert f"rank {world - 1}" in failed[0]
         assert "the disk is gone" in failed[0]
+        assert failed[4] == failed[0]
+        assert disk["reads"] == 1, "one load that fails answers all who waited for it"
         assert "'nobody'" in failed[3]
         done = [e.request_id for e in events if isinstance(e, Token) and e.finish]
         assert sorted(done) == [1, 2]
         assert not engine.has_work
-        # The refusal has begun another load; when that has failed too, the disk is there again.
-        disk["gone"] = False
+        # Every later request is another try, and the first one after the mend gets an answer.
         outcomes = []
-        for request_id in (10, 11):
+        for request_id, gone in ((10, True), (11, False), (12, False)):
+            disk["gone"] = gone
             engine.submit(
                 Submit(request_id=request_id, prompt=(1, 2), sampling=sampling, adapter="broken")
             )
             while engine.has_work:
                 outcomes += engine.step(wait_s=0.05)
         assert isinstance(outcomes[0], Failed)
-        assert outcomes[-1].finish == "length"
+        assert [e.request_id for e in outcomes[1:] if e.finish == "length"] == [11, 12]
+        assert disk["reads"] == 3
 
 
 def test_an_adapter_that_fails_on_one_rank_fails_its_requests_alone():
@@ -259,3 +283,34 @@ def same_prompt_body(rank: int, world: int) -> None:
 def test_the_same_prompt_gets_each_adapters_own_answer(world):
     """No block of the cache may pass from one adapter, or version, to another."""
     run_ranks(world, same_prompt_body)
+
+
+def unload_body(rank: int, world: int, root: Path) -> None:
+    enable_cpu_inference()
+    with runtime.model_parallel(world):
+        engine = engine_for(world, blocks=40)
+        assert engine.store is not None
+        desk, folder = AdapterDesk(engine, engine.store), root / f"rank{rank}"
+        write_adapter(make("two"), folder, "peft")
+        assert desk.load(Load(ticket=1, name="leaving", path=str(folder), wait=False)) == Answer(1)
+        greedy = Sampling(temperature=0.0, max_tokens=6)
+        for request_id in (1, 2):
+            engine.submit(
+                Submit(request_id=request_id, prompt=(1, 2), sampling=greedy, adapter="leaving")
+            )
+        events: list[Any] = []
+        while not events:
+            events += engine.step(wait_s=0.05)
+        assert desk.unload(Unload(ticket=2, name="leaving")) is None
+        while engine.has_work:
+            assert desk.settle() == [], "it was unloaded under a request that runs"
+            assert desk.unload(Unload(ticket=3, name="leaving")).error
+            events += engine.step(wait_s=0.05)
+        assert desk.settle() == [Answer(2)]
+        assert sum(event.finish == "length" for event in events) == 2
+        assert "leaving" not in engine.store.names
+        assert engine.store.host_bytes_used == 0
+
+
+def test_unloading_waits_for_the_last_request(tmp_path):
+    run_ranks(2, unload_body, tmp_path)

@@ -23,6 +23,7 @@ from bdlora_megatron.errors import (
 )
 from bdlora_megatron.runtime import record_collectives
 from bdlora_megatron.serve import AdapterShare, AdapterStore, ModelSlots, SlotRoom, StoreOptions
+from bdlora_megatron.serve.adapter_files import AdapterFiles
 from tests.harness import run_ranks
 from tests.tp.serving_cases import make_adapter, serving_model
 from tests.tp.session import model_parallel
@@ -347,6 +348,40 @@ def test_memory_stays_in_bounds_over_ten_thousand_requests():
 
 
 # --- from disk -------------------------------------------------------------------------------
+
+
+def _overwritten(rank, world_size, root):
+    """While one rank reads: the file gets other weights, of which some were read and some not."""
+    with model_parallel(world_size):
+        model = load_hf_model(root / "base", dtype=torch.float32).eval()
+        slots = ModelSlots(model, SlotRoom(num_slots=2, max_rank=8))
+        store = AdapterStore(slots, StoreOptions(host_bytes=2 * slots.largest_bytes))
+        folder = root / f"rank{rank}"
+        files = AdapterFiles(folder, "busy")
+        other = (root / "other" / "adapter_model.safetensors").read_bytes()
+
+        def read():
+            adapter = files.read()
+            if rank == 1:
+                (folder / "adapter_model.safetensors").write_bytes(other)
+            return adapter
+
+        key = store.register("busy", read, check=files.check)
+        assert store.acquire(key) is None
+        store.advance(wait_s=SOON_S)
+        with pytest.raises(AdapterLoadError, match=r"rank 1: AdapterFormatError.*changed since"):
+            store.acquire(key)
+        again = AdapterFiles(folder, "busy")
+        assert ready(store, store.register("busy", again.read, check=again.check)) is not None
+
+
+def test_files_that_change_while_they_are_read_are_refused(tmp_path):
+    from tests.golden.peft_cases import KINDS, make_adapter, make_base
+
+    base = make_base(tmp_path / "base")
+    for name in ("rank0", "rank1", "other"):
+        make_adapter(base, tmp_path / name, **KINDS["bdlora4"])
+    run_ranks(2, _overwritten, tmp_path)
 
 
 def _from_disk(rank, world_size, root):

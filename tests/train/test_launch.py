@@ -10,11 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.train import to_mapping
+from bdlora_megatron.train.checkpoint import checkpoints
 from bdlora_megatron.train.cli import add_parser
 from bdlora_megatron.train.launch import RankDiedError, launch
 from bdlora_megatron.train.loop import ADAPTER
@@ -138,6 +140,27 @@ def test_no_rank_outlives_its_launcher(root, tmp_path, ending, status):
     process.send_signal(ending)
     assert process.wait(timeout=60) == status
     _wait(lambda: not _processes(tmp_path))
+
+
+def _without_children(rank, world_size, config):
+    """A run that saves in every step; how often the process forked, and what it left running."""
+    forks = []
+    os.register_at_fork(before=lambda: forks.append(rank))
+    train_rank(rank, world_size, config)
+    return len(forks), psutil.Process().children(recursive=True)
+
+
+def test_a_rank_that_saves_starts_no_process(root, tmp_path):
+    """A rank may be killed at any moment, and nobody would be left to end what it started."""
+    config = settings(
+        root,
+        tmp_path / "run",
+        model={"hf_path": str(root / "base"), "seq_length": 48, "tensor_model_parallel_size": 2},
+        train__train_iters=3,
+        checkpoint={"save": str(tmp_path / "run"), "save_interval": 1},
+    )
+    assert run_ranks(2, _without_children, config) == [(0, []), (0, [])]
+    assert len(checkpoints(tmp_path / "run")) > 1
 
 
 def _wait(condition):

@@ -5,7 +5,7 @@ number where it cannot: release candidates and vendors' builds carry numbers tha
 
 It is a package, and not one module, because its parts are wanted at different times: ``known`` by
 the command line, before torch or Megatron-Core is imported; ``layers`` by training and converting,
-which never import the inference engine; ``engine`` by serving.
+which never import the inference engine; ``checkpoint`` by what saves; ``engine`` by serving.
 
 | since | difference | here |
 |---|---|---|
@@ -13,6 +13,7 @@ which never import the inference engine; ``engine`` by serving.
 | 0.16 | Transformer Engine's layers hold settings of quantisation | ``layers.share_quantization`` |
 | 0.16 | ranks may be more than key-value heads, and share them | ``layers.shares_kv_heads`` |
 | 0.16 | the inference engine keeps metadata of every request | ``known.require_engine`` |
+| 0.17 | threads write a checkpoint's files, not forks of the process | ``checkpoint`` |
 | 0.17 | the inference engine has one configuration, and other names | ``engine`` |
 | 0.18 | a layer specification builds its MLP by a ``partial``, not by a ``ModuleSpec`` | \
 ``layers.nested_submodules`` |

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from bdlora_megatron.config import Layout
-from bdlora_megatron.convert import Adapter
-from bdlora_megatron.convert.formats import read_adapter
-from bdlora_megatron.errors import AdapterFormatError, BDLoRAError
+from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.serve.adapter_files import AdapterFiles
 from bdlora_megatron.serve.engine.engine import ServingEngine
-from bdlora_megatron.serve.files import Fingerprint, fingerprint
 from bdlora_megatron.serve.messages import Answer, Load, Unload
 from bdlora_megatron.serve.store import AdapterStore
 from bdlora_megatron.serve.store_types import AdapterKey
 
 __all__ = ["AdapterDesk"]
 
-Source = Callable[[], Adapter]
-
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    source: Source
+    files: AdapterFiles
     layout: Layout
 
 
@@ -68,9 +62,9 @@ class AdapterDesk:
                 command.ticket, f"adapter {name!r} is being loaded or unloaded; try later"
             )
         try:
-            held = _Held(_source(Path(command.path), name), Layout(command.layout))
-            key = self._store.register(name, held.source, layout=held.layout)
-        except (BDLoRAError, OSError, ValueError) as error:
+            held = _Held(AdapterFiles(Path(command.path), name), Layout(command.layout))
+            key = self._register(name, held)
+        except (BDLoRAError, ValueError) as error:
             return Answer(command.ticket, str(error))
         before = self._held.get(name)
         self._held[name] = held
@@ -122,7 +116,11 @@ class AdapterDesk:
             self._store.unregister(name)
         else:
             self._held[name] = before
-            self._store.register(name, before.source, layout=before.layout)
+            self._register(name, before)
+
+    def _register(self, name: str, held: _Held) -> AdapterKey:
+        files = held.files
+        return self._store.register(name, files.read, layout=held.layout, check=files.check)
 
     def _settle_leaving(self) -> list[Answer]:
         answers = []
@@ -133,21 +131,3 @@ class AdapterDesk:
                 self._store.unregister(name)
                 answers.append(Answer(ticket))
         return answers
-
-
-def _source(folder: Path, name: str) -> Source:
-    """A reader of a folder that refuses it once its files have changed.
-
-    A version is read again whenever it comes back from disk, and all of its requests must get the
-    same weights.
-    """
-    return partial(_read, folder, name, fingerprint(folder))
-
-
-def _read(folder: Path, name: str, wanted: Fingerprint) -> Adapter:
-    if fingerprint(folder) != wanted:
-        raise AdapterFormatError(
-            f"the files of adapter {name!r} have changed since it was loaded; load it again to "
-            "serve the new version"
-        )
-    return read_adapter(folder)

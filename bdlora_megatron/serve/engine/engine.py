@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
 
-from bdlora_megatron.errors import AdapterLoadError, CapacityError, ConfigError
+from bdlora_megatron.errors import CapacityError, ConfigError
 from bdlora_megatron.runtime.versions.engine import engine_arguments, steps_run, wrapper_arguments
 from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve.engine.admission import Admission, Admitted, Refused, Take
@@ -95,19 +95,29 @@ class ServingEngine:
 
         Raises:
             CapacityError: It could never run: prompt and answer are longer than ``max_length``.
-            ConfigError: The prompt is empty, or holds no token ids.
+            ConfigError: The prompt is empty, or it or the settings hold what are no token ids.
         """
-        total = len(request.prompt) + request.sampling.max_tokens
+        sampling = request.sampling
+        total = len(request.prompt) + sampling.max_tokens
         if not request.prompt:
             raise ConfigError("the prompt has no tokens; send at least one")
         if min(request.prompt) < 0 or max(request.prompt) >= self.vocab_size:
             raise ConfigError(f"the prompt has token ids beyond 0 to {self.vocab_size - 1}")
+        named = {*dict(sampling.logit_bias), *(sampling.stop_ids if sampling.min_tokens else ())}
+        if named and not 0 <= min(named) <= max(named) < self.vocab_size:
+            raise ConfigError(
+                f"logit_bias or stop_token_ids has token ids beyond 0 to {self.vocab_size - 1}"
+            )
         if total > self.options.max_length:
             raise CapacityError(
                 f"{len(request.prompt)} tokens of prompt and max_tokens="
-                f"{request.sampling.max_tokens} are {total}, and requests have room for "
+                f"{sampling.max_tokens} are {total}, and requests have room for "
                 f"{self.options.max_length}; shorten the prompt or lower max_tokens"
             )
+        store, adapter = self.store, request.adapter
+        if store is not None and adapter in store.names:
+            # A load that failed refuses those who waited for it; who comes later has another try.
+            store.forget_error(store.key(adapter))
         self._waiting[request.request_id] = request
         self.admission.add(request.request_id, request.adapter)
 
@@ -213,13 +223,7 @@ class ServingEngine:
         if self.store is None:
             raise ConfigError("this engine serves the base model alone")
         key = self.store.key(adapter)
-        try:
-            taken = self.store.acquire(key) is not None
-        except AdapterLoadError:
-            # For this request; the next one has another try.
-            self.store.prefetch(key)
-            raise
-        if taken:
+        if self.store.acquire(key) is not None:
             return Take.TAKEN
         return Take.LOADING if self.store.is_loading(key) else Take.NO_SLOT
 
@@ -228,7 +232,7 @@ class ServingEngine:
         if admitted.adapter is not None and self.store is not None:
             key = self.store.key(admitted.adapter)
         self._running[request.request_id] = key
-        self._sampler.add(request.request_id, request.sampling)
+        self._sampler.add(request.request_id, request.sampling, request.prompt)
         if request.sampling.prompt_logprobs:
             count = request.sampling.logprobs or 0
             self._scores.add(request.request_id, request.prompt, count)

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -51,9 +51,11 @@ from bdlora_megatron.serve.slots import ModelSlots
 from bdlora_megatron.serve.store import AdapterStore
 from bdlora_megatron.serve.store_types import StoreOptions
 
-__all__ = ["ORPHANED", "build_engine", "rank_main", "run_rank"]
+__all__ = ["ORPHANED", "build_engine", "listen", "rank_main", "run_rank"]
 
 logger = logging.getLogger(__name__)
+
+Inbox: TypeAlias = "queue.SimpleQueue[Command]"
 
 #: Exit status of a rank whose front has gone.
 ORPHANED = 3
@@ -77,6 +79,8 @@ def rank_main(rank: int, settings: ServeSettings, store: str, link: Connection) 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging(rank=rank)
     status = 1
+    # Before anything that waits for the other ranks: the front may die before they are there.
+    inbox = listen(link)
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(rank)
@@ -87,7 +91,7 @@ def rank_main(rank: int, settings: ServeSettings, store: str, link: Connection) 
             world_size=settings.tp,
             timeout=timedelta(seconds=settings.rank_timeout_s),
         )
-        run_rank(settings, link)
+        run_rank(settings, link, inbox)
         status = 0
     except BDLoRAError as error:
         logger.critical("rank %d: %s", rank, error)
@@ -99,13 +103,28 @@ def rank_main(rank: int, settings: ServeSettings, store: str, link: Connection) 
     os._exit(status)
 
 
-def run_rank(settings: ServeSettings, link: Connection) -> None:
+def listen(link: Connection) -> Inbox:
+    """Take commands as they come, in a thread; the end of the link is the end of the process.
+
+    Args:
+        link: To the front.
+
+    Returns:
+        Where the commands are.
+    """
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(link, inbox), daemon=True, name="link").start()
+    return inbox
+
+
+def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
     """Serve until a ``Stop`` comes; the default process group exists already.
 
     Args:
         settings: The server's.
         link: To the front. Rank 0 takes commands from it and reports to it; the others only watch
             it.
+        inbox: What ``listen`` made of it.
 
     Raises:
         BDLoRAError: Model, adapters or sizes are wrong.
@@ -113,8 +132,6 @@ def run_rank(settings: ServeSettings, link: Connection) -> None:
     Collectives: each round, one broadcast of the commands from rank 0 (two, where there are any);
     and those of ``ServingEngine.step``.
     """
-    inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(link, inbox), daemon=True, name="link").start()
     if settings.cpu:
         enable_cpu_inference()
     groups = runtime.model_parallel(settings.tp, cuda_graphs=settings.cuda_graphs)
@@ -193,7 +210,7 @@ def _layer_spec(settings: ServeSettings) -> ModuleSpec:
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
 
 
-def _receive(link: Connection, inbox: queue.SimpleQueue[Command]) -> None:
+def _receive(link: Connection, inbox: Inbox) -> None:
     """Take commands as they come; without a front there is nothing to live for."""
     while True:
         try:
@@ -211,7 +228,7 @@ class _Loop:
         engine: ServingEngine,
         desk: AdapterDesk,
         control: Any,
-        inbox: queue.SimpleQueue[Command],
+        inbox: Inbox,
         link: Connection | None,
     ) -> None:
         self._engine = engine

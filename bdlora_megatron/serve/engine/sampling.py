@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bdlora_megatron.serve.engine.penalties import Penalties
 from bdlora_megatron.serve.messages import Choice, Sampling
 
 __all__ = ["Sampler", "choose_tokens", "worths"]
@@ -24,14 +25,23 @@ class Sampler:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Sampling, random.Random]] = {}
+        self._penalties = Penalties()
 
-    def add(self, request_id: int, sampling: Sampling) -> None:
-        """Start a request's stream."""
+    def add(self, request_id: int, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
+        """Start a request's stream.
+
+        Args:
+            request_id: The request.
+            sampling: Its settings.
+            prompt: Its tokens.
+        """
         self._known[request_id] = (sampling, random.Random(sampling.seed))
+        self._penalties.add(request_id, sampling, prompt)
 
     def remove(self, request_id: int) -> None:
         """Forget a request."""
         self._known.pop(request_id, None)
+        self._penalties.remove(request_id)
 
     def of(self, request_id: int) -> Sampling:
         """A request's settings."""
@@ -47,7 +57,7 @@ class Sampler:
                 end; it keeps its place in its stream.
 
         Returns:
-            The choices, by row.
+            The choices, by row. What a token was worth is the model's own word, without penalties.
 
         Collectives:
             None.
@@ -58,7 +68,11 @@ class Sampler:
             for request_id, (sampling, stream) in zip(request_ids, known, strict=True)
         ]
         settings = [sampling for sampling, _ in known]
-        tokens = choose_tokens(logits, settings, draws).tolist()
+        changed = self._penalties.applied(logits, request_ids, idle=idle)
+        tokens = choose_tokens(changed, settings, draws).tolist()
+        for request_id, token in zip(request_ids, tokens, strict=True):
+            if request_id != idle:
+                self._penalties.said(request_id, token)
         choices = [Choice(token) for token in tokens]
         asked = {row: s.logprobs for row, s in enumerate(settings) if s.logprobs is not None}
         if asked:

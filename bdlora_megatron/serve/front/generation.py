@@ -133,6 +133,13 @@ def plan(
         logprobs=logprobs,
         max_tokens=room if max_tokens is None else max_tokens,
         stop_ids=stop_ids,
+        min_tokens=fields.min_tokens,
+        logit_bias=tuple((fields.logit_bias or {}).items()),
+        presence_penalty=fields.presence_penalty or 0.0,
+        frequency_penalty=fields.frequency_penalty or 0.0,
+        repetition_penalty=(
+            1.0 if fields.repetition_penalty is None else fields.repetition_penalty
+        ),
     )
     return Job(
         adapter=adapter,
@@ -231,7 +238,7 @@ async def answer(front: Front, job: Job) -> list[Answer]:
 
 async def _pieces(front: Front, job: Job, index: int) -> AsyncGenerator[Piece, None]:
     prompt = job.prompt_of(index)
-    text = TextStream(front.tokenizer, prompt.ids, job.stop)
+    text = TextStream(front.tokenizer, prompt.ids, job.stop, min_tokens=job.sampling.min_tokens)
     # The same seed for every prompt of a request, another for each answer to it.
     sampling = replace(job.sampling, seed=job.sampling.seed + index % job.count)
     async with aclosing(front.client.stream(prompt.ids, sampling, job.adapter)) as tokens:

@@ -20,6 +20,7 @@ __all__ = [
 # Bounds that keep one request from being many; the engine has its own on lengths.
 _MOST_CHOICES = 128
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -37,8 +38,8 @@ class StreamOptions(_Body):
 class GenerationFields(_Body):
     """What both kinds of request have.
 
-    The penalties, ``logit_bias`` and ``best_of`` are taken at the values that change nothing, as
-    clients send them.
+    ``top_k``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos`` and ``stop_token_ids`` are
+    vLLM's.
     """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -52,9 +53,11 @@ class GenerationFields(_Body):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[_TokenId], Field(max_length=64)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
 
     @property

@@ -122,16 +122,27 @@ class TextStream:
     Text is held back while it may be half of a character or the beginning of a stop text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        *,
+        min_tokens: int = 0,
+    ) -> None:
         """Begin an answer.
 
         Args:
             tokenizer: The model's.
             prompt: The prompt's token ids.
             stop: Texts that end the answer and are cut off.
+            min_tokens: A stop text that is whole after so many tokens or fewer ends nothing.
         """
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._early = min_tokens
+        # Characters at the beginning of what is held in which no stop text may end.
+        self._exempt = 0
         self._ids = list(prompt[-_CONTEXT:])
         # Tokens from _read on are not shown yet; they are spelt together with those from _begin.
         self._begin, self._read = 0, len(self._ids)
@@ -153,7 +164,9 @@ class TextStream:
         self._choices.append(token.choice)
         self._prompt += token.prompt
         self._held += self._new_text(last=token.finish is not None)
-        at = min((i for i in map(self._held.find, self._stop) if i >= 0), default=-1)
+        if self._early > 0:
+            self._early, self._exempt = self._early - 1, len(self._held)
+        at = self._stop_at()
         if at >= 0:
             return self._piece(self._held[:at], "stop")
         if token.finish is not None:
@@ -171,15 +184,22 @@ class TextStream:
         self._begin, self._read = self._read, len(self._ids)
         return now[len(before) :]
 
+    def _stop_at(self) -> int:
+        """Where the first stop text begins, of those that end where one may; -1 without one."""
+        places = (self._held.find(t, max(self._exempt - len(t) + 1, 0)) for t in self._stop)
+        return min((place for place in places if place >= 0), default=-1)
+
     def _undecided(self) -> int:
         """Characters at the end that may begin a stop text."""
         for length in range(min(max(map(len, self._stop), default=0), len(self._held)), 0, -1):
-            if any(text.startswith(self._held[-length:]) for text in self._stop):
+            end = self._held[-length:]
+            if any(text.startswith(end) and text != end for text in self._stop):
                 return length
         return 0
 
     def _piece(self, text: str, finish: FinishReason | None) -> Piece:
         self._held = self._held[len(text) :]
+        self._exempt = max(self._exempt - len(text), 0)
         choices, self._choices = tuple(self._choices), []
         prompt, self._prompt = self._prompt, ()
         return Piece(text, choices, finish, prompt)

@@ -103,6 +103,12 @@ def test_log_probabilities_are_the_models_own():
         {"top_k": -1},
         {"max_tokens": 0},
         {"logprobs": 21},
+        {"min_tokens": -1},
+        {"min_tokens": 17},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": math.nan},
+        {"repetition_penalty": 0.0},
+        {"logit_bias": ((3, 100.5),)},
     ],
     ids=str,
 )

@@ -21,8 +21,8 @@ def tokenizer(tmp_path_factory):
     return Tokenizer(str(folder))
 
 
-def pieces(tokenizer, prompt, ids, stop, finish="length"):
-    stream, shown = TextStream(tokenizer, prompt, stop), []
+def pieces(tokenizer, prompt, ids, stop, finish="length", **more):
+    stream, shown = TextStream(tokenizer, prompt, stop, **more), []
     for place, token in enumerate(ids):
         last = finish if place == len(ids) - 1 else None
         piece = stream.push(Token(1, Choice(token), last))
@@ -57,6 +57,26 @@ def test_pieces_add_up_to_the_text_cut_at_the_first_stop(tokenizer, text, stop, 
     taken = [choice.token for piece in shown for choice in piece.choices]
     assert taken == ids[: len(taken)]
     assert finish == "stop" or taken == ids
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.text(alphabet="ab", min_size=1, max_size=24),
+    stop=st.lists(st.text(alphabet="ab", min_size=1, max_size=3), min_size=1, max_size=3),
+    least=st.integers(0, 12),
+)
+@example(text="aba", stop=["b", "bab"], least=2)
+def test_a_stop_text_that_is_whole_too_early_ends_nothing(tokenizer, text, stop, least):
+    """One character a token: the first stop text that ends beyond the least length cuts."""
+    shown = pieces(tokenizer, [], tokenizer.encode(text), stop, min_tokens=least)
+    expected, finish = text, "length"
+    for end in range(least + 1, len(text) + 1):
+        found = [len(s) for s in stop if text[:end].endswith(s)]
+        if found:
+            expected, finish = text[: end - max(found)], "stop"
+            break
+    assert "".join(piece.text for piece in shown) == expected
+    assert shown[-1].finish == finish
 
 
 def test_text_is_shown_as_soon_as_it_can_no_longer_be_a_stop(tokenizer):

@@ -1,0 +1,74 @@
+"""Saving a distributed checkpoint in this process alone.
+
+Until 0.16, Megatron-Core forks a process for each file of a checkpoint, also where nobody asked for
+an asynchronous save. Such a process outlives a rank that is killed meanwhile: it waits for ever for
+a queue that the rank would have filled, and holds every lock that the rank held. Since 0.17 threads
+write. On all releases, a further server process would take in the results.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+__all__ = ["save_distributed"]
+
+
+def save_distributed(
+    state: Mapping[str, Any], folder: str | Path, *, content_metadata: dict[str, Any] | None = None
+) -> None:
+    """Save as ``dist_checkpointing.save`` does, without starting a process.
+
+    Args:
+        state: What to save, as ``dist_checkpointing.save`` takes it.
+        folder: An empty one, the same on every rank.
+        content_metadata: As for ``dist_checkpointing.save``.
+
+    Collectives:
+        Those of ``dist_checkpointing.save``.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+    forks = hasattr(filesystem_async.FileSystemWriterAsync, "write_preloaded_data_multiproc")
+    dist_checkpointing.save(
+        dict(state),
+        str(folder),
+        _SaveHere("torch_dist", 1) if forks else None,
+        content_metadata=content_metadata,
+    )
+
+
+class _SaveHere(TorchDistSaveShardedStrategy):
+    """Megatron-Core's strategy, whose files this process writes by itself."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, *args: Any) -> Any:
+        request = super()._get_save_and_finalize_callbacks(writer, *args)
+        if request.async_fn is None:
+            return request
+        return request._replace(async_fn=partial(_write, writer))
+
+
+def _write(writer: Any, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
+    """Write a rank's files one after another, each as one of Megatron-Core's processes would."""
+    del rank
+    transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+    written: dict[int, Any] = {}
+    for number, bucket in enumerate(buckets):
+        outcome: queue.Queue[tuple[int, Any]] = queue.Queue()
+        unfinished: queue.Queue[int] = queue.Queue()
+        unfinished.put(number)
+        writer.write_preloaded_data(
+            transforms, number, bucket, outcome, unfinished, use_fsync=True, use_msc=writer.use_msc
+        )
+        _, written[number] = outcome.get()
+        if isinstance(written[number], Exception):
+            results.put(written[number])
+            return
+    results.put(written)
