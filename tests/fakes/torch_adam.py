@@ -1,0 +1,32 @@
+"""What Megatron-Core's distributed optimizer lacks where Adam is torch's, as on a CPU.
+
+With Apex's or Transformer Engine's Adam it can be loaded before its first step. With torch's it
+cannot: it asks its empty state for the number of steps, and then hands all parameters one and the
+same tensor to count them in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def install() -> None:
+    """Let a fresh distributed optimizer, of Megatron-Core as imported, load a checkpoint."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    describe, load = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
+
+    def sharded_state_dict(
+        self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return describe(self, model_state, is_loading, *args, **kwargs)
+
+    def load_state_dict(self: Any, state: Any) -> None:
+        load(self, state)
+        for entry in self.optimizer.state.values():
+            entry["step"] = entry["step"].clone()
+
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
