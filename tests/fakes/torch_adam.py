@@ -1,13 +1,15 @@
 """What Megatron-Core's distributed optimizer lacks where Adam is torch's, as on a CPU.
 
 With Apex's or Transformer Engine's Adam it can be loaded before its first step. With torch's it
-cannot: it asks its empty state for the number of steps, and then hands all parameters one and the
-same tensor to count them in.
+cannot: it asks its empty state for the number of steps. Once it has a state, it hands all
+parameters one and the same tensor to count in, and overwrites it with the count before the load.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 
 def install() -> None:
@@ -24,9 +26,10 @@ def install() -> None:
         return describe(self, model_state, is_loading, *args, **kwargs)
 
     def load_state_dict(self: Any, state: Any) -> None:
+        (steps,) = {float(group["step"]) for group in state["optimizer"]["param_groups"]}
         load(self, state)
         for entry in self.optimizer.state.values():
-            entry["step"] = entry["step"].clone()
+            entry["step"] = torch.tensor(steps)
 
     DistributedOptimizer.sharded_state_dict = sharded_state_dict
     DistributedOptimizer.load_state_dict = load_state_dict

@@ -75,8 +75,11 @@ def make_bridge_base(hf, folder, case):
 _AT_REST = ("optimizer.lr=0.0", "optimizer.min_lr=0.0")
 
 
-def train(folder, base, case, steps, *overrides, resume=None):
-    """Train an adapter, from ``resume``'s checkpoint (folder, step) if there is one."""
+def train(folder, base, case, steps, *overrides, resume=None, keep_after=None):
+    """Train an adapter, from ``resume``'s checkpoint (folder, step) if there is one.
+
+    Everything is looked at before the first step, after the last and after ``keep_after`` steps.
+    """
     from bdlora_megatron.bridge import AdapterExport, BDLoRA
 
     config = _config(folder, case, [f"train.train_iters={steps}", *case.overrides, *overrides])
@@ -85,7 +88,7 @@ def train(folder, base, case, steps, *overrides, resume=None):
     if resume is not None:
         config.checkpoint.load, config.checkpoint.ckpt_step = str(resume[0]), resume[1]
     export = AdapterExport()
-    watch = _watch()
+    watch = _watch(keep_after)
     _pretrain(config, [watch, export])
     return {**watch.seen, "exported": export.exported}
 
@@ -115,7 +118,7 @@ def _pretrain(config, callbacks):
     pretrain(config, forward_step, callbacks=callbacks)
 
 
-def _watch() -> Any:
+def _watch(keep_after) -> Any:
     from megatron.bridge.training.callbacks import Callback
 
     class Watch(Callback):
@@ -127,6 +130,8 @@ def _watch() -> Any:
 
         def on_train_step_end(self, context):
             self.seen["losses"].append(float(context.loss_dict["lm loss"]))
+            if len(self.seen["losses"]) == keep_after:
+                self.seen["kept"] = _state(context)
 
         def on_train_end(self, context):
             self.seen |= {"end": _state(context), "logits": _logits(context)}
@@ -158,7 +163,7 @@ def _state(context):
             for name, value in parameters.items()
             if getattr(value, "main_param", None) is not None
         },
-        "moments": [entry["exp_avg"].clone() for entry in kept if "exp_avg" in entry],
+        "moments": [entry[kind].clone() for entry in kept for kind in sorted(entry)],
     }
 
 

@@ -57,6 +57,7 @@ def _train(folder, hf, case):
     whole = train(
         *(folder / "whole", folder / "base", case, STEPS),
         *(f"checkpoint.save_interval={SAVED}", "peft.bdlora.export_dense=true"),
+        keep_after=SAVED,
     )
     # Stopped after its first checkpoint, and started again into another folder.
     rest = train(folder / "rest", folder / "base", case, STEPS, resume=(folder / "whole", SAVED))
@@ -144,6 +145,7 @@ def test_pretrain_trains_goes_on_and_peft_computes_the_same(name, runs):
     folder, ranks = root / name, [seen[name] for seen in found]
     for whole, rest in ranks:
         _assert_trained(whole, case)
+        _assert_same_state(rest["start"], whole["kept"])
         assert rest["losses"] == whole["losses"][SAVED:]
         _assert_same_state(rest["end"], whole["end"])
         assert [path.name for path in whole["exported"]] == ["hf_adapter", "hf_adapter-dense"]
