@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-
 from bdlora_megatron.errors import MissingDependencyError
 
 __all__ = ["register"]
 
-LLM_PEFT = "nemo.collections.llm.peft"
-LEGACY_PEFT = "nemo.collections.nlp.parts.peft_config"
 
-
-def register() -> tuple[str, ...]:
-    """Put ``bdlora`` into every map of PEFT schemes that the installed NeMo has; harmless twice.
-
-    Returns:
-        The modules whose map was added to.
+def register() -> None:
+    """Put ``bdlora`` into NeMo's map of PEFT schemes, ``PEFT_STR2CLS``; harmless twice.
 
     Raises:
         MissingDependencyError: There is no NeMo, or one without an LLM collection.
     """
     try:
-        llm_peft = importlib.import_module(LLM_PEFT)
+        from nemo.collections.llm.peft import PEFT_STR2CLS
+
         from bdlora_megatron.nemo.peft import BDLoRA
     except ImportError as error:
         raise MissingDependencyError(
@@ -30,12 +23,4 @@ def register() -> tuple[str, ...]:
             "pip install 'bdlora-megatron[nemo]'. NeMo 3 has no LLM collection any more: use "
             "Megatron-Bridge there"
         ) from error
-    llm_peft.PEFT_STR2CLS.update({"bdlora": BDLoRA, "BDLoRA": BDLoRA})
-    try:
-        legacy = importlib.import_module(LEGACY_PEFT)
-    except ImportError:
-        return (LLM_PEFT,)
-    from bdlora_megatron.nemo.legacy import BDLoRAPEFTConfig
-
-    legacy.PEFT_CONFIG_MAP["bdlora"] = BDLoRAPEFTConfig
-    return (LLM_PEFT, LEGACY_PEFT)
+    PEFT_STR2CLS.update({"bdlora": BDLoRA, "BDLoRA": BDLoRA})

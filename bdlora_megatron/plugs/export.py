@@ -11,6 +11,7 @@ from torch import nn
 from bdlora_megatron.convert.adapter import Adapter
 from bdlora_megatron.layers import collect_adapter
 from bdlora_megatron.layers.export import write_peft_folders
+from bdlora_megatron.layers.main_weights import main_weights
 
 __all__ = ["HF_ADAPTER", "HF_ADAPTER_DENSE", "export_adapter", "export_asked_for"]
 
@@ -30,7 +31,8 @@ def export_adapter(
     """Write a model's adapter as a folder that PEFT, vLLM and `bdlora` read.
 
     Every rank of the job calls it with the same path. An adapter that is there is replaced; the
-    folder appears complete or not at all.
+    folder appears complete or not at all. In mixed precision it holds the optimizer's float32
+    copies, where a rank has them whole.
 
     Args:
         model: The model or the chunks of this pipeline stage, wrapped by the host or not.
@@ -84,4 +86,6 @@ def export_asked_for(
 
 def _collect(model: nn.Module | Sequence[nn.Module], name: str) -> Adapter:
     chunks = [model] if isinstance(model, nn.Module) else list(model)
-    return collect_adapter(chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks), name)
+    whole = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+    with main_weights(whole):
+        return collect_adapter(whole, name)

@@ -80,7 +80,10 @@ def _cuda_type_names() -> Iterator[None]:
 
     def type_name(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = asked(tensor, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        # Under a TorchFunctionMode torch looks the method up by its name, and comes here twice.
+        if isinstance(answer, str) and not answer.startswith("torch.cuda."):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
 
     Tensor.type = type_name  # type: ignore[method-assign, assignment]
     try:

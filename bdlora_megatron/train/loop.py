@@ -18,6 +18,7 @@ from bdlora_megatron.convert.base_check import base_shape
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers import collect_adapter
 from bdlora_megatron.layers.export import write_peft_folders
+from bdlora_megatron.layers.main_weights import main_weights
 from bdlora_megatron.runtime import model_parallel
 from bdlora_megatron.train.checkpoint import (
     checkpoints,
@@ -102,7 +103,7 @@ class _Run:
             loss = self._steps(stepper, facts)
             if self.report is not None:
                 self.report.draw()
-            with stepper.main_weights():
+            with main_weights(self.model):
                 exported = self._export()
         return RunResult(steps=self.steps_done, validation_loss=loss, exported=exported)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -118,26 +117,6 @@ class Stepper:
         self.scheduler.step(increment=1)
         norm = None if norm is None else float(norm)
         return StepResult(loss=loss, tokens=tokens, grad_norm=norm, lr=lr)
-
-    @contextmanager
-    def main_weights(self) -> Iterator[None]:
-        """Put the optimizer's float32 copies in the factors' places inside the ``with`` block.
-
-        Yields:
-            Nothing. Without mixed precision the factors are float32 anyway, and stay.
-        """
-        copies = [
-            (factor, factor.data, factor.main_param.data)
-            for factor in self.model.parameters()
-            if getattr(factor, "main_param", None) is not None
-        ]
-        for factor, _, main in copies:
-            factor.data = main
-        try:
-            yield
-        finally:
-            for factor, own, _ in copies:
-                factor.data = own
 
 
 def mean_loss(model: Any, batches: Sequence[Batch], config: TrainConfig) -> float:

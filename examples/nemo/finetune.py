@@ -63,7 +63,7 @@ def pieces(
         strategy=nl.MegatronStrategy(
             tensor_model_parallel_size=ranks, ddp="megatron", ckpt_async_save=False
         ),
-        plugins=nl.MegatronMixedPrecision(precision=precision),
+        plugins=precision_plugin(precision),
     )
     return {
         "model": folder / "base",
@@ -99,6 +99,22 @@ def pieces(
             resume_ignore_no_checkpoint=True,
         ),
     }
+
+
+def precision_plugin(name: str) -> Any:
+    """With ``bf16-mixed`` that of NeMo's recipes: sixteen-bit weights, float32 copies of them."""
+    import torch
+    from nemo import lightning as nl
+
+    if name != "bf16-mixed":
+        return nl.MegatronMixedPrecision(precision=name)
+    return nl.MegatronMixedPrecision(
+        precision=name,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=True,
+    )
 
 
 if __name__ == "__main__":

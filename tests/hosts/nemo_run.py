@@ -1,6 +1,6 @@
 """A run of ``examples.nemo.finetune`` that writes down what it did; started by torchrun.
 
-torchrun --nproc-per-node 2 -m tests.hosts.nemo_run <folder> <name> <steps> [key=value ...]
+torchrun --nproc-per-node 2 -m tests.hosts.nemo_run FOLDER NAME STEPS PRECISION [key=value ...]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ TOKENS = (7, 21, 300, 9, 44, 130, 5, 77)
 
 
 def main() -> None:
-    folder, name, steps, *overrides = sys.argv[1:]
+    folder, name, steps, precision, *overrides = sys.argv[1:]
     from tests.fakes.nemo_on_cpu import prepare
 
     prepare()
@@ -35,21 +35,23 @@ def main() -> None:
             self.seen["step"] = trainer.global_step
             self.seen["start"] = _parameters(trainer)
             self.seen["moments"] = _moments(trainer)
+            self.seen["copies"] = _copies(trainer)
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             self.seen["losses"].append(float(trainer.callback_metrics["reduced_train_loss"]))
 
         def on_train_end(self, trainer, pl_module):
             self.seen |= {"end": _parameters(trainer), "end_moments": _moments(trainer)}
+            self.seen["end_copies"] = _copies(trainer)
             ids = torch.tensor([TOKENS])
             model = _model(trainer).eval()
             with torch.no_grad():
                 places = torch.arange(len(TOKENS))[None]
-                self.seen["logits"] = model(ids, places, None, runtime_gather_output=True)
+                self.seen["logits"] = model(ids, places, None, runtime_gather_output=True).float()
             rank = torch.distributed.get_rank()
             torch.save(self.seen, Path(folder) / f"{name}-{steps}-{rank}.pt")
 
-    parts = pieces(Path(folder), name, steps=int(steps), cpu=True)
+    parts = pieces(Path(folder), name, steps=int(steps), cpu=True, precision=precision)
     parts["trainer"].callbacks.append(Watch())
     settings = OmegaConf.merge(OmegaConf.load(YAML), OmegaConf.from_dotlist(overrides))
     llm.finetune(**parts, peft=build_peft(settings))
@@ -68,6 +70,15 @@ def _parameters(trainer):
     return {
         (name, value.requires_grad): value.detach().clone()
         for name, value in _model(trainer).named_parameters()
+    }
+
+
+def _copies(trainer):
+    """The float32 copies that the optimizer keeps of this rank's parameters."""
+    return {
+        name: value.main_param.detach().clone()
+        for name, value in _model(trainer).named_parameters()
+        if getattr(value, "main_param", None) is not None
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ from torch.distributed.checkpoint import FileSystemReader
 from bdlora_megatron.blocks import reshard
 from bdlora_megatron.convert import read_adapter
 from tests.harness import run_ranks
+from tests.hosts.bridge_runs import (
+    Case,
+    make_bridge_base,
+    make_hf_base,
+    on_cpu,
+    peft_logits,
+    train,
+)
+from tests.tolerances import MODEL_BFLOAT16, assert_close
 
 
 def has_bridge():
@@ -20,76 +30,38 @@ def has_bridge():
         return False
 
 
-pytestmark = pytest.mark.skipif(
-    not has_bridge(), reason="megatron-bridge is not installed; make test-bridge installs it"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not has_bridge(), reason="megatron-bridge is not installed; make test-bridge installs it"
+    ),
+    pytest.mark.timeout(900),
+]
 
 
-def on_cpu():
-    """Bridge, imported for real over stand-ins for Transformer Engine."""
-    from tests.fakes.transformer_engine import forget_megatron
-
-    forget_megatron()
-    from tests.fakes.bridge_on_cpu import prepare
-
-    prepare()
+CASES = {
+    "tp2": Case(),
+    "tp2-bf16": Case(precision="bf16_mixed"),
+    "dp2-bf16-distributed": Case(tensor_parallel=1, precision="bf16_mixed", distributed=True),
+}
+STEPS, SAVED = 20, 12
 
 
-def _train(rank, world_size, folder):
+def _train_all(rank, world_size, folder):
+    """Every case in the same processes, which spend most of their time on importing Bridge."""
     on_cpu()
-    from pathlib import Path
+    return {name: _train(Path(folder, name), Path(folder, "hf"), CASES[name]) for name in CASES}
 
-    from megatron.bridge.training import train as bridge_train
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
-    from bdlora_megatron.bridge import AdapterExport, BDLoRA, apply_settings
-    from bdlora_megatron.layers import lora_layers
-    from examples.bridge.finetune import YAML, tiny_config
-
-    folder = Path(folder)
-    seen = []
-    step = bridge_train.train_step
-
-    def watched(*args, **kwargs):
-        model = args[2] if len(args) > 2 else kwargs["model"]
-        chunk = model[0]
-        before = {n: p.detach().clone() for n, p in chunk.named_parameters() if p.requires_grad}
-        result = step(*args, **kwargs)
-        factors = {n: p.detach().clone() for n, p in chunk.named_parameters() if p.requires_grad}
-        frozen = {n: p.detach().clone() for n, p in chunk.named_parameters() if not p.requires_grad}
-        layers = len(list(lora_layers(chunk)))
-        seen.append({"before": before, "factors": factors, "frozen": frozen, "layers": layers})
-        return result
-
-    bridge_train.train_step = watched
-    config = tiny_config(folder / "base", cpu=True)
-    apply_settings(config, YAML, ["peft.scheme=none", "train.train_iters=1"])
-    assert config.peft is None
-    pretrain(config, forward_step)
-
-    seen.clear()
-    destroy_num_microbatches_calculator()
-    config = tiny_config(folder / "adapter", cpu=True)
-    config.checkpoint.pretrained_checkpoint = str(folder / "base")
-    apply_settings(config, YAML, ["train.train_iters=5", "peft.bdlora.export_dense=true"])
-    assert isinstance(config.peft, BDLoRA)
-    export = AdapterExport()
-    pretrain(config, forward_step, callbacks=[export])
-    assert [path.name for path in export.exported] == ["hf_adapter", "hf_adapter-dense"]
-    first, seen[:] = list(seen), []
-
-    # Started again for more steps, from the last checkpoint.
-    destroy_num_microbatches_calculator()
-    config = tiny_config(folder / "adapter", cpu=True)
-    config.checkpoint.pretrained_checkpoint = str(folder / "base")
-    config.checkpoint.load = str(folder / "adapter")
-    apply_settings(config, YAML, ["train.train_iters=6"])
-    # Its length, which follows from train_iters, is no longer the checkpoint's.
-    config.scheduler.override_opt_param_scheduler = True
-    pretrain(config, forward_step)
-    return first, seen
+def _train(folder, hf, case):
+    make_bridge_base(hf, folder / "base", case)
+    whole = train(
+        *(folder / "whole", folder / "base", case, STEPS),
+        *(f"checkpoint.save_interval={SAVED}", "peft.bdlora.export_dense=true"),
+        keep_after=SAVED,
+    )
+    # Stopped after its first checkpoint, and started again into another folder.
+    rest = train(folder / "rest", folder / "base", case, STEPS, resume=(folder / "whole", SAVED))
+    return whole, rest
 
 
 def saved_keys(folder):
@@ -97,39 +69,104 @@ def saved_keys(folder):
     return list(FileSystemReader(folder).read_metadata().state_dict_metadata)
 
 
-def test_bridges_finetune_trains_and_saves_the_adapter_only(tmp_path):
-    for steps, more in run_ranks(2, _train, str(tmp_path), timeout_s=280):
-        assert len(steps) == 5
-        assert all(step["layers"] == 8 for step in steps)
-        first, last = steps[0], steps[-1]
-        for name, value in first["factors"].items():
-            assert ".adapter." in name
-            assert not torch.equal(value, last["factors"][name]), f"{name} did not train"
-        for name, value in first["frozen"].items():
-            assert torch.equal(value, last["frozen"][name]), f"{name} is not frozen"
-        assert len(more) == 1, "the run did not go on where it ended"
-        for name, value in more[0]["before"].items():
-            assert torch.equal(value, last["factors"][name]), f"{name} was not resumed"
-    keys = saved_keys(tmp_path / "adapter" / "iter_0000005")
-    weights = [key for key in keys if not key.startswith(("optimizer", "rng", "rerun"))]
-    assert weights
-    assert all(".adapter." in key for key in weights)
-    blocks, dense = (
-        read_adapter(tmp_path / "adapter" / name) for name in ("hf_adapter", "hf_adapter-dense")
-    )
+def _assert_trained(seen, case):
+    """The loss fell, the adapter alone changed, and its main copies are wider than it."""
+    assert len(seen["losses"]) == STEPS
+    assert sum(seen["losses"][-5:]) < sum(seen["losses"][:5]) - 5 * 0.3
+    start, end = seen["start"], seen["end"]
+    assert start["layers"] == end["layers"] == 8
+    assert start["trained"].keys() == end["trained"].keys()
+    for name, value in start["trained"].items():
+        assert ".adapter." in name
+        assert not torch.equal(value, end["trained"][name]), f"{name} did not train"
+    for name, value in start["frozen"].items():
+        assert torch.equal(value, end["frozen"][name]), f"{name} is not frozen"
+    narrow = torch.bfloat16 if case.precision else torch.float32
+    assert {value.dtype for value in end["trained"].values()} == {narrow}
+    assert len(end["moments"]) > 0
+    assert {value.dtype for value in end["moments"]} == {torch.float32}
+    if case.precision and not case.distributed:
+        assert end["copies"].keys() == end["trained"].keys()
+    for name, copy in end["copies"].items():
+        assert copy.dtype is torch.float32
+        weight = end["trained"][name]
+        if not case.distributed:
+            # Otherwise a rank has its share, a stretch of the flattened weight.
+            assert torch.equal(copy.to(narrow), weight)
+        assert (copy != copy.to(narrow).float()).any(), "nothing was kept that bfloat16 would lose"
+
+
+def _assert_same_state(found, wanted):
+    for kind in ("trained", "frozen", "copies"):
+        assert found[kind].keys() == wanted[kind].keys()
+        for name, value in wanted[kind].items():
+            assert torch.equal(found[kind][name], value), f"{kind}: {name}"
+    assert len(found["moments"]) == len(wanted["moments"])
+    assert all(map(torch.equal, found["moments"], wanted["moments"]))
+
+
+def _assert_exported(folder, hf, logits, precision):
+    """PEFT, with either form of the export, computes what Bridge computed."""
+    base = peft_logits(hf, None)
+    assert (logits - base).abs().max() > 0.2 * base.abs().max()
+    tolerance = MODEL_BFLOAT16 if precision else (1e-5, 1e-4)
+    names = ("hf_adapter", "hf_adapter-dense")
+    for name in names:
+        found = peft_logits(hf, folder / "whole" / name)
+        assert_close(found, logits, name, tolerance)
+    blocks, dense = (read_adapter(folder / "whole" / name) for name in names)
     assert len(blocks.modules) == len(dense.modules) == 14
     for key, factors in blocks.modules.items():
         assert (factors.num_blocks, dense.modules[key].num_blocks) == (2, 1)
         torch.testing.assert_close(reshard(factors, 1).A, dense.modules[key].A, rtol=0, atol=0)
         torch.testing.assert_close(reshard(factors, 1).B, dense.modules[key].B, rtol=0, atol=0)
-    base = saved_keys(tmp_path / "base" / "iter_0000001")
-    assert not any(".adapter." in key for key in base)
+    return blocks
+
+
+def _assert_float32_copies(adapter, ranks):
+    """Every exported factor is made of the optimizer's copies, bit for bit."""
+    copies = torch.cat([c.flatten() for seen in ranks for c in seen["end"]["copies"].values()])
+    exported = [t.flatten() for f in adapter.modules.values() for t in (f.A, f.B)]
+    assert {t.dtype for t in exported} == {torch.float32}
+    assert torch.equal(torch.cat(exported).sort().values, copies.sort().values)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where the runs of every case are, and what each rank saw in them."""
+    root = tmp_path_factory.mktemp("bridge")
+    make_hf_base(root / "hf")
+    return root, run_ranks(2, _train_all, str(root), timeout_s=800)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pretrain_trains_goes_on_and_peft_computes_the_same(name, runs):
+    (root, found), case = runs, CASES[name]
+    folder, ranks = root / name, [seen[name] for seen in found]
+    for whole, rest in ranks:
+        _assert_trained(whole, case)
+        _assert_same_state(rest["start"], whole["kept"])
+        assert rest["losses"] == whole["losses"][SAVED:]
+        _assert_same_state(rest["end"], whole["end"])
+        assert [path.name for path in whole["exported"]] == ["hf_adapter", "hf_adapter-dense"]
+        assert [path.name for path in rest["exported"]] == ["hf_adapter"]
+    adapter = _assert_exported(folder, root / "hf", ranks[0][0]["logits"], case.precision)
+    if case.precision and not case.distributed:
+        _assert_float32_copies(adapter, [whole for whole, _ in ranks])
+    resumed = read_adapter(folder / "rest" / "hf_adapter")
+    for key, factors in adapter.modules.items():
+        assert torch.equal(resumed.modules[key].A, factors.A)
+        assert torch.equal(resumed.modules[key].B, factors.B)
+    for step in (SAVED, STEPS):
+        keys = saved_keys(folder / "whole" / f"iter_{step:07}")
+        weights = [key for key in keys if not key.startswith(("optimizer", "rng", "rerun"))]
+        assert weights
+        assert all(".adapter." in key for key in weights)
+    assert not any(".adapter." in key for key in saved_keys(folder / "base" / "iter_0000001"))
 
 
 def _settings(rank, world_size):
     on_cpu()
-    from pathlib import Path
-
     from megatron.bridge.peft.lora import LoRA
 
     from bdlora_megatron.bridge import BDLoRA, apply_settings, build_peft

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from bdlora_megatron.convert import read_adapter
 from tests.hosts.nemo_run import TOKENS
-from tests.tolerances import assert_close
+from tests.tolerances import MODEL_BFLOAT16, assert_close
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,10 +49,10 @@ def call(*command):
     return done.stdout
 
 
-def train(folder, name, ranks, steps, *overrides):
+def train(folder, name, ranks, steps, precision, *overrides):
     call(
         *("torch.distributed.run", "--standalone", "--nproc-per-node", ranks),
-        *("-m", "tests.hosts.nemo_run", folder, name, steps, *overrides),
+        *("-m", "tests.hosts.nemo_run", folder, name, steps, precision, *overrides),
     )
     return [
         torch.load(folder / f"{name}-{steps}-{rank}.pt", weights_only=False)
@@ -83,11 +84,16 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_finetune_ends_goes_on_and_peft_computes_the_same(folder, ranks):
-    name = f"tp{ranks}"
+def exported_factors(adapter):
+    return [t.flatten() for f in read_adapter(adapter).modules.values() for t in (f.A, f.B)]
+
+
+@pytest.mark.parametrize(("ranks", "precision"), [(1, "32"), (2, "32"), (2, "bf16-mixed")])
+def test_finetune_ends_goes_on_and_peft_computes_the_same(folder, ranks, precision):
+    name = f"tp{ranks}-{precision}"
     dense = "peft.bdlora.export_dense=true"
-    first = train(folder, name, ranks, 6, dense)
+    mixed = precision != "32"
+    first = train(folder, name, ranks, 6, precision, dense)
     for seen in first:
         assert len(seen["losses"]) == 6
         assert seen["losses"][-1] < seen["losses"][0] - 0.3
@@ -95,6 +101,12 @@ def test_finetune_ends_goes_on_and_peft_computes_the_same(folder, ranks):
             same = torch.equal(before, seen["end"][key, trains])
             assert trains is (".adapter." in key)
             assert same is not trains, f"{key} {'did not train' if trains else 'is not frozen'}"
+            assert before.dtype is (torch.bfloat16 if mixed else torch.float32)
+        assert seen["end_copies"].keys() == ({k for k, trains in seen["end"] if trains and mixed})
+        for key, copy in seen["end_copies"].items():
+            assert copy.dtype is torch.float32
+            assert torch.equal(copy.bfloat16(), seen["end"][key, True])
+            assert (copy != copy.bfloat16().float()).any(), f"{key}: nothing that bf16 would lose"
     keys = list(
         FileSystemReader(last_checkpoint(folder, name) / "weights")
         .read_metadata()
@@ -104,12 +116,14 @@ def test_finetune_ends_goes_on_and_peft_computes_the_same(folder, ranks):
     assert len(weights) > 0
     assert all(".adapter." in key for key in weights)
 
-    second = train(folder, name, ranks, 9, dense)
+    second = train(folder, name, ranks, 9, precision, dense)
     for before, seen in zip(first, second, strict=True):
         assert seen["step"] == 6
         assert len(seen["losses"]) == 3
         for key, value in before["end"].items():
             assert torch.equal(value, seen["start"][key]), f"{key} was not resumed"
+        for key, copy in before["end_copies"].items():
+            assert torch.equal(copy, seen["copies"][key]), f"the copy of {key} was not resumed"
         assert len(seen["moments"]) == len(before["end_moments"]) > 0
         assert all(map(torch.equal, seen["moments"], before["end_moments"]))
 
@@ -118,7 +132,12 @@ def test_finetune_ends_goes_on_and_peft_computes_the_same(folder, ranks):
     logits = second[0]["logits"]
     assert (logits - base).abs().max() > 0.05 * base.abs().max()
     for export in ("hf_adapter", "hf_adapter-dense"):
-        assert_close(peft_logits(folder / "hf", found / export), logits, export, (1e-5, 1e-4))
+        tolerance = MODEL_BFLOAT16 if mixed else (1e-5, 1e-4)
+        assert_close(peft_logits(folder / "hf", found / export), logits, export, tolerance)
+    if mixed:
+        copies = torch.cat([c.flatten() for seen in second for c in seen["end_copies"].values()])
+        exported = torch.cat(exported_factors(found / "hf_adapter"))
+        assert torch.equal(exported.sort().values, copies.sort().values)
     config = json.loads((found / "hf_adapter" / "adapter_config.json").read_text("utf-8"))
     assert config["use_bdlora"]["nblocks"] == 2
     config = json.loads((found / "hf_adapter-dense" / "adapter_config.json").read_text("utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,66 @@ def test_both_forms_are_written_of_one_gathered_adapter(tmp_path):
             torch.testing.assert_close(found.B, B, rtol=0, atol=0)
             torch.testing.assert_close(dense.modules[key].A, reshard(found, 1).A, rtol=0, atol=0)
             torch.testing.assert_close(dense.modules[key].B, reshard(found, 1).B, rtol=0, atol=0)
+
+
+def _asked_for(rank, world_size, folder):
+    """What is written on request: not at all, the base's name, and in place of what was there."""
+    folder = Path(folder)
+    base = {"num_blocks": 2, "dim": 8, "base_model": "some/base"}
+    with model_parallel(world_size):
+        model = tiny_model(tiny_config(world_size))
+        apply_lora(model, LoRAConfig(rank=8, num_blocks=2))
+        nothing = BlockDiagonalSettings(export_peft=False, **base)
+        assert export_asked_for(nothing, model, folder) == []
+        dense = BlockDiagonalSettings(export_peft=False, export_dense=True, **base)
+        assert export_asked_for(dense, model, folder) == [folder / "hf_adapter-dense"]
+        for seed in (1, 2):
+            randomize_adapters(model, seed=seed)
+            export_asked_for(BlockDiagonalSettings(**base), model, folder)
+        return collect_adapter(model, "last").modules
+
+
+def test_only_what_is_asked_for_is_written_and_replaces_the_older(tmp_path):
+    last = run_ranks(2, _asked_for, str(tmp_path))[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"hf_adapter", "hf_adapter-dense"}
+    for key, factors in read_adapter(tmp_path / "hf_adapter").modules.items():
+        torch.testing.assert_close(factors.A, last[key].A, rtol=0, atol=0)
+    for name in ("hf_adapter", "hf_adapter-dense"):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text("utf-8"))
+        assert config["base_model_name_or_path"] == "some/base"
+
+
+def _mixed(rank, world_size, folder, sharded):
+    """Export a sixteen-bit model whose optimizer keeps copies, or shares of them."""
+    with model_parallel(world_size):
+        config = tiny_config(world_size, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
+        model = tiny_model(config)
+        apply_lora(model, LoRAConfig(rank=8, num_blocks=2))
+        randomize_adapters(model)
+        narrow = collect_adapter(model, "narrow").modules
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        before = [weight.data.clone() for weight in weights]
+        for weight in weights:
+            copy = weight.data.float() + 2.0**-12
+            # As Megatron-Core's two optimizers leave it.
+            weight.main_param = copy.flatten()[::2] if sharded else copy
+            if sharded:
+                weight.main_param_sharded = True
+        export_adapter(model, folder)
+        for weight, own in zip(weights, before, strict=True):
+            assert weight.dtype is torch.bfloat16
+            assert torch.equal(weight.data, own)
+        return narrow
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_the_optimizers_whole_copies_are_exported(tmp_path, sharded):
+    narrow = run_ranks(2, _mixed, str(tmp_path / "adapter"), sharded)[0]
+    exported = read_adapter(tmp_path / "adapter").modules
+    assert exported.keys() == narrow.keys()
+    for key, factors in exported.items():
+        for found, weight in ((factors.A, narrow[key].A), (factors.B, narrow[key].B)):
+            assert weight.dtype is torch.bfloat16
+            wanted = weight if sharded else weight.float() + 2.0**-12
+            assert found.dtype is wanted.dtype
+            assert torch.equal(found, wanted)

@@ -8,6 +8,7 @@ from megatron.core.dist_checkpointing import load_tensors_metadata
 from safetensors.torch import load_file
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.layers.main_weights import main_weights
 from bdlora_megatron.train.checkpoint import checkpoints, load_checkpoint
 from bdlora_megatron.train.loop import ADAPTER
 from bdlora_megatron.train.model import build_model
@@ -82,7 +83,7 @@ def _main_weights(rank, world_size, config):
         load_checkpoint(checkpoints(config.checkpoint.save)[-1][1], stepper)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         own = [weight.data.clone() for weight in weights]
-        with stepper.main_weights():
+        with main_weights(model):
             main = [weight.data.clone() for weight in weights]
         assert all(torch.equal(w.data, before) for w, before in zip(weights, own, strict=True))
         return own, main

@@ -72,6 +72,10 @@ def test_a_field_that_a_host_changed_is_checked_again():
     settings.dim = 5
     with pytest.raises(ConfigError, match="not a multiple"):
         settings.lora_config([])
+    # This one the layers' own config knows nothing of.
+    settings.dim, settings.match_params_of_lora_rank = 4, 4
+    with pytest.raises(ConfigError, match="leave one out"):
+        settings.lora_config([])
 
 
 def test_a_fused_adapter_is_exported_only_by_mistake():
