@@ -193,10 +193,11 @@ def _prediction(fit: Calibration) -> Iterator[str]:
     yield "## What the cost model makes of it"
     yield ""
     yield (
-        "`bdlora_megatron.plan` was given six numbers of this machine, fitted to half of the "
-        "settings of the forward passes, and predicted the others: "
+        "`bdlora_megatron.plan` was given seven numbers of this machine, fitted to half of the "
+        "settings, and predicted the others: "
         f"{found.flops / 1e9:.3g} GFLOP/s and {found.bandwidth / 1e9:.3g} GB/s for each rank, "
         f"{1e6 * found.launch:.3g} microseconds for each kernel (Python included), "
+        f"{1e6 * found.backward:.3g} for one of a backward pass or an optimizer, "
         f"{1e6 * found.start:.3g} for each collective, {found.link / 1e9:.3g} GB/s between ranks, "
         f"and {1e6 * found.timer:.3g} microseconds that an added wait takes beyond its length."
     )

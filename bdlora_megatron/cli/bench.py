@@ -84,11 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     started, load = time.perf_counter(), os.getloadavg()[0]
     cells = measure(plan, tell=output.note)
-    size = 2 if machine()["dtype"] == "bfloat16" else 4
+    gpu = machine()["backend"] == "NCCL"
     report = BenchReport(
         plan=plan,
         cells=cells,
-        calibration=calibrate(plan, cells, size),
+        calibration=calibrate(plan, cells, 2 if gpu else 4, packs=not gpu),
         command=" ".join(["bdlora bench", *_said(arguments)]),
         seconds=time.perf_counter() - started,
         load=load,
