@@ -147,13 +147,15 @@ def calibrate(
 
     Args:
         plan: What was measured.
-        cells: The measurements.
+        cells: The measurements. Megatron-Bridge's layers, which the model does not count, are left
+            out.
         bytes_per_element: Of weights and activations.
         packs: As of ``Device``.
 
     Returns:
         The fit, or None where there are too few settings to hold any out.
     """
+    cells = [cell for cell in cells if not cell.arm.bridge]
     steps = list(dict.fromkeys(cell.setting.label for cell in cells))
     if len(steps) * len(plan.latencies_s) < 4:
         return None
