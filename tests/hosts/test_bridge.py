@@ -228,7 +228,7 @@ def _contender(rank, world_size):
             other = theirs.get_submodule(name).adapter
             for factor in ("linear_in", "linear_out"):
                 mine, yours = (getattr(x, factor).weight for x in (adapter, other))
-                mine.data.copy_(yours)
+                mine.data.copy_(torch.nn.init.normal_(yours, std=0.3))
                 pairs.append((mine, yours))
         assert len(pairs) == 2 * 4 * plan.shape.num_layers
         inputs = contenders._inputs(2, 4, 0)
@@ -241,7 +241,8 @@ def _contender(rank, world_size):
             torch.testing.assert_close(mine.grad, yours.grad, rtol=1e-4, atol=1e-6)
         for _, layer in lora_layers(ours):
             layer.adapter_enabled = False
-        assert (ours(*inputs, labels=inputs[0]) - losses[1]).abs().max() > 1e-3
+        # Equal because of the adapters, and not because they are too small to be seen.
+        assert (ours(*inputs, labels=inputs[0]) - losses[1]).abs().max() > 0.1
         cells = measure_rank(plan, _say_nothing)
     return {(cell.setting.phase, cell.arm.label): cell.collectives for cell in cells}
 
