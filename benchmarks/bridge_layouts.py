@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bridge_layouts")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--layers", type=int, help="decoder layers instead of the model's own")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args(argv)
     plan = BenchPlan(

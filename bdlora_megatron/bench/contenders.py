@@ -191,7 +191,7 @@ def _decoder_input(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     takes the tokens one by one in the base model's first layer, and in no contender's with an
     adapter: the base model would look slower than it is.
     """
-    tidy = output.flatten(0, 1).unflatten(0, output.shape[:2])
+    tidy: Tensor = output.flatten(0, 1).unflatten(0, output.shape[:2])
     return tidy.requires_grad_(True) if torch.is_grad_enabled() else tidy
 
 
