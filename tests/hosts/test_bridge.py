@@ -243,7 +243,7 @@ def _contender(rank, world_size):
             layer.adapter_enabled = False
         # Equal because of the adapters, and not because they are too small to be seen.
         plain = ours(*inputs, labels=inputs[0])
-        assert (plain - losses[1]).abs().max() > 0.1, (plain, losses)
+        assert (plain - losses[1]).abs().max() > 0.01, (plain, losses)
         cells = measure_rank(plan, _say_nothing)
     return {(cell.setting.phase, cell.arm.label): cell.collectives for cell in cells}
 
