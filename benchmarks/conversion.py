@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from bdlora_megatron.bench.report import machine
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.cli.jobs import Job, run_job
 from bdlora_megatron.convert import Adapter, LazyModules, ModuleKey, write_adapter
@@ -218,19 +218,16 @@ def large(scratch: Path) -> dict[str, object]:
 
 def environment(rounds: int) -> dict[str, object]:
     """Where, with what and by which command the numbers came about."""
-    model = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    here = machine()
     return {
         "command": " ".join(["python", "-m", "benchmarks.conversion", *sys.argv[1:]]),
-        "cpu": f"{model[0] if model else platform.processor()}, {os.cpu_count()} cores",
+        "cpu": f"{here['processor']}, {here['cores']} cores",
         "load_average_before": os.getloadavg()[0],
         "rounds": rounds,
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "safetensors", "bdlora-megatron")},
+        "python": here["versions"]["Python"],
+        "safetensors": version("safetensors"),
+        **{name: here["versions"][name] for name in ("torch", "bdlora-megatron")},
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+
+from bdlora_megatron.bench.report import machine
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -49,18 +50,15 @@ def write_report(folder: Path, rows: Sequence[dict[str, Any]], *, threads: int, 
 
 
 def _machine(threads: int) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    here = machine()
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
+        "cpu": here["processor"],
+        "cores": here["cores"],
         "threads": threads,
         "load": [round(load, 1) for load in os.getloadavg()],
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "peft")},
+        "python": here["versions"]["Python"],
+        "torch": here["versions"]["torch"],
+        "peft": version("peft"),
         "command": " ".join(["python -m benchmarks.grouped", *sys.argv[1:]]),
     }
 

@@ -3,18 +3,20 @@
 The halves are a chessboard over steps and links: no step is seen on every link, and none on no
 link, unless there is only one.
 
-Only forward passes are predicted: the cost model does not know backward ones. The injected wait
-goes into the link's start-up time, as it does in the measurement.
+One machine has to explain all steps. Its only number for training alone is what a kernel of a
+backward pass or an optimizer costs to start. The injected wait goes into the link's start-up time,
+as it does in the measurement.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from bdlora_megatron.bench.plan import BenchPlan
+from bdlora_megatron.bench.plan import Arm, BenchPlan
 from bdlora_megatron.bench.run import Cell
 from bdlora_megatron.plan import (
     AdapterLoad,
@@ -22,9 +24,11 @@ from bdlora_megatron.plan import (
     Hardware,
     Link,
     Protocol,
-    Step,
-    predict_step,
 )
+from bdlora_megatron.plan.local import LocalStep
+from bdlora_megatron.plan.predict import local_work
+from bdlora_megatron.plan.training import TrainStep, training_work
+from bdlora_megatron.plan.work import Message, Product, Work
 
 __all__ = ["Calibration", "Machine", "Predicted", "calibrate"]
 
@@ -41,7 +45,8 @@ class Machine:
     Attributes:
         flops: Operations a second of one rank.
         bandwidth: Bytes a second of one rank's memory.
-        launch: Seconds for each kernel, Python included.
+        launch: Seconds for each kernel of a forward pass, Python included.
+        backward: Seconds for each kernel of a backward pass or an optimizer.
         start: Seconds for each collective.
         link: Bytes a second between ranks.
         timer: Seconds that an injected wait takes longer than it was told to.
@@ -50,15 +55,17 @@ class Machine:
     flops: float = 5e10
     bandwidth: float = 8e9
     launch: float = 2e-5
+    backward: float = 1e-5
     start: float = 1e-4
     link: float = 1e9
     timer: float = 1e-4
 
-    def hardware(self, latency_s: float) -> Hardware:
+    def hardware(self, latency_s: float, *, packs: bool) -> Hardware:
         """The cost model's machine, with a wait before each collective.
 
         Args:
             latency_s: The injected wait.
+            packs: As of ``Device``.
 
         Returns:
             The machine.
@@ -68,7 +75,12 @@ class Machine:
         return Hardware(
             name="fitted",
             device=Device(
-                flops=self.flops, bandwidth=self.bandwidth, memory=0.0, launch=self.launch
+                flops=self.flops,
+                bandwidth=self.bandwidth,
+                memory=0.0,
+                launch=self.launch,
+                backward_launch=self.backward,
+                packs=packs,
             ),
             link=Link(protocols=(ring,)),
             source="fitted to this run",
@@ -107,57 +119,98 @@ class Calibration:
         return sorted(abs(p.error) for p in self.predicted if p.held_out is held_out)
 
 
-def calibrate(plan: BenchPlan, cells: Sequence[Cell], bytes_per_element: int) -> Calibration | None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Counted:
+    """What one rank does in a step, equal kernels and equal messages together."""
+
+    forward: Counter[Product]
+    backward: Counter[Product]
+    messages: Counter[Message]
+
+    def seconds(self, hardware: Hardware, tp: int) -> float:
+        """How long that takes."""
+        spent = 0.0
+        for kernels, backward in ((self.forward, False), (self.backward, True)):
+            for kernel, number in kernels.items():
+                spent += number * hardware.device.seconds(
+                    kernel.flops, kernel.bytes, panel=kernel.panel, backward=backward
+                )
+        for message, number in self.messages.items():
+            spent += number * hardware.link.seconds(message.kind, message.payload_bytes, tp)
+        return spent
+
+
+def calibrate(
+    plan: BenchPlan, cells: Sequence[Cell], bytes_per_element: int, *, packs: bool
+) -> Calibration | None:
     """Fit to half of the settings and predict all.
 
     Args:
         plan: What was measured.
-        cells: The measurements.
+        cells: The measurements. Megatron-Bridge's layers, which the model does not count, are left
+            out.
         bytes_per_element: Of weights and activations.
+        packs: As of ``Device``.
 
     Returns:
-        The fit, or None where too few settings are forward passes to hold any out.
+        The fit, or None where there are too few settings to hold any out.
     """
-    forward = [cell for cell in cells if cell.setting.phase != "train"]
-    steps = list(dict.fromkeys(cell.setting.label for cell in forward))
+    cells = [cell for cell in cells if not cell.arm.bridge]
+    steps = list(dict.fromkeys(cell.setting.label for cell in cells))
+    if len(steps) * len(plan.latencies_s) < 4:
+        return None
     fitted = {
         cell.setting
-        for cell in forward
+        for cell in cells
         if (steps.index(cell.setting.label) + plan.latencies_s.index(cell.setting.latency_s)) % 2
         == 0
     }
-    if len(steps) * len(plan.latencies_s) < 4:
-        return None
-    seen = [cell for cell in forward if cell.setting in fitted]
-    machine = _fit(plan, seen, bytes_per_element)
+    # What a step does, the link's speed does not change.
+    known: dict[tuple[object, Arm], _Counted] = {}
+    for cell in cells:
+        key = (cell.setting.step, cell.arm)
+        if key not in known:
+            known[key] = _count(plan, cell, bytes_per_element)
+
+    def predict(cell: Cell, machine: Machine) -> float:
+        hardware = machine.hardware(cell.setting.latency_s, packs=packs)
+        return known[cell.setting.step, cell.arm].seconds(hardware, plan.tp)
+
+    machine = _fit([cell for cell in cells if cell.setting in fitted], predict)
     return Calibration(
         machine=machine,
         predicted=tuple(
             Predicted(
-                cell=cell,
-                seconds=_predict(plan, cell, machine, bytes_per_element),
-                held_out=cell.setting not in fitted,
+                cell=cell, seconds=predict(cell, machine), held_out=cell.setting not in fitted
             )
-            for cell in forward
+            for cell in cells
         ),
     )
 
 
-def _predict(plan: BenchPlan, cell: Cell, machine: Machine, size: int) -> float:
+def _count(plan: BenchPlan, cell: Cell, size: int) -> _Counted:
     at, arm = cell.setting, cell.arm
-    decodes = at.phase == "decode"
-    step = Step(
-        tokens=at.batch if decodes else at.batch * at.length,
-        # A prompt's tokens see half of it on average.
-        context=at.length if decodes else max(at.length // 2, 1),
-        bytes_per_element=size,
-        reads_cache=decodes,
-    )
     load = None if arm.layout is None else AdapterLoad(layout=arm.layout, rank=arm.rank)
-    return predict_step(plan.shape, step, machine.hardware(at.latency_s), plan.tp, load).total
+    if at.phase == "train":
+        step = TrainStep(sequences=at.batch, length=at.length, bytes_per_element=size, fused=False)
+        there, back = training_work(plan.shape, step, plan.tp, load)
+    else:
+        decodes = at.phase == "decode"
+        local = LocalStep(
+            sequences=at.batch,
+            new=1 if decodes else at.length,
+            cached=at.length if decodes else 0,
+            bytes_per_element=size,
+        )
+        there, back = local_work(plan.shape, local, plan.tp, load), Work()
+    return _Counted(
+        forward=Counter(there.products),
+        backward=Counter(back.products),
+        messages=Counter((*there.messages, *back.messages)),
+    )
 
 
-def _fit(plan: BenchPlan, cells: Sequence[Cell], size: int) -> Machine:
+def _fit(cells: Sequence[Cell], predict: Callable[[Cell, Machine], float]) -> Machine:
     """Hooke and Jeeves's search over the parameters' logarithms.
 
     What is made small grows with the square of a logarithmic error up to about ten per cent and
@@ -170,7 +223,7 @@ def _fit(plan: BenchPlan, cells: Sequence[Cell], size: int) -> Machine:
             return math.inf
         machine = Machine(**dict(zip(names, map(math.exp, point), strict=True)))
         return sum(
-            math.hypot(_NEAR, math.log(_predict(plan, cell, machine, size)) - wanted)
+            math.hypot(_NEAR, math.log(predict(cell, machine)) - wanted)
             for cell, wanted in zip(cells, measured, strict=True)
         )
 

@@ -13,6 +13,7 @@ from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.convert.hf_base import HFConfig, build_gpt_model, transformer_config
 from bdlora_megatron.convert.hf_base.rope import RopeSettings
+from bdlora_megatron.errors import MissingDependencyError
 from bdlora_megatron.layers import apply_lora, lora_layers
 from bdlora_megatron.plan.model import ModelShape
 from bdlora_megatron.runtime import device
@@ -35,8 +36,11 @@ class Contenders:
         self.model = _random_model(plan, self.device)
         self._adapters: dict[Arm, dict[str, nn.Module]] = {}
         self._optimizers: dict[Arm, torch.optim.Optimizer] = {}
+        self._hosts: dict[Arm, Any] = {}
         for arm in plan.arms():
-            if arm.layout is not None:
+            if arm.bridge:
+                self._attach_bridge(arm)
+            elif arm.layout is not None:
                 self._attach(arm)
         self._caches: dict[tuple[str, int, int], StaticInferenceContext] = {}
 
@@ -63,6 +67,28 @@ class Contenders:
         self._adapters[arm] = adapters
         self._optimizers[arm] = torch.optim.AdamW(parameters, lr=1e-4)
 
+    def _attach_bridge(self, arm: Arm) -> None:
+        """A model of its own, whose weights are the other's, with Bridge's adapters in it."""
+        lora = _bridge_lora()
+        model = _random_model(self.plan, self.device)
+        # By name: an adapter's own parameters have names that the base model's do not.
+        own = dict(self.model.named_parameters())
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name].data
+        self._hosts[arm] = lora(dim=arm.rank, alpha=arm.rank)(model)
+        adapters = [p for n, p in model.named_parameters() if ".adapter." in n]
+        for parameter in adapters:
+            nn.init.normal_(parameter, std=0.02)
+        self._optimizers[arm] = torch.optim.AdamW(adapters, lr=1e-4)
+
+    def model_of(self, arm: Arm) -> Any:
+        """The model that a contender's steps run.
+
+        Args:
+            arm: Which.
+        """
+        return self._hosts.get(arm, self.model)
+
     def choose(self, arm: Arm) -> None:
         """Put one contender's adapters in.
 
@@ -84,13 +110,14 @@ class Contenders:
             A function that takes the step and waits for it.
         """
         batch, length = setting.batch, setting.length
+        model = self.model_of(arm)
         if setting.phase == "train":
             inputs = self._inputs(batch, length, 0)
-            return lambda: self._train(inputs, self._optimizers.get(arm))
+            return lambda: self._train(model, inputs, self._optimizers.get(arm))
         cache = self._cache(setting)
         decodes = setting.phase == "decode"
         inputs = self._inputs(batch, 1, length) if decodes else self._inputs(batch, length, 0)
-        return lambda: self._infer(inputs, cache)
+        return lambda: self._infer(model, inputs, cache)
 
     def _inputs(self, batch: int, tokens: int, before: int) -> tuple[Tensor, Tensor, Tensor]:
         where = self.device
@@ -105,21 +132,23 @@ class Contenders:
         cache = self._caches.get(setting.step)
         if cache is None:
             cache = StaticInferenceContext(setting.batch, setting.length + 1)
-            self._infer(self._inputs(setting.batch, setting.length, 0), cache)
+            self._infer(self.model, self._inputs(setting.batch, setting.length, 0), cache)
             if setting.phase == "decode":
                 cache.increment_sequence_len_offset(setting.length)
             self._caches[setting.step] = cache
         return cache
 
     @torch.inference_mode()
-    def _infer(self, inputs: Sequence[Tensor], cache: StaticInferenceContext) -> None:
-        self.model.eval()
-        self.model(*inputs, inference_context=cache, runtime_gather_output=True)
+    def _infer(self, model: Any, inputs: Sequence[Tensor], cache: StaticInferenceContext) -> None:
+        model.eval()
+        model(*inputs, inference_context=cache, runtime_gather_output=True)
         self._finish()
 
-    def _train(self, inputs: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
-        self.model.train()
-        losses: Tensor = self.model(*inputs, labels=inputs[0])
+    def _train(
+        self, model: Any, inputs: Sequence[Tensor], optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        model.train()
+        losses: Tensor = model(*inputs, labels=inputs[0])
         losses.mean().backward()
         if optimizer is not None:
             optimizer.step()
@@ -131,6 +160,17 @@ class Contenders:
             torch.cuda.synchronize()
 
 
+def _bridge_lora() -> Any:
+    try:
+        from megatron.bridge.peft.lora import LoRA
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"timing Megatron-Bridge's LoRA needs Megatron-Bridge and what it imports ({error}); "
+            "pip install 'bdlora-megatron[bridge,te]', or leave --bridge away"
+        ) from error
+    return LoRA
+
+
 def _random_model(plan: BenchPlan, where: torch.device) -> Any:
     hf = _hf_config(plan.shape, plan)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
@@ -140,12 +180,19 @@ def _random_model(plan: BenchPlan, where: torch.device) -> Any:
     # A frozen model's input wants no gradient by itself, and the base model alone would have no
     # backward pass to compare with; as in every layer but the first, it wants one here.
     model.requires_grad_(False)
-    model.embedding.register_forward_hook(_want_gradient)
+    model.embedding.register_forward_hook(_decoder_input)
     return model
 
 
-def _want_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_(True) if torch.is_grad_enabled() else output
+def _decoder_input(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """The embedding's output, which wants a gradient, with the strides of a fresh tensor.
+
+    The embedding transposes. Of a single sequence that gives strides over which torch's product
+    takes the tokens one by one in the base model's first layer, and in no contender's with an
+    adapter: the base model would look slower than it is.
+    """
+    tidy: Tensor = output.flatten(0, 1).unflatten(0, output.shape[:2])
+    return tidy.requires_grad_(True) if torch.is_grad_enabled() else tidy
 
 
 def _hf_config(shape: ModelShape, plan: BenchPlan) -> HFConfig:

@@ -38,14 +38,18 @@ class Arm:
     Attributes:
         layout: The adapter's; None for the base model alone.
         rank: The adapter's total rank.
+        bridge: Megatron-Bridge's own ``LoRA``, in its own layers.
     """
 
     layout: Layout | None = None
     rank: int = 0
+    bridge: bool = False
 
     @property
     def label(self) -> str:
         """What a table calls it."""
+        if self.bridge:
+            return f"bridge {self.rank}"
         return "base" if self.layout is None else f"{self.layout.value} {self.rank}"
 
 
@@ -93,6 +97,7 @@ class BenchPlan:
         latencies_s: Added to every collective.
         repeats: Times that each step is measured.
         warmup: Rounds before them.
+        bridge: Whether Megatron-Bridge's LoRA takes part.
     """
 
     model: str = "small"
@@ -105,6 +110,7 @@ class BenchPlan:
     latencies_s: tuple[float, ...] = (0.0, 2e-4, 1e-3)
     repeats: int = 7
     warmup: int = 1
+    bridge: bool = False
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -143,6 +149,8 @@ class BenchPlan:
                 Arm(layout=Layout.HALF_SHARDED, rank=rank),
                 Arm(layout=Layout.SLORA, rank=rank),
             ]
+            if self.bridge:
+                arms.append(Arm(rank=rank, bridge=True))
         return tuple(dict.fromkeys(arms))
 
     def settings(self) -> tuple[Setting, ...]:

@@ -48,6 +48,9 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
         f"half-sharded, rank {rank}": Arm(layout=Layout.HALF_SHARDED, rank=rank),
         f"S-LoRA, rank {rank}": Arm(layout=Layout.SLORA, rank=rank),
     }
+    if plan.bridge:
+        arms[f"Megatron-Bridge, rank {rank}"] = Arm(rank=rank, bridge=True)
+    width = 0.8 / len(arms)
     steps = list(dict.fromkeys(setting.label for setting in plan.settings()))
     figure = figure_class()(figsize=(2.6 * len(steps) + 1.0, 3.4), layout="constrained")
     panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
@@ -62,8 +65,8 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
                 ),
                 strict=True,
             )
-            shifted = [place + 0.2 * (number - 1.5) for place in places]
-            axes.bar(shifted, middle, width=0.2, label=name if axes is panels[0] else None)
+            shifted = [place + width * (number - (len(arms) - 1) / 2) for place in places]
+            axes.bar(shifted, middle, width=width, label=name if axes is panels[0] else None)
             axes.vlines(shifted, low, high, color="black", linewidth=1.0)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_xticks(list(places), [f"{1e3 * s.latency_s:g}" for s in settings])

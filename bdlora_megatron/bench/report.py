@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -20,7 +21,7 @@ from bdlora_megatron.bench.run import Cell
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.tables import format_bytes
 
-__all__ = ["BenchReport", "machine", "quartiles", "ratios"]
+__all__ = ["BenchReport", "machine", "quartiles", "ratios", "write_report"]
 
 _PACKAGES = ("bdlora-megatron", "megatron-core", "torch")
 
@@ -154,6 +155,8 @@ class BenchReport:
             f"half-sharded {rank}": Arm(layout=Layout.HALF_SHARDED, rank=rank),
             f"S-LoRA {rank}": Arm(layout=Layout.SLORA, rank=rank),
         }
+        if self.plan.bridge:
+            arms[f"Megatron-Bridge {rank}"] = Arm(rank=rank, bridge=True)
         yield f"## Milliseconds, r = {rank}"
         yield ""
         yield f"| step | link | {' | '.join(arms)} | 2r / S-LoRA | 4r / S-LoRA |"
@@ -182,6 +185,30 @@ class BenchReport:
         yield ""
 
 
+def write_report(report: BenchReport, stem: Path) -> Path:
+    """Write the JSON, the picture and the page.
+
+    Args:
+        report: What was found.
+        stem: Their path but for the suffix.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        MissingDependencyError: Matplotlib is not installed.
+    """
+    # The picture is drawn from the report.
+    from bdlora_megatron.bench.plot import plot_report
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    picture = plot_report(report, f"{stem}.png")
+    Path(f"{stem}.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
+    page = Path(f"{stem}.md")
+    page.write_text(report.markdown(picture.name), "utf-8")
+    return page
+
+
 def _traffic(cell: Cell) -> str:
     kinds = {"all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS"}
     counts = [f"{n} {kinds.get(kind, kind)}" for kind, n in sorted(cell.collectives.items())]
@@ -193,10 +220,11 @@ def _prediction(fit: Calibration) -> Iterator[str]:
     yield "## What the cost model makes of it"
     yield ""
     yield (
-        "`bdlora_megatron.plan` was given six numbers of this machine, fitted to half of the "
-        "settings of the forward passes, and predicted the others: "
+        "`bdlora_megatron.plan` was given seven numbers of this machine, fitted to half of the "
+        "settings, and predicted the others: "
         f"{found.flops / 1e9:.3g} GFLOP/s and {found.bandwidth / 1e9:.3g} GB/s for each rank, "
         f"{1e6 * found.launch:.3g} microseconds for each kernel (Python included), "
+        f"{1e6 * found.backward:.3g} for one of a backward pass or an optimizer, "
         f"{1e6 * found.start:.3g} for each collective, {found.link / 1e9:.3g} GB/s between ranks, "
         f"and {1e6 * found.timer:.3g} microseconds that an added wait takes beyond its length."
     )

@@ -19,7 +19,7 @@ from bdlora_megatron.bench.latency import link_latency
 from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
 from bdlora_megatron.errors import ConfigError
 
-__all__ = ["Cell", "measure"]
+__all__ = ["Cell", "measure", "measure_rank"]
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -90,13 +90,22 @@ def _rank_main(rank: int, folder: Path, plan: BenchPlan, tell: Callable[[str], N
         timeout=_TIMEOUT,
     )
     with runtime.model_parallel(plan.tp):
-        cells = _measure_rank(plan, tell if rank == 0 else lambda text: None)
+        cells = measure_rank(plan, tell if rank == 0 else lambda text: None)
     if rank == 0:
         torch.save(cells, folder / "cells")
     torch.distributed.destroy_process_group()
 
 
-def _measure_rank(plan: BenchPlan, tell: Callable[[str], None]) -> list[Cell]:
+def measure_rank(plan: BenchPlan, tell: Callable[[str], None]) -> list[Cell]:
+    """One rank's part of ``measure``, where the ranks and their process groups are there already.
+
+    Args:
+        plan: What to measure.
+        tell: Is told of progress.
+
+    Returns:
+        The cells, the same on every rank.
+    """
     contenders = Contenders(plan)
     # What a step communicates does not depend on the link's speed.
     counted = {(at.step, arm): _count(contenders, arm, at) for at, arm in _fastest(plan)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import time
@@ -56,6 +55,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="MS,...",
         help="waits to add before every collective; CPUs only (default: 0,0.2,1)",
     )
+    parser.add_argument(
+        "--bridge",
+        action="store_true",
+        help="also Megatron-Bridge's LoRA, where megatron-bridge can be imported",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, metavar="STEM", help="write STEM.json, STEM.md and STEM.png"
@@ -74,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     # Late: they import Megatron-Core, which takes seconds that other commands need not wait.
     from bdlora_megatron.bench.calibrate import calibrate
-    from bdlora_megatron.bench.plot import figure_class, plot_report
-    from bdlora_megatron.bench.report import BenchReport, machine
+    from bdlora_megatron.bench.plot import figure_class
+    from bdlora_megatron.bench.report import BenchReport, machine, write_report
     from bdlora_megatron.bench.run import measure
 
     plan = _plan(arguments)
@@ -84,22 +88,18 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     started, load = time.perf_counter(), os.getloadavg()[0]
     cells = measure(plan, tell=output.note)
-    size = 2 if machine()["dtype"] == "bfloat16" else 4
+    gpu = machine()["backend"] == "NCCL"
     report = BenchReport(
         plan=plan,
         cells=cells,
-        calibration=calibrate(plan, cells, size),
+        calibration=calibrate(plan, cells, 2 if gpu else 4, packs=not gpu),
         command=" ".join(["bdlora bench", *_said(arguments)]),
         seconds=time.perf_counter() - started,
         load=load,
     )
     output.result(report.markdown(), report.to_dict(), as_json=arguments.json)
     if arguments.out is not None:
-        picture = plot_report(report, arguments.out.with_suffix(".png"))
-        written = json.dumps(report.to_dict(), indent=1)
-        arguments.out.with_suffix(".json").write_text(written + "\n", "utf-8")
-        page = report.markdown(picture.name)
-        arguments.out.with_suffix(".md").write_text(page, "utf-8")
+        write_report(report, arguments.out)
     return 0
 
 
@@ -119,6 +119,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
         layers=arguments.layers,
         tp=arguments.tp,
         repeats=arguments.repeats,
+        bridge=arguments.bridge,
         **given,
     )
 
@@ -136,6 +137,8 @@ def _said(arguments: argparse.Namespace) -> Iterator[str]:
             yield from (f"--{phase}", ",".join(f"{b}x{n}" for b, n in sizes) or "none")
     if arguments.latency_ms is not None:
         yield from ("--latency-ms", ",".join(f"{1e3 * s:g}" for s in arguments.latency_ms))
+    if arguments.bridge:
+        yield "--bridge"
     yield from ("--repeats", str(arguments.repeats))
 
 

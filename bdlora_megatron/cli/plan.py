@@ -26,8 +26,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
         help="predict memory and step times of a deployment, by layout",
-        description="Predict what serving adapters costs in each layout: exact counts of bytes, "
-        "products and collectives, times by a model of the machine. Nothing is run or measured.",
+        description="Predict what adapters cost in each layout, served and trained: exact counts "
+        "of bytes, products and collectives, times by a model of the machine. Nothing is run or "
+        "measured.",
     )
     parser.add_argument(
         "--model",
@@ -48,11 +49,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         ("requests", "requests that decode at once"),
         ("context", "tokens of each request, prompt and answer"),
         ("prompt", "tokens of a prompt, for the prefill step"),
+        ("sequences", "sequences of a training step"),
+        ("sequence", "tokens of each of them"),
     ):
         default = defaults[name.replace("-", "_")].default
         parser.add_argument(
             f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)"
         )
+    parser.add_argument("--sequence-parallel", action="store_true", help="for the training step")
     return parser
 
 
@@ -77,6 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
             requests=arguments.requests,
             context=arguments.context,
             prompt=arguments.prompt,
+            sequences=arguments.sequences,
+            sequence=arguments.sequence,
+            sequence_parallel=arguments.sequence_parallel,
         )
     )
     output.result(plan.table(), plan.to_dict(), as_json=arguments.json)

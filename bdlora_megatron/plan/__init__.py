@@ -8,6 +8,7 @@ from bdlora_megatron.plan.hardware import HARDWARE, Device, Hardware, Link, Prot
 from bdlora_megatron.plan.memory import MemoryPlan, adapter_bytes, memory_plan
 from bdlora_megatron.plan.model import PRESETS, Linear, ModelShape
 from bdlora_megatron.plan.predict import StepTime, predict_step
+from bdlora_megatron.plan.training import TrainStep, predict_training
 from bdlora_megatron.plan.work import (
     AdapterLoad,
     Message,
@@ -33,10 +34,12 @@ __all__ = [
     "Protocol",
     "Step",
     "StepTime",
+    "TrainStep",
     "Work",
     "adapter_bytes",
     "adapter_work",
     "base_layer_work",
     "memory_plan",
     "predict_step",
+    "predict_training",
 ]

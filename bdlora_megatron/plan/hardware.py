@@ -21,13 +21,38 @@ class Device:
         flops: Floating-point operations a second that a large matrix product reaches.
         bandwidth: Bytes a second that a large copy reaches.
         memory: Bytes that models and caches may use.
-        launch: Seconds before a kernel starts.
+        launch: Seconds before a kernel starts, what the model's Python does before it included.
+        backward_launch: The same of a backward pass and an optimizer, before whose kernels no
+            model's Python runs; as ``launch`` where unset.
+        packs: A product of several rows first copies its second matrix into panels, as libraries
+            for CPUs do: it is written and read once more.
     """
 
     flops: float
     bandwidth: float
     memory: float
     launch: float
+    backward_launch: float | None = None
+    packs: bool = False
+
+    def seconds(self, flops: float, moved: float, *, panel: float, backward: bool) -> float:
+        """How long one kernel takes.
+
+        Args:
+            flops: Its operations.
+            moved: Bytes that it reads and writes.
+            panel: Of them, the second matrix of a product of several rows.
+            backward: It belongs to a backward pass or an optimizer.
+
+        Returns:
+            Seconds.
+        """
+        launch = self.launch
+        if backward and self.backward_launch is not None:
+            launch = self.backward_launch
+        if self.packs:
+            moved += 2 * panel
+        return launch + max(flops / self.flops, moved / self.bandwidth)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

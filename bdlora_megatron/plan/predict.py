@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bdlora_megatron.plan.assembled import assemble
 from bdlora_megatron.plan.hardware import Hardware
+from bdlora_megatron.plan.local import LocalStep, local_forward, local_outer
 from bdlora_megatron.plan.model import ModelShape
 from bdlora_megatron.plan.work import (
     AdapterLoad,
@@ -14,9 +16,12 @@ from bdlora_megatron.plan.work import (
     Work,
     adapter_work,
     base_layer_work,
+    exchanged,
+    multiply,
+    traverse,
 )
 
-__all__ = ["StepTime", "predict_step", "work_seconds"]
+__all__ = ["StepTime", "local_work", "outer_products", "predict_step", "work_seconds"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,12 +33,14 @@ class StepTime:
         base_communication: Its collectives.
         adapter_compute: Kernels of the adapters.
         adapter_communication: Collectives of their layout.
+        optimizer: The adapter's optimizer, in a training step.
     """
 
     base_compute: float
     base_communication: float
     adapter_compute: float = 0.0
     adapter_communication: float = 0.0
+    optimizer: float = 0.0
 
     @property
     def total(self) -> float:
@@ -43,23 +50,27 @@ class StepTime:
             + self.base_communication
             + self.adapter_compute
             + self.adapter_communication
+            + self.optimizer
         )
 
 
-def work_seconds(work: Work, hardware: Hardware, tp: int) -> tuple[float, float]:
+def work_seconds(
+    work: Work, hardware: Hardware, tp: int, *, backward: bool = False
+) -> tuple[float, float]:
     """Time of the kernels and time of the collectives of some work on one rank.
 
     Args:
         work: What the rank does.
         hardware: The machine.
         tp: Ranks.
+        backward: The kernels belong to a backward pass or an optimizer.
 
     Returns:
         Seconds of each.
     """
     device = hardware.device
     compute = sum(
-        device.launch + max(product.flops / device.flops, product.bytes / device.bandwidth)
+        device.seconds(product.flops, product.bytes, panel=product.panel, backward=backward)
         for product in work.products
     )
     sent = sum(hardware.link.seconds(m.kind, m.payload_bytes, tp) for m in work.messages)
@@ -98,22 +109,77 @@ def predict_step(
     )
 
 
+def local_work(shape: ModelShape, at: LocalStep, tp: int, load: AdapterLoad | None = None) -> Work:
+    """One forward pass of the whole model in Megatron-Core's local layers, one adapter in them.
+
+    Args:
+        shape: The base model.
+        at: The batch.
+        tp: Tensor-parallel ranks.
+        load: The adapter of all tokens; none for the base model alone.
+
+    Returns:
+        Every kernel and every collective of one rank.
+
+    Raises:
+        ConfigError: Layers, blocks and ranks do not divide.
+    """
+    shape.check_tp(tp)
+    size, tokens = at.bytes_per_element, at.tokens
+    layer = local_forward(shape, at, tp)
+    reduced = Message(kind="all_reduce", payload_bytes=size * tokens * shape.hidden_size)
+    sent = [reduced, reduced] if tp > 1 else []
+    for linear in shape.linears() if load is not None else ():
+        assert load is not None
+        adapter = assemble(shape, linear, load, tp, size=size)
+        layer += adapter.forward(tokens)
+        sent += exchanged(linear, size * tokens, load, adapter.shrunk, tp)
+    # One row of logits for each sequence.
+    rows = at.sequences
+    outer = local_outer(shape, at, tp, rows=rows)
+    ends = _outer_messages(shape, tokens, size, rows, tp)
+    return Work(
+        products=(*shape.num_layers * layer, *outer),
+        messages=(*shape.num_layers * sent, *ends),
+    )
+
+
 def _outer_work(shape: ModelShape, step: Step, tp: int) -> Work:
     """Embedding, final norm and output layer.
 
     Only the last token of a prompt needs logits; a decoding step needs one row for each token.
     """
-    size, hidden = step.bytes_per_element, shape.hidden_size
     rows = step.tokens if step.reads_cache else 1
-    vocabulary = -(-shape.vocab_size // tp)
-    weights = vocabulary * hidden
-    products = (
-        Product(flops=0.0, bytes=2 * size * step.tokens * hidden),
-        Product(flops=0.0, bytes=2 * size * step.tokens * hidden),
-        Product(flops=2.0 * rows * weights, bytes=size * (weights + rows * (hidden + vocabulary))),
+    return Work(
+        products=outer_products(shape, step, tp, rows=rows),
+        messages=_outer_messages(shape, step.tokens, step.bytes_per_element, rows, tp),
     )
+
+
+def outer_products(shape: ModelShape, step: Step, tp: int, *, rows: int) -> tuple[Product, ...]:
+    """Kernels of embedding, final norm and output layer, forward.
+
+    Args:
+        shape: The base model.
+        step: The batch.
+        tp: Tensor-parallel ranks.
+        rows: Tokens whose logits are computed.
+
+    Returns:
+        Three kernels, the output layer's last.
+    """
+    size, hidden = step.bytes_per_element, shape.hidden_size
+    small = traverse(2 * step.tokens * hidden, size)
+    return small, small, multiply(rows, hidden, -(-shape.vocab_size // tp), size)
+
+
+def _outer_messages(
+    shape: ModelShape, tokens: int, size: int, rows: int, tp: int
+) -> tuple[Message, ...]:
     if tp == 1:
-        return Work(products=products)
-    embedded = Message(kind="all_reduce", payload_bytes=size * step.tokens * hidden)
-    gathered = Message(kind="all_gather", payload_bytes=size * rows * vocabulary * tp)
-    return Work(products=products, messages=(embedded, gathered))
+        return ()
+    vocabulary = -(-shape.vocab_size // tp)
+    return (
+        Message(kind="all_reduce", payload_bytes=size * tokens * shape.hidden_size),
+        Message(kind="all_gather", payload_bytes=size * rows * vocabulary * tp),
+    )

@@ -13,6 +13,7 @@ from bdlora_megatron.plan.hardware import Hardware
 from bdlora_megatron.plan.memory import MemoryPlan, memory_plan
 from bdlora_megatron.plan.model import ModelShape
 from bdlora_megatron.plan.predict import StepTime, predict_step
+from bdlora_megatron.plan.training import TrainStep, predict_training
 from bdlora_megatron.plan.work import AdapterLoad, Step
 
 __all__ = ["Deployment", "LayoutPlan", "Plan", "make_plan"]
@@ -32,6 +33,9 @@ class Deployment:
         requests: Requests that decode at once.
         context: Tokens of each, prompt and answer.
         prompt: Tokens of a prompt, for the prefill step.
+        sequences: Sequences of a training step.
+        sequence: Tokens of each.
+        sequence_parallel: In training, norms and residuals are split along the sequence.
     """
 
     model: str
@@ -43,6 +47,9 @@ class Deployment:
     requests: int = 8
     context: int = 1024
     prompt: int = 512
+    sequences: int = 1
+    sequence: int = 2048
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +62,7 @@ class LayoutPlan:
         memory: Bytes on one rank.
         decode: One step of all requests.
         prefill: One prompt.
+        train: Forward, backward and AdamW over one adapter.
     """
 
     layout: Layout
@@ -62,6 +70,7 @@ class LayoutPlan:
     memory: MemoryPlan
     decode: StepTime
     prefill: StepTime
+    train: StepTime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +81,7 @@ class Plan:
         deployment: What was asked.
         base_decode: The decoding step without adapters.
         base_prefill: The prefill step without adapters.
+        base_train: Forward and backward of the frozen base model.
         layouts: BD-LoRA at the LoRA's parameters, then the layouts of unconverted adapters.
         unconverted: The faster of these, for adapters that are trained already.
     """
@@ -79,6 +89,7 @@ class Plan:
     deployment: Deployment
     base_decode: StepTime
     base_prefill: StepTime
+    base_train: StepTime
     layouts: tuple[LayoutPlan, ...]
     unconverted: Layout
 
@@ -122,7 +133,28 @@ class Plan:
             f"each rank: weights {format_bytes(first.weights)}, cache {format_bytes(first.cache)}; "
             f"base model alone: decode {1e3 * self.base_decode.total:.2f} ms, prefill of "
             f"{asked.prompt} tokens {1e3 * self.base_prefill.total:.1f} ms\n\n"
-            f"{format_table(header, rows)}\n\n{self._advice()}"
+            f"{format_table(header, rows)}\n\n{self._training()}\n\n{self._advice()}"
+        )
+
+    def _training(self) -> str:
+        asked, slora = self.deployment, self._of(Layout.SLORA)
+        header = ("layout", "rank", "train ms", "sent for adapters", "AdamW", "train vs S-LoRA")
+        rows = [
+            (
+                plan.layout.value,
+                str(plan.rank),
+                f"{1e3 * plan.train.total:.1f}",
+                f"{1e3 * plan.train.adapter_communication:.2f}",
+                f"{1e3 * plan.train.optimizer:.2f}",
+                f"{slora.train.total / plan.train.total:.2f}x",
+            )
+            for plan in self.layouts
+        ]
+        split = "on" if asked.sequence_parallel else "off"
+        return (
+            f"a training step of {asked.sequences} x {asked.sequence} tokens, one adapter, nothing "
+            f"recomputed, sequence parallelism {split}; frozen base model alone: "
+            f"{1e3 * self.base_train.total:.1f} ms\n\n{format_table(header, rows)}"
         )
 
     def _of(self, layout: Layout) -> LayoutPlan:
@@ -163,6 +195,11 @@ def make_plan(deployment: Deployment) -> Plan:
     decode = Step(tokens=asked.requests, context=asked.context)
     # A prompt's tokens see half of it on average.
     prefill = Step(tokens=asked.prompt, context=asked.prompt // 2, reads_cache=False)
+    train = TrainStep(
+        sequences=asked.sequences,
+        length=asked.sequence,
+        sequence_parallel=asked.sequence_parallel,
+    )
     blocked_rank = matching_rank(
         asked.shape.module_shapes(), lora_rank=asked.lora_rank, num_blocks=asked.tp
     )
@@ -185,19 +222,30 @@ def make_plan(deployment: Deployment) -> Plan:
                 ),
                 decode=predict_step(asked.shape, decode, asked.hardware, asked.tp, many),
                 prefill=predict_step(asked.shape, prefill, asked.hardware, asked.tp, one),
+                train=predict_training(asked.shape, train, asked.hardware, asked.tp, one),
             )
         )
     return Plan(
         deployment=asked,
         base_decode=predict_step(asked.shape, decode, asked.hardware, asked.tp),
         base_prefill=predict_step(asked.shape, prefill, asked.hardware, asked.tp),
+        base_train=predict_training(asked.shape, train, asked.hardware, asked.tp),
         layouts=tuple(layouts),
         unconverted=min(layouts[1:], key=lambda plan: plan.decode.total).layout,
     )
 
 
 def _check(asked: Deployment) -> None:
-    names = ("tp", "lora_rank", "adapters", "requests", "context", "prompt")
+    names = (
+        "tp",
+        "lora_rank",
+        "adapters",
+        "requests",
+        "context",
+        "prompt",
+        "sequences",
+        "sequence",
+    )
     wrong = [f"{name}={getattr(asked, name)}" for name in names if getattr(asked, name) < 1]
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}; all must be positive")

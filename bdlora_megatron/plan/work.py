@@ -17,13 +17,18 @@ from bdlora_megatron.plan.model import Linear, ModelShape
 
 __all__ = [
     "AdapterLoad",
+    "Kind",
     "Message",
     "Product",
     "Step",
     "Work",
     "adapter_work",
     "base_layer_work",
+    "exchanged",
     "factor_sizes",
+    "local_factors",
+    "multiply",
+    "traverse",
 ]
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
@@ -74,10 +79,12 @@ class Product:
     Attributes:
         flops: Multiplications and additions.
         bytes: Read from and written to the device's memory.
+        panel: Of them, the second matrix of a product of several rows; see ``Device.packs``.
     """
 
     flops: float
     bytes: float
+    panel: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +108,34 @@ class Work:
     messages: tuple[Message, ...] = ()
 
 
+def multiply(
+    rows: float, inner: float, columns: float, size: int, *, adds: bool = False
+) -> Product:
+    """The product of ``[rows, inner]`` and ``[inner, columns]``.
+
+    Args:
+        rows: As above.
+        inner: As above.
+        columns: As above.
+        size: Bytes of an element.
+        adds: To a third matrix, which is read too.
+
+    Returns:
+        The kernel; each matrix is read or written once.
+    """
+    written = rows * columns * (2 if adds else 1)
+    return Product(
+        flops=2.0 * rows * inner * columns,
+        bytes=size * (rows * inner + inner * columns + written),
+        panel=size * inner * columns if rows > 1 else 0.0,
+    )
+
+
+def traverse(elements: float, size: int) -> Product:
+    """A kernel that moves ``elements`` of ``size`` bytes and multiplies next to nothing."""
+    return Product(flops=0.0, bytes=size * elements)
+
+
 def factor_sizes(linear: Linear, load: AdapterLoad, tp: int) -> tuple[list[int], list[int], int]:
     """One adapter's share on one rank, in elements as stored.
 
@@ -116,6 +151,26 @@ def factor_sizes(linear: Linear, load: AdapterLoad, tp: int) -> tuple[list[int],
     Raises:
         ConfigError: The blocks do not fit the ranks, or the blocks the rank.
     """
+    factors = local_factors(linear, load, tp)
+    a_sizes = [rows * a_columns for rows, a_columns, _, _ in factors]
+    b_sizes = [b_rows * b_columns for _, _, b_rows, b_columns in factors]
+    return a_sizes, b_sizes, sum(rows for rows, _, _, _ in factors)
+
+
+def local_factors(linear: Linear, load: AdapterLoad, tp: int) -> list[tuple[int, int, int, int]]:
+    """One adapter's factors on one rank, as stored.
+
+    Args:
+        linear: The layer.
+        load: Layout, rank and blocks.
+        tp: P.
+
+    Returns:
+        For each projection the rows and columns of A, then those of B.
+
+    Raises:
+        ConfigError: The blocks do not fit the ranks, or the blocks the rank.
+    """
     blocks = load.num_blocks or tp
     if load.layout is Layout.BDLORA and (blocks % tp or load.rank % blocks):
         raise ConfigError(
@@ -125,15 +180,10 @@ def factor_sizes(linear: Linear, load: AdapterLoad, tp: int) -> tuple[list[int],
     if load.rank < 1:
         raise ConfigError(f"rank={load.rank}; a positive rank is needed")
     column = linear.blocked == "B"
-    a_sizes, b_sizes, width = [], [], 0
-    for out_features in linear.out_features:
-        rows, a_columns, b_rows, b_columns = _local(
-            linear.in_features, out_features, load, tp, blocks, column=column
-        )
-        a_sizes.append(rows * a_columns)
-        b_sizes.append(b_rows * b_columns)
-        width += rows
-    return a_sizes, b_sizes, width
+    return [
+        _local(linear.in_features, out_features, load, tp, blocks, column=column)
+        for out_features in linear.out_features
+    ]
 
 
 def _local(
@@ -173,7 +223,7 @@ def adapter_work(shape: ModelShape, step: Step, load: AdapterLoad, tp: int) -> W
     for linear in shape.linears():
         a_sizes, b_sizes, width = factor_sizes(linear, load, tp)
         products += _shrink_expand(linear, step, load, (sum(a_sizes), sum(b_sizes), width), tp)
-        messages += _exchange(linear, step, load, width, tp)
+        messages += exchanged(linear, step.tokens * step.bytes_per_element, load, width, tp)
     return Work(products=tuple(products), messages=tuple(messages))
 
 
@@ -204,13 +254,25 @@ def _shrink_expand(
     )
 
 
-def _exchange(
-    linear: Linear, step: Step, load: AdapterLoad, width: int, tp: int
+def exchanged(
+    linear: Linear, column_bytes: int, load: AdapterLoad, width: int, tp: int
 ) -> Iterator[Message]:
+    """What one layer's adapter sends between its two products, forward.
+
+    Args:
+        linear: The layer.
+        column_bytes: Of one number of the rank, for all tokens.
+        load: The adapter.
+        width: Rows of all A on this rank.
+        tp: P.
+
+    Yields:
+        One message for S-LoRA, none for the others.
+    """
     if load.layout is not Layout.SLORA or tp == 1:
         return
     column = linear.blocked == "B"
-    payload = step.tokens * width * (tp if column else 1) * step.bytes_per_element
+    payload = column_bytes * width * (tp if column else 1)
     yield Message(kind="all_gather" if column else "all_reduce", payload_bytes=payload)
 
 
@@ -235,13 +297,7 @@ def base_layer_work(shape: ModelShape, step: Step, tp: int) -> Work:
         column = linear.blocked == "B"
         in_local = linear.in_features // (1 if column else tp)
         out_local = sum(linear.out_features) // (tp if column else 1)
-        weights = in_local * out_local
-        products.append(
-            Product(
-                flops=2.0 * tokens * weights,
-                bytes=size * (weights + tokens * (in_local + out_local)),
-            )
-        )
+        products.append(multiply(tokens, in_local, out_local, size))
     products.append(_attention(shape, step, tp))
     products += [Product(flops=0.0, bytes=size * tokens * 2 * hidden)] * _SMALL_KERNELS
     reduced = Message(kind="all_reduce", payload_bytes=size * tokens * hidden)

@@ -297,6 +297,8 @@ def install() -> None:
             "transformer_engine.pytorch.fp8",
             FP8GlobalStateManager=type("FP8GlobalStateManager", (), {}),
             fp8_autocast=_placeholder("fp8_autocast"),
+            # From 0.18 on, Megatron-Core has no Transformer Engine where this cannot be imported.
+            fp8_model_init=_placeholder("fp8_model_init"),
         ),
         "transformer_engine.pytorch.distributed": _module(
             "transformer_engine.pytorch.distributed",

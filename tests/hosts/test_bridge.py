@@ -241,3 +241,60 @@ def test_a_step_communicates_what_the_base_model_does_and_bridges_lora_more():
             assert ours["adapter_parameters_per_rank"] > 0
             assert theirs["total_calls"] > base["total_calls"]
             assert theirs["wire_bytes"] > base["wire_bytes"]
+
+
+def _contender(rank, world_size):
+    on_cpu()
+    from bdlora_megatron import runtime
+    from bdlora_megatron.bench.contenders import Contenders
+    from bdlora_megatron.bench.plan import Arm, BenchPlan
+    from bdlora_megatron.bench.run import measure_rank
+    from bdlora_megatron.config import Layout, LoRAConfig
+    from bdlora_megatron.layers import lora_layers
+
+    small = {"ranks": (4,), "layers": 2, "repeats": 1, "bridge": True, "latencies_s": (0.0,)}
+    plan = BenchPlan(decode=((2, 4),), prefill=((1, 4),), train=((2, 4),), **small)
+    with runtime.model_parallel(world_size):
+        contenders = Contenders(plan)
+        theirs = contenders.model_of(Arm(rank=4, bridge=True))
+        ours = contenders.model
+        lora = LoRAConfig(rank=4, alpha=4.0, layout=Layout.SLORA, fused=True)
+        pairs = []
+        for name, layer in lora_layers(ours):
+            adapter = layer.attach_config(lora, name.rpartition(".")[2])
+            other = theirs.get_submodule(name).adapter
+            for factor in ("linear_in", "linear_out"):
+                mine, yours = (getattr(x, factor).weight for x in (adapter, other))
+                mine.data.copy_(torch.nn.init.normal_(yours, std=0.3))
+                pairs.append((mine, yours))
+        assert len(pairs) == 2 * 4 * plan.shape.num_layers
+        inputs = contenders._inputs(2, 4, 0)
+        losses = [model(*inputs, labels=inputs[0]) for model in (ours, theirs)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+        for loss in losses:
+            loss.mean().backward()
+        for mine, yours in pairs:
+            assert yours.grad.abs().max() > 0
+            torch.testing.assert_close(mine.grad, yours.grad, rtol=1e-4, atol=1e-6)
+        for _, layer in lora_layers(ours):
+            layer.adapter_enabled = False
+        # Equal because of the adapters, and not because they are too small to be seen.
+        plain = ours(*inputs, labels=inputs[0])
+        assert (plain - losses[1]).abs().max() > 0.01, (plain, losses)
+        cells = measure_rank(plan, _say_nothing)
+    return {(cell.setting.phase, cell.arm.label): cell.collectives for cell in cells}
+
+
+def _say_nothing(text):
+    del text
+
+
+def test_bridges_lora_in_the_benchmark_computes_what_our_slora_layout_does():
+    for counts in run_ranks(2, _contender, timeout_s=300):
+        assert len(counts) == 3 * 6
+        for phase in ("decode", "prefill", "train"):
+            base, slora, bridge = (
+                sum(counts[phase, arm].values()) for arm in ("base", "slora 4", "bridge 4")
+            )
+            # S-LoRA packs; Bridge gathers a row layer's output beside that.
+            assert base < slora < bridge

@@ -19,6 +19,7 @@ from bdlora_megatron.config import Layout
 from bdlora_megatron.layers.classes import lora_layer
 from bdlora_megatron.layers.te_linear import TE_CLASSES
 from bdlora_megatron.runtime import record_collectives
+from bdlora_megatron.runtime.versions.layers import nested_submodules
 from tests.fakes.transformer_engine import COUNTS
 from tests.tolerances import assert_close
 from tests.tp.layer_cases import (
@@ -159,8 +160,8 @@ def check_gains(te: TECase, layer: Any, gains: dict[str, Tensor]) -> None:
 def te_spec() -> Any:
     """Megatron-Core's layer specification with its Transformer Engine linear layers."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    mlp = layer.mlp.submodules
+    layer = spec.submodules
+    attention, mlp = nested_submodules(layer.self_attention), nested_submodules(layer.mlp)
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
     attention.linear_qkv = mlp.linear_fc1 = extension.TELayerNormColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = extension.TERowParallelLinear

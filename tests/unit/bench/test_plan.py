@@ -17,6 +17,11 @@ def test_ranks_are_paired_as_the_paper_pairs_them():
     assert len(two) == 1 + 4 + 4 - 1
 
 
+def test_bridge_stands_beside_the_layouts_where_it_is_asked_for():
+    labels = [arm.label for arm in small_plan(bridge=True).arms()]
+    assert labels == ["base", "bdlora 32", "bdlora 64", "half_sharded 16", "slora 16", "bridge 16"]
+
+
 def test_every_step_runs_on_every_link():
     plan = small_plan()
     settings = plan.settings()

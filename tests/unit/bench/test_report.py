@@ -9,16 +9,21 @@ import pytest
 from bdlora_megatron.bench.calibrate import Calibration, Machine, Predicted
 from bdlora_megatron.bench.plan import Arm
 from bdlora_megatron.bench.plot import plot_report
-from bdlora_megatron.bench.report import BenchReport
+from bdlora_megatron.bench.report import BenchReport, write_report
 from bdlora_megatron.config import Layout
 from tests.unit.bench.cells import make_cells, small_plan
 
 #: Rounds of each contender, in milliseconds.
-ROUNDS = {"base": (8, 10, 12), "bdlora 32": (10, 20, 30), "slora 16": (20, 30, 90)}
+ROUNDS = {
+    "base": (8, 10, 12),
+    "bdlora 32": (10, 20, 30),
+    "slora 16": (20, 30, 90),
+    "bridge 16": (20, 40, 60),
+}
 
 
-def _report(calibration=None):
-    plan = small_plan()
+def _report(calibration=None, plan=None):
+    plan = plan or small_plan()
     cells = make_cells(
         plan, lambda cell: [ms / 1e3 for ms in ROUNDS.get(cell.arm.label, (1, 1, 1))]
     )
@@ -67,6 +72,20 @@ def test_errors_of_the_prediction():
     assert "| base | 10.00 | 8.00 | -20% |" in page
     data = _report(fit).to_dict()["calibration"]
     assert [p["held_out"] for p in data["predicted"]] == [False, True, True, True]
+
+
+def test_bridge_has_a_column_of_its_own(tmp_path):
+    page = _report(plan=small_plan(bridge=True)).markdown()
+    (head,) = (line for line in page.splitlines() if line.startswith("| step | link |"))
+    assert "| S-LoRA 16 | Megatron-Bridge 16 | 2r / S-LoRA |" in head
+    row = next(line for line in page.splitlines() if line.startswith("| decode 8 x 128 | 1 ms"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[7] == "40.0 (30.0 to 50.0)"
+    # Of S-LoRA still, round by round.
+    assert cells[8] == "2.00 (1.75 to 2.50)"
+    stem = tmp_path / "new" / "layouts-tp4"
+    assert write_report(_report(plan=small_plan(bridge=True)), stem).name == "layouts-tp4.md"
+    assert {path.suffix for path in stem.parent.iterdir()} == {".json", ".md", ".png"}
 
 
 def test_everything_is_in_the_json():
