@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         added = command.add_parser(commands)
+        # A shortened option means something else once another begins alike.
+        added.allow_abbrev = False
         added.add_argument("--json", action="store_true", help="print JSON instead of text")
         added.add_argument("--debug", action="store_true", help="print tracebacks of errors")
         added.set_defaults(run=command.run)

@@ -13,7 +13,7 @@ _TROUBLE, _INTERRUPTED = 2, 130
 
 def main() -> int:
     """Parse the arguments, run, and turn this package's errors into one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m bdlora_megatron.train")
+    parser = argparse.ArgumentParser(prog="python -m bdlora_megatron.train", allow_abbrev=False)
     cli.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="end with the result as JSON")
     try:
