@@ -107,7 +107,12 @@ def _text(facts: dict[str, Any], cells: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield f"Made by `{facts['command']}` in {facts['seconds']} s."
     yield ""
-    yield "- " + "; ".join(f"{key} {value}" for key, value in about.items()) + "."
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    loads = ", ".join(map(str, about["load_after"]))
+    yield (
+        f"- Machine: {about['processor']}; {about['cores']} cores; {about['accelerator']}; "
+        f"{about['date']}; {versions}; load averages after the run {loads}."
+    )
     yield (
         f"- TP={settings['tp']} on {where}. A random Llama of width {settings['hidden']} and "
         f"{settings['layers']} layers; {settings['adapters']} adapters over {settings['slots']} "
