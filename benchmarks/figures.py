@@ -294,7 +294,8 @@ def _readme() -> Iterator[Statement]:
     )
     yield Statement(
         page="README.md",
-        text="| the server under load, 1 ms added | {base:.2f} | {bdlora:.2f} | {half_sharded:.2f} | 1 | |",
+        text="| the server under load, 1 ms added | {base:.2f} | {bdlora:.2f} | "
+        "{half_sharded:.2f} | 1 | |",
         report="serving.json",
         values=partial(_throughput, link_ms=1),
     )
