@@ -186,7 +186,7 @@ def _describe(
     of_warp = -(-registers * 32 // 256) * 256
     together = min(
         device.registers // (of_warp * kernel.metadata.num_warps),
-        device.shared_bytes // max(shared + 1024, 1),  # the system keeps 1 KiB of each block
+        device.shared_bytes // (shared + 1024),  # the system keeps 1 KiB of each block
         device.threads // threads,
         device.blocks,
     )

@@ -136,6 +136,7 @@ def assemble(
     """
     factors = local_factors(linear, load, tp)
     column = linear.blocked == "B"
+    in_local, out_local = linear.local_sizes(tp)
     rank = sum(b_columns for _, _, _, b_columns in factors) if column else factors[0][3]
     return Assembled(
         layout=load.layout,
@@ -143,8 +144,8 @@ def assemble(
         projections=tuple(factors),
         # One group of heads on a rank stands as its projections do, one after the other.
         interleaved=linear.name == "linear_qkv" and shape.num_kv_heads > tp,
-        in_local=linear.in_features // (1 if column else tp),
-        out_local=sum(linear.out_features) // (tp if column else 1),
+        in_local=in_local,
+        out_local=out_local,
         shrunk=sum(rows for rows, _, _, _ in factors),
         rank=rank,
         size=size,

@@ -213,13 +213,8 @@ def local_loss_backward(shape: ModelShape, at: LocalStep, tp: int) -> list[Produ
 
 def _product(linear: Linear, at: LocalStep, tp: int) -> Product:
     """A layer's product; that of its input's gradient reads and writes as much."""
-    column = linear.blocked == "B"
-    return multiply(
-        at.tokens,
-        linear.in_features // (1 if column else tp),
-        sum(linear.out_features) // (tp if column else 1),
-        at.bytes_per_element,
-    )
+    in_local, out_local = linear.local_sizes(tp)
+    return multiply(at.tokens, in_local, out_local, at.bytes_per_element)
 
 
 def _passes(units: tuple[int, ...], elements: float, size: int) -> Iterator[Product]:

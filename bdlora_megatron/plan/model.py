@@ -31,6 +31,19 @@ class Linear:
     out_features: tuple[int, ...]
     blocked: Blocked
 
+    def local_sizes(self, tp: int) -> tuple[int, int]:
+        """One rank's input size, and its output size over all projections.
+
+        Args:
+            tp: Tensor-parallel ranks.
+
+        Returns:
+            Both; the ranks split the one that is not whole on each of them.
+        """
+        column = self.blocked == "B"
+        outputs = sum(self.out_features)
+        return self.in_features // (1 if column else tp), outputs // (tp if column else 1)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:

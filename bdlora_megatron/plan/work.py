@@ -294,9 +294,7 @@ def base_layer_work(shape: ModelShape, step: Step, tp: int) -> Work:
     size, tokens, hidden = step.bytes_per_element, step.tokens, shape.hidden_size
     products = []
     for linear in shape.linears():
-        column = linear.blocked == "B"
-        in_local = linear.in_features // (1 if column else tp)
-        out_local = sum(linear.out_features) // (tp if column else 1)
+        in_local, out_local = linear.local_sizes(tp)
         products.append(multiply(tokens, in_local, out_local, size))
     products.append(_attention(shape, step, tp))
     products += [Product(flops=0.0, bytes=size * tokens * 2 * hidden)] * _SMALL_KERNELS

@@ -34,12 +34,7 @@ def make_model(folder):
         vocab_size=models.make_tokenizer(folder), bos_token_id=0, eos_token_id=1, **SHAPE
     )
     model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(folder)
-    return folder
+    return models.save_random(model, folder)
 
 
 @pytest.fixture(scope="module")

@@ -138,14 +138,18 @@ def _config(load, tp):
     return LoRAConfig(rank=load.rank, alpha=float(load.rank), layout=load.layout, num_blocks=blocks)
 
 
-def _compare_adapters(rank, world_size, sequence_parallel):
-    at = TrainStep(
+def _step(sequence_parallel):
+    return TrainStep(
         sequences=BATCH,
         length=SEQUENCE,
         bytes_per_element=FLOAT,
         sequence_parallel=sequence_parallel,
         fused=False,
     )
+
+
+def _compare_adapters(rank, world_size, sequence_parallel):
+    at = _step(sequence_parallel)
     with model_parallel(world_size):
         for load in _loads(world_size).values():
             model = build(world_size, sequence_parallel, _config(load, world_size))
@@ -195,13 +199,7 @@ def test_adapters_kernels_and_messages_are_those_of_the_layers(world_size, seque
 
 
 def _compare_base(rank, world_size, sequence_parallel):
-    at = TrainStep(
-        sequences=BATCH,
-        length=SEQUENCE,
-        bytes_per_element=FLOAT,
-        sequence_parallel=sequence_parallel,
-        fused=False,
-    )
+    at = _step(sequence_parallel)
     with model_parallel(world_size):
         model = build(world_size, sequence_parallel)
         record_step(model)
