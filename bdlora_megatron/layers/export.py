@@ -9,7 +9,8 @@ import torch
 
 from bdlora_megatron.convert import WriteOptions, write_adapter
 from bdlora_megatron.convert.adapter import Adapter
-from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.runtime import refuse_together
 
 __all__ = ["write_peft_folders"]
 
@@ -33,17 +34,13 @@ def write_peft_folders(
 
     Collectives: one small broadcast over all ranks.
     """
-    parallel = torch.distributed.is_initialized()
-    refusal: list[str | None] = [None]
-    if not parallel or torch.distributed.get_rank() == 0:
+    refusal = None
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         for folder, dense in folders.items():
             options = WriteOptions(overwrite=True, base_model=base_model, dense=dense)
             try:
                 write_adapter(adapter, folder, "peft", options=options)
             except (BDLoRAError, OSError) as error:
-                refusal[0] = f"the adapter was not exported to {folder}: {error}"
+                refusal = f"the adapter was not exported to {folder}: {error}"
                 break
-    if parallel:
-        torch.distributed.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        raise ConfigError(refusal[0])
+    refuse_together(refusal)

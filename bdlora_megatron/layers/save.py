@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from bdlora_megatron.convert.megatron_format import (
 from bdlora_megatron.errors import ConfigError, TargetError
 from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.load import decoder_keys
+from bdlora_megatron.runtime import refuse_together
 from bdlora_megatron.runtime.versions.checkpoint import save_distributed
 
 __all__ = ["save_adapter"]
@@ -49,7 +50,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
         ConfigError: There is something at the path.
 
     Collectives: over all ranks, those of `dist_checkpointing.save`, one all-gather of names and
-    settings, a broadcast and a barrier.
+    settings, two small broadcasts and a barrier.
     """
     path = Path(path).absolute()
     base, entries = _gather_entries(model)
@@ -114,26 +115,20 @@ def _shared_folder(path: Path) -> Iterator[Path]:
         ConfigError: Rank 0 cannot make it.
     """
     with ExitStack() as stack:
-        answer: tuple[str, str | None] = ("", None)
+        box: list[Path | None] = [None]
+        refusal = None
         if torch.distributed.get_rank() == 0:
             try:
                 folder = stack.enter_context(new_folder(path, overwrite=False))
                 (folder / WEIGHTS_NAME).mkdir()
-                answer = (str(folder), None)
+                box = [folder]
             except ConfigError as error:
-                answer = ("", str(error))
-        name, refusal = _broadcast(answer)
-        if refusal is not None:
-            raise ConfigError(refusal)
-        yield Path(name)
+                refusal = str(error)
+        refuse_together(refusal)
+        torch.distributed.broadcast_object_list(box, src=0)
+        yield cast("Path", box[0])
     # Only now has rank 0 renamed it.
     torch.distributed.barrier()
-
-
-def _broadcast(value: Any) -> Any:
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _base_shape(config: Any) -> BaseShape:

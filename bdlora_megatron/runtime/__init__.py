@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bdlora_megatron.runtime.collectives import Collective, CollectiveLog, record_collectives
     from bdlora_megatron.runtime.cpu import cpu_is_enabled, enable_cpu
-    from bdlora_megatron.runtime.parallel import device, model_parallel
+    from bdlora_megatron.runtime.parallel import device, model_parallel, refuse_together
 
 __all__ = [
     "Collective",
@@ -22,12 +22,13 @@ __all__ = [
     "enable_cpu",
     "model_parallel",
     "record_collectives",
+    "refuse_together",
 ]
 
 _HOMES = {
     "collectives": ("Collective", "CollectiveLog", "record_collectives"),
     "cpu": ("cpu_is_enabled", "enable_cpu"),
-    "parallel": ("device", "model_parallel"),
+    "parallel": ("device", "model_parallel", "refuse_together"),
 }
 
 

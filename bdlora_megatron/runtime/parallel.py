@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.runtime.cpu import cpu_is_enabled
 
-__all__ = ["device", "model_parallel"]
+__all__ = ["device", "model_parallel", "refuse_together"]
 
 
 def device() -> torch.device:
@@ -90,3 +90,22 @@ def _start_process_group() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def refuse_together(problem: str | None) -> None:
+    """Raise on every rank what rank 0 met, or the others would wait for it until they time out.
+
+    Args:
+        problem: Why rank 0 cannot go on, None where it can; what other ranks say is not heard.
+
+    Raises:
+        ConfigError: Rank 0 has a problem.
+
+    Collectives:
+        One small broadcast over all ranks; none where there is no process group.
+    """
+    shared = [problem]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(shared, src=0)
+    if shared[0] is not None:
+        raise ConfigError(shared[0])

@@ -19,7 +19,7 @@ from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers import collect_adapter
 from bdlora_megatron.layers.export import write_peft_folders
 from bdlora_megatron.layers.main_weights import main_weights
-from bdlora_megatron.runtime import model_parallel
+from bdlora_megatron.runtime import model_parallel, refuse_together
 from bdlora_megatron.train.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -244,7 +244,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: Another run holds the folder, or it can't be written.
     """
-    problem = [""]
+    problem = None
     handle = -1
     if torch.distributed.get_rank() == 0:
         try:
@@ -252,14 +252,11 @@ def _folder_lock(folder: Path) -> Iterator[None]:
             handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            problem = [f"another run writes into {folder}; wait for it, or name another folder"]
+            problem = f"another run writes into {folder}; wait for it, or name another folder"
         except OSError as error:
-            problem = [f"cannot write into {folder}: {error.strerror}; name another folder"]
-    # Every rank raises, or the others would wait for rank 0 until they time out.
-    torch.distributed.broadcast_object_list(problem, src=0)
+            problem = f"cannot write into {folder}: {error.strerror}; name another folder"
     try:
-        if problem[0]:
-            raise ConfigError(problem[0])
+        refuse_together(problem)
         yield
     finally:
         if handle >= 0:

@@ -112,10 +112,10 @@ def _job(arguments: argparse.Namespace, contender: Contender, base: Path, loads:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[8])
     parser.add_argument("--rank", type=int, default=16, help="of the vanilla adapters")
-    parser.add_argument("--requests", type=int, default=32, help="at once")
-    parser.add_argument("--answer", type=int, default=24, help="tokens of each answer")
+    parser.add_argument("--requests", type=int, default=16, help="at once")
+    parser.add_argument("--answer", type=int, default=12, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each contender")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs in each process")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -151,7 +151,9 @@ def test_a_rank_whose_front_is_killed_while_it_starts_waits_for_no_other(folder,
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     settings = ServeSettings(model=str(folder / "model"), tp=2, cpu=True, rank_timeout_s=60)
-    rank = context.Process(target=enter_rank, args=(0, settings, str(tmp_path / "store"), theirs))
+    store = tmp_path / "meeting" / "store"
+    store.parent.mkdir()
+    rank = context.Process(target=enter_rank, args=(0, settings, str(store), theirs))
     rank.start()
     theirs.close()
     try:
@@ -160,6 +162,7 @@ def test_a_rank_whose_front_is_killed_while_it_starts_waits_for_no_other(folder,
         ours.close()
         rank.join(20)
         assert rank.exitcode == ORPHANED
+        assert not store.parent.exists(), "nobody else is there to remove it"
     finally:
         rank.kill()
         rank.join()

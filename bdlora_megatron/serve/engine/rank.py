@@ -11,8 +11,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -80,7 +82,7 @@ def rank_main(rank: int, settings: ServeSettings, store: str, link: Connection) 
     configure_logging(rank=rank)
     status = 1
     # Before anything that waits for the other ranks: the front may die before they are there.
-    inbox = listen(link)
+    inbox = listen(link, store)
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(rank)
@@ -103,17 +105,18 @@ def rank_main(rank: int, settings: ServeSettings, store: str, link: Connection) 
     os._exit(status)
 
 
-def listen(link: Connection) -> Inbox:
+def listen(link: Connection, store: str | None = None) -> Inbox:
     """Take commands as they come, in a thread; the end of the link is the end of the process.
 
     Args:
         link: To the front.
+        store: What the front would have removed in the end, with the folder made for it.
 
     Returns:
         Where the commands are.
     """
     inbox: Inbox = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(link, inbox), daemon=True, name="link").start()
+    threading.Thread(target=_receive, args=(link, inbox, store), daemon=True, name="link").start()
     return inbox
 
 
@@ -210,14 +213,23 @@ def _layer_spec(settings: ServeSettings) -> ModuleSpec:
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
 
 
-def _receive(link: Connection, inbox: Inbox) -> None:
+def _receive(link: Connection, inbox: Inbox, store: str | None) -> None:
     """Take commands as they come; without a front there is nothing to live for."""
     while True:
         try:
             inbox.put(link.recv())
         except (EOFError, OSError):
+            if store is not None:
+                _remove(Path(store))
             # Wherever the main thread is, perhaps in a collective that will never end.
             os._exit(ORPHANED)
+
+
+def _remove(store: Path) -> None:
+    """The file and its folder, unless there is more in it; other ranks may do the same."""
+    with suppress(OSError):
+        store.unlink(missing_ok=True)
+        store.parent.rmdir()
 
 
 class _Loop:
