@@ -7,6 +7,7 @@ CUDA in passing: events that time a step, ranges for a profiler, pinned memory.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -79,23 +80,95 @@ def paged_attention(
         None.
     """
     out = torch.zeros_like(query)
-    size, heads = keys.shape[1], query.shape[1] // keys.shape[2]
-    for row, length in enumerate(kv_lengths):
-        first, last = query_starts[row], query_starts[row + 1]
-        if first == last:
-            continue
-        blocks = block_table[row, : -(-length // size)].long()
-        # [1, g, length, d], and each key-value head once per query head that reads it.
-        k, v = (
-            part[blocks].flatten(0, 1)[:length].transpose(0, 1).repeat_interleave(heads, 0)[None]
-            for part in (keys, values)
-        )
-        q = query[first:last].transpose(0, 1)[None]
-        count = last - first
-        seen = None if count == 1 else torch.ones(count, length).tril(length - count).bool()
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-        out[first:last] = attended[0].transpose(0, 1)
+    counts = [last - first for first, last in itertools.pairwise(query_starts)]
+    cache = _Cache(keys, values, block_table)
+    for rows in _alike([row for row, count in enumerate(counts) if count == 1], kv_lengths):
+        places = torch.tensor([query_starts[row] for row in rows])
+        out[places] = _decode(query[places], cache, rows, [kv_lengths[row] for row in rows], scale)
+    for row, count in enumerate(counts):
+        if count > 1:
+            own = slice(query_starts[row], query_starts[row + 1])
+            out[own] = _prefill(query[own], cache, row, kv_lengths[row], scale)
     return out
+
+
+def _alike(rows: list[int], lengths: list[int]) -> list[list[int]]:
+    """Rows to read at once: of nearly one length, as all are padded to the longest."""
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: lengths[row]):
+        length = lengths[row]
+        shortest = lengths[groups[-1][0]] if groups else 0
+        near = length - shortest <= max(_PADDING, shortest // 8)
+        if groups and near and (len(groups[-1]) + 1) * length <= _POSITIONS:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+#: Positions that any row may be padded by; a call of its own would cost as much.
+_PADDING = 64
+#: Positions of all rows that are read at once: what bounds the copy of the cache.
+_POSITIONS = 32768
+
+
+class _Cache:
+    """Keys and values in blocks, read by sequence."""
+
+    def __init__(self, keys: Tensor, values: Tensor, block_table: Tensor) -> None:
+        self._size, self._heads = keys.shape[1:3]
+        # One line for each position: whole lines are copied faster than parts of them.
+        self._lines = [part.flatten(0, 1).flatten(1) for part in (keys, values)]
+        self._table = block_table.long()
+
+    def read(self, rows: list[int], ends: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of rows with these last positions, each ``[rows, g, longest, d]``.
+
+        A shorter row goes on with its last position: whatever lies in the cache behind it may be
+        no number at all.
+        """
+        at = torch.minimum(torch.arange(int(ends.max()) + 1), ends[:, None])
+        lines = self._table[rows].gather(1, at // self._size) * self._size + at % self._size
+        return tuple(
+            part.index_select(0, lines.flatten())
+            .view(*lines.shape, self._heads, -1)
+            .transpose(1, 2)
+            for part in self._lines
+        )
+
+
+def _decode(
+    query: Tensor, cache: _Cache, rows: list[int], lengths: list[int], scale: float | None
+) -> Tensor:
+    """One query of each row, ``[rows, h, d]``: the heads that share keys stand for queries."""
+    ends = torch.tensor(lengths) - 1
+    keys, values = cache.read(rows, ends)
+    shared = query.unflatten(1, (keys.shape[1], -1))
+    seen = (torch.arange(keys.shape[2]) <= ends[:, None])[:, None, None]
+    attended = nn.functional.scaled_dot_product_attention(
+        shared, keys, values, attn_mask=None if len(rows) == 1 else seen, scale=scale
+    )
+    return attended.flatten(1, 2)
+
+
+def _prefill(query: Tensor, cache: _Cache, row: int, length: int, scale: float | None) -> Tensor:
+    """A row's last queries, ``[queries, h, d]``."""
+    keys, values = cache.read([row], torch.tensor([length - 1]))
+    heads = query.shape[1] // keys.shape[1]
+    keys, values = (part.repeat_interleave(heads, 1) for part in (keys, values))
+    count = len(query)
+    seen = None
+    if length > count:
+        seen = torch.ones(count, length).tril(length - count).bool()
+    attended = nn.functional.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        keys,
+        values,
+        attn_mask=seen,
+        is_causal=seen is None,
+        scale=scale,
+    )
+    return attended[0].transpose(0, 1)
 
 
 def _decode_and_prefill(
