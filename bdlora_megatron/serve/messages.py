@@ -39,11 +39,15 @@ class Sampling:
     temperature: float = 1.0
     """0 takes the most probable token."""
 
-    top_p: float = 1.0
-    """Draw from the fewest most probable tokens that together have this probability."""
-
     top_k: int = 0
     """Draw from so many most probable tokens; 0 from all."""
+
+    min_p: float = 0.0
+    """Draw from tokens that are at least this share as probable as the most probable one."""
+
+    top_p: float = 1.0
+    """Draw from the fewest most probable ones of these that together have this share of their
+    probability."""
 
     seed: int = 0
     """Where the request's stream of random numbers starts."""
@@ -81,6 +85,8 @@ class Sampling:
             raise ConfigError(f"temperature={self.temperature}; wanted 0 to 100")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p={self.top_p}; wanted more than 0 and at most 1")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ConfigError(f"min_p={self.min_p}; wanted 0 to 1")
         if self.top_k < 0:
             raise ConfigError(f"top_k={self.top_k}; wanted 0 (no limit) or more")
         if self.max_tokens < 1:

@@ -131,6 +131,15 @@ def test_every_model_answers_as_alone_while_all_are_served_at_once(at_tp, alone,
     assert len(different) > 25, "the adapters answer alike; the test shows less than it says"
 
 
+def test_min_p_of_one_leaves_the_most_probable_token(client):
+    request = {"model": "blocks", "prompt": "hello", "max_tokens": 12}
+    hot = {"temperature": 2, "seed": 3}
+    wanted = client.completions.create(**request, temperature=0).choices[0].text
+    free = client.completions.create(**request, **hot).choices[0].text
+    held = client.completions.create(**request, **hot, extra_body={"min_p": 1.0}).choices[0].text
+    assert held == wanted != free
+
+
 def test_a_stream_says_what_a_whole_answer_says(client):
     for model in ("model", "blocks"):
         request = {"model": model, "prompt": "hello", "max_tokens": 20, "temperature": 0}

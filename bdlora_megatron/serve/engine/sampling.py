@@ -112,9 +112,12 @@ def choose_tokens(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[
     scaled = logits[rows].float() / column([sampling.temperature for sampling in chosen])
     probabilities, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     place = torch.arange(logits.shape[-1], device=logits.device)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    allowed = before < column([sampling.top_p for sampling in chosen])
-    allowed &= place < column([float(s.top_k or logits.shape[-1]) for s in chosen])
+    allowed = place < column([float(s.top_k or logits.shape[-1]) for s in chosen])
+    allowed &= probabilities >= column([s.min_p for s in chosen]) * probabilities[:, :1]
+    # top_p looks at what these two leave, as in vLLM.
+    left = torch.where(allowed, probabilities, 0.0)
+    left = left / left.sum(dim=-1, keepdim=True)
+    allowed &= left.cumsum(dim=-1) - left < column([sampling.top_p for sampling in chosen])
     # The most probable token stays allowed whatever rounding did.
     allowed[:, 0] = True
     kept = torch.where(allowed, probabilities, 0.0).cumsum(dim=-1)

@@ -129,6 +129,7 @@ def plan(
         temperature=1.0 if fields.temperature is None else fields.temperature,
         top_p=1.0 if fields.top_p is None else fields.top_p,
         top_k=max(top_k, 0),
+        min_p=fields.min_p or 0.0,
         seed=random.getrandbits(63) if fields.seed is None else fields.seed,
         logprobs=logprobs,
         max_tokens=room if max_tokens is None else max_tokens,

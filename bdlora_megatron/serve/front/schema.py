@@ -38,8 +38,8 @@ class StreamOptions(_Body):
 class GenerationFields(_Body):
     """What both kinds of request have.
 
-    ``top_k``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos`` and ``stop_token_ids`` are
-    vLLM's.
+    ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos`` and
+    ``stop_token_ids`` are vLLM's.
     """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -51,6 +51,7 @@ class GenerationFields(_Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[_TokenId], Field(max_length=64)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0

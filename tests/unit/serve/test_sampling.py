@@ -14,14 +14,15 @@ from bdlora_megatron.serve.messages import Sampling
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9], dtype=torch.float64)
 
 
-def expected(temperature: float, top_k: int, top_p: float) -> list[float]:
+def expected(temperature: float, top_k: int, min_p: float, top_p: float) -> list[float]:
     """The distribution, in plain Python."""
     weights = [math.exp(x / temperature) for x in LOGITS.tolist()]
-    total = sum(weights)
-    ranked = sorted(range(5), key=lambda i: -weights[i])
+    ranked = sorted(range(5), key=lambda i: -weights[i])[: top_k or 5]
+    ranked = [token for token in ranked if weights[token] >= min_p * max(weights)]
+    total = sum(weights[token] for token in ranked)
     kept, before = [], 0.0
     for place, token in enumerate(ranked):
-        if (before < top_p and (top_k == 0 or place < top_k)) or place == 0:
+        if before < top_p or place == 0:
             kept.append(token)
         before += weights[token] / total
     mass = sum(weights[token] for token in kept)
@@ -29,16 +30,30 @@ def expected(temperature: float, top_k: int, top_p: float) -> list[float]:
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (2, 1.0), (0, 0.6), (3, 0.9), (0, 1e-9)])
-def test_evenly_spaced_draws_give_the_distribution(temperature, top_k, top_p):
+@pytest.mark.parametrize(
+    ("top_k", "min_p", "top_p"),
+    [
+        (0, 0.0, 1.0),
+        (2, 0.0, 1.0),
+        (0, 0.0, 0.6),
+        (3, 0.0, 0.9),
+        (3, 0.0, 0.7),
+        (0, 0.0, 1e-9),
+        (0, 0.2, 1.0),
+        (0, 0.3, 0.8),
+        (2, 0.05, 0.7),
+        (0, 1.0, 1.0),
+    ],
+)
+def test_evenly_spaced_draws_give_the_distribution(temperature, top_k, min_p, top_p):
     """A thousand draws, evenly spread over [0, 1), fall on each token as often as they should."""
     count = 1000
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = Sampling(temperature=temperature, top_k=top_k, min_p=min_p, top_p=top_p)
     draws = [(i + 0.5) / count for i in range(count)]
     tokens = choose_tokens(LOGITS.expand(count, -1), [sampling] * count, draws)
     got = torch.bincount(tokens, minlength=5) / count
     torch.testing.assert_close(
-        got, torch.tensor(expected(temperature, top_k, top_p)), rtol=0, atol=1.5 / count
+        got, torch.tensor(expected(temperature, top_k, min_p, top_p)), rtol=0, atol=1.5 / count
     )
 
 
@@ -101,6 +116,8 @@ def test_log_probabilities_are_the_models_own():
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_k": -1},
+        {"min_p": 1.1},
+        {"min_p": math.nan},
         {"max_tokens": 0},
         {"logprobs": 21},
         {"min_tokens": -1},
