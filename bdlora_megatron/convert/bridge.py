@@ -32,7 +32,6 @@ from bdlora_megatron.convert.dist_tensors import (
     Chunk,
     DistTensors,
     open_dist_tensors,
-    write_dist_tensors,
 )
 from bdlora_megatron.convert.lazy import map_modules, module_facts
 from bdlora_megatron.convert.megatron_format import (
@@ -131,6 +130,9 @@ def write_bridge(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     iteration = folder / "iter_0000000"
     iteration.mkdir()
     common = {**common_state(layers), "checkpoint_version": 3.0, "iteration": 0}
+    # Late: what it imports takes seconds.
+    from bdlora_megatron.convert.dist_writer import write_dist_tensors
+
     write_dist_tensors(iteration, chunks, lambda number: loader(sources[number]), common)
     scale = next(iter(facts.values())).scale
     alpha = float(nearest_alpha(rank, scale, use_rslora=False))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 import pickle
 import pickletools
@@ -18,30 +17,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
 
 from bdlora_megatron.convert.tensor_files import FLOATS
 from bdlora_megatron.errors import AdapterFormatError
 
-__all__ = ["METADATA_NAME", "Chunk", "DistTensors", "open_dist_tensors", "write_dist_tensors"]
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+
+__all__ = ["METADATA_NAME", "Chunk", "DistTensors", "open_dist_tensors"]
 
 METADATA_NAME = ".metadata"
 # Of a checkpoint with optimizer state too; an adapter's own is a few hundred kilobytes.
@@ -145,49 +132,6 @@ def open_dist_tensors(folder: Path) -> DistTensors:
         return _open(folder)
 
 
-def write_dist_tensors(
-    folder: Path, chunks: Sequence[Chunk], load: Callable[[int], Tensor], common: dict[str, Any]
-) -> None:
-    """Write a checkpoint that `dist_checkpointing.load` reads; one chunk is in memory at a time.
-
-    Args:
-        folder: An empty folder.
-        chunks: All parts of all tensors, in the order to write them.
-        load: Gives the part of that index in `chunks`.
-        common: What `common.pt` holds: plain values.
-    """
-    counts: dict[str, int] = {}
-    items = []
-    for chunk in chunks:
-        # Several chunks of one tensor are told apart by their offset; the number is a hint.
-        number = counts[chunk.name] = counts.get(chunk.name, -1) + 1
-        items.append(
-            WriteItem(
-                index=MetadataIndex(chunk.name, torch.Size(chunk.offsets), number),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(
-                        offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.sizes)
-                    ),
-                    properties=TensorProperties(dtype=chunk.dtype),
-                    size=torch.Size(chunk.size),
-                ),
-            )
-        )
-    planner = _Planner(items, chunks, load)
-    writer = FileSystemWriter(folder, sync_files=False)
-    writer.set_up_storage_writer(is_coordinator=True)
-    plans, metadata = create_default_global_save_plan([SavePlan(items=items)])
-    (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans])
-    results = writer.write_data(plan, planner)
-    results.wait()
-    writer.finish(metadata, [results.value()])
-    torch.save(common, folder / "common.pt")
-    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    backends |= {"common_backend": "torch", "common_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(backends), "utf-8")
-
-
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """What the unpickler and torch raise on broken files, as one kind of error.
@@ -203,33 +147,6 @@ def _explained(folder: Path) -> Iterator[None]:
         raise AdapterFormatError(
             f"{folder} cannot be read as a distributed checkpoint: {error!r}; copy or save it again"
         ) from error
-
-
-class _Planner(SavePlanner):
-    """Hands the writer each chunk when it comes to writing it."""
-
-    def __init__(
-        self, items: Sequence[WriteItem], chunks: Sequence[Chunk], load: Callable[[int], Tensor]
-    ) -> None:
-        self._numbers = {item.index: number for number, item in enumerate(items)}
-        self._chunks = chunks
-        self._load = load
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        number = self._numbers[write_item.index]
-        tensor = self._load(number).contiguous()
-        assert tensor.shape == self._chunks[number].sizes
-        # A view would take the whole tensor behind it into the file.
-        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up: the plan is made above."""
-
-    def create_local_plan(self) -> SavePlan:
-        """Not called: the plan is made above."""
-        raise NotImplementedError
-
-    create_global_plan = finish_plan = create_local_plan  # type: ignore[assignment]
 
 
 class _OldRecord:
@@ -258,6 +175,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _open(folder: Path) -> DistTensors:
+    # Late: its package takes seconds, which other formats need not wait for.
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     metadata = _read_metadata(folder / METADATA_NAME)
     tensors: dict[str, TensorStorageMetadata] = {}
     facts: dict[str, Tensor | None] = {}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.convert.adapter import Adapter, BaseShape, ModuleKey
-from bdlora_megatron.convert.dist_tensors import Chunk, open_dist_tensors, write_dist_tensors
+from bdlora_megatron.convert.dist_tensors import Chunk, open_dist_tensors
 from bdlora_megatron.convert.lazy import module_facts
 from bdlora_megatron.convert.manifest import Manifest, manifest_of, read_manifest, write_manifest
 from bdlora_megatron.convert.megatron_names import linear_of, stem
@@ -106,6 +106,9 @@ def write_megatron(adapter: Adapter, folder: Path, options: WriteOptions) -> Non
         return tensor.unsqueeze(0) if layers else tensor
 
     (folder / WEIGHTS_NAME).mkdir()
+    # Late: what it imports takes seconds.
+    from bdlora_megatron.convert.dist_writer import write_dist_tensors
+
     write_dist_tensors(folder / WEIGHTS_NAME, chunks, load, common_state(layers))
 
 

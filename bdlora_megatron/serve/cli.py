@@ -16,6 +16,7 @@ from bdlora_megatron.errors import ConfigError, MissingDependencyError
 from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve import torchrun
 from bdlora_megatron.serve.logs import configure_logging
+from bdlora_megatron.serve.ranks import prepare_ranks
 from bdlora_megatron.serve.settings import ServeSettings, check_adapter_name
 
 __all__ = ["add_parser", "run", "settings_of"]
@@ -128,6 +129,9 @@ def run(arguments: argparse.Namespace) -> int:
         # An end that was dropped earlier would tell the rank that its front has gone.
         ours.close()
         return status
+    if rank is None:
+        # It imports while this process does, and reads its tokenizer.
+        prepare_ranks(settings)
     from bdlora_megatron.serve.server import Server
 
     server = Server(settings) if rank is None else Server(settings, torchrun.OwnRank)

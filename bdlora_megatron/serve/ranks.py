@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,7 +17,26 @@ from bdlora_megatron.serve.entry import enter_rank
 from bdlora_megatron.serve.messages import Stop
 from bdlora_megatron.serve.settings import ServeSettings
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "prepare_ranks"]
+
+
+def prepare_ranks(settings: ServeSettings) -> None:
+    """Start the process that ranks are forked from, whose imports take seconds.
+
+    It imports torch and Megatron-Core once and never runs a tensor operation, so that ranks are
+    cheap forks of a process without threads. It has this process's environment, and ends with it.
+
+    Args:
+        settings: The server's.
+    """
+    if settings.cpu:
+        # Ranks of one machine talk over its loopback, where nobody else listens.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(_cores() // settings.tp, 1)))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["bdlora_megatron.serve.preload"]
+    )
+    forkserver.ensure_running()
 
 
 class Ranks:
@@ -32,14 +52,8 @@ class Ranks:
             settings: The server's.
             enter: What each process runs, in place of ``enter_rank`` and with its arguments.
         """
-        # Imports torch and Megatron-Core once, and never runs a tensor operation: ranks are cheap
-        # forks of a process without threads.
+        prepare_ranks(settings)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bdlora_megatron.serve.preload"])
-        if settings.cpu:
-            # Ranks of one machine talk over its loopback, where nobody else listens.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(_cores() // settings.tp, 1)))
         self._folder = tempfile.mkdtemp(prefix="bdlora-")
         self._links: list[Connection] = []
         self.processes: list[BaseProcess] = []
