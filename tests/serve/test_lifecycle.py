@@ -6,13 +6,12 @@ import concurrent.futures
 import json
 import multiprocessing
 import signal
-import subprocess
-import sys
 
 import httpx2 as httpx
 import psutil
 import pytest
 
+from bdlora_megatron.cli.main import main
 from bdlora_megatron.serve.engine.rank import ORPHANED
 from bdlora_megatron.serve.entry import enter_rank
 from bdlora_megatron.serve.settings import ServeSettings
@@ -192,9 +191,10 @@ def test_torchrun_starts_the_ranks_too(folder, tmp_path, server):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_settings_are_told_before_anything_starts(folder, arguments, says):
-    command = [sys.executable, "-m", "bdlora_megatron", "serve", "--model", str(folder / "model")]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_settings_are_told_before_anything_starts(folder, arguments, says, capsys):
+    before = psutil.Process().children(recursive=True)
+    assert main(["serve", "--model", str(folder / "model"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert "Traceback" not in said
+    assert psutil.Process().children(recursive=True) == before
