@@ -69,6 +69,15 @@ def saved_keys(folder):
     return list(FileSystemReader(folder).read_metadata().state_dict_metadata)
 
 
+def common_state(folder):
+    """What is saved once for all ranks: a file of its own, since Megatron-Core 0.19 a key."""
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load_common_state_dict(str(folder))
+    assert "iteration" in state
+    return state
+
+
 def _assert_trained(seen, case):
     """The loss fell, the adapter alone changed, and its main copies are wider than it."""
     assert len(seen["losses"]) == STEPS
@@ -159,9 +168,13 @@ def test_pretrain_trains_goes_on_and_peft_computes_the_same(name, runs):
         assert torch.equal(resumed.modules[key].B, factors.B)
     for step in (SAVED, STEPS):
         keys = saved_keys(folder / "whole" / f"iter_{step:07}")
-        weights = [key for key in keys if not key.startswith(("optimizer", "rng", "rerun"))]
+        weights = [
+            key for key in keys if not key.startswith(("optimizer", "rng", "rerun", "common_state"))
+        ]
         assert weights
         assert all(".adapter." in key for key in weights)
+        # Beside them stands what is not sharded: steps, the schedule, the optimizer's settings.
+        assert "model" not in common_state(folder / "whole" / f"iter_{step:07}")
     assert not any(".adapter." in key for key in saved_keys(folder / "base" / "iter_0000001"))
 
 
