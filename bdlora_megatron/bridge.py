@@ -5,8 +5,8 @@ Importing this needs megatron-bridge, which itself needs Transformer Engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from bdlora_megatron.plugs.export import export_asked_for
 try:
     from megatron.bridge.peft.base import PEFT
     from megatron.bridge.training.callbacks import Callback
+    from megatron.bridge.utils import instantiate_utils
 except ImportError as error:
     raise MissingDependencyError(
         f"bdlora_megatron.bridge needs Megatron-Bridge and what it imports ({error}); "
@@ -73,6 +74,16 @@ class BDLoRA(BlockDiagonalSettings, PEFT):
             chunk.train(mode=training)
         return model
 
+    def to_cfg_dict(self) -> dict[str, Any]:
+        """What Bridge writes into ``run_config.yaml``: the settings alone.
+
+        Without this it adds the names of the trained weights, as a set, and then cannot read the
+        file again.
+        """
+        kind = type(self)
+        settings = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
+        return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **settings}
+
     def enable_adapter_layers(self, model: Any) -> None:
         """Let the adapters add to the base model's output again."""
         _set_enabled(model, True)
@@ -80,6 +91,22 @@ class BDLoRA(BlockDiagonalSettings, PEFT):
     def disable_adapter_layers(self, model: Any) -> None:
         """Run the base model alone."""
         _set_enabled(model, False)
+
+
+def _allow_as_target(name: str) -> None:
+    """Let configurations name our class by ``_target_``: this one, and nothing else of ours.
+
+    Bridge 0.4 and newer call nothing from YAML that is not on their list.
+    """
+    allowed = getattr(instantiate_utils, "target_allowlist", None)
+    if allowed is not None:
+        allowed.add_exact(name)
+    elif hasattr(instantiate_utils, "register_allowed_target_prefix"):
+        # 0.4 compares the start of a name alone.
+        instantiate_utils.register_allowed_target_prefix(name)
+
+
+_allow_as_target(f"{BDLoRA.__module__}.{BDLoRA.__qualname__}")
 
 
 def _set_enabled(model: Any, enabled: bool) -> None:
@@ -125,6 +152,14 @@ class AdapterExport(Callback):
         self.folder = folder
         self.exported: list[Path] = []
 
+    def on_train_start(self, context: Any) -> None:
+        """Refuse Bridge's own export before anything is trained.
+
+        Raises:
+            UnsupportedError: ``checkpoint.also_save_hf_checkpoint`` is on.
+        """
+        _refuse_bridges_export(context.state.cfg)
+
     def on_train_end(self, context: Any) -> None:
         """Write from all ranks.
 
@@ -138,6 +173,20 @@ class AdapterExport(Callback):
         if folder is None:
             raise ConfigError("checkpoint.save is unset; give AdapterExport a folder")
         self.exported = export_asked_for(config.peft, context.model, folder)
+
+
+def _refuse_bridges_export(config: Any) -> None:
+    """Bridge 0.6 exports at every save, and stops at the first where the LoRA is not its own.
+
+    Raises:
+        UnsupportedError: It is asked to, for a BD-LoRA.
+    """
+    asked = getattr(config.checkpoint, "also_save_hf_checkpoint", False)
+    if asked and isinstance(config.peft, BDLoRA):
+        raise UnsupportedError(
+            "checkpoint.also_save_hf_checkpoint is on, but Bridge can export its own LoRA alone; "
+            "leave it off: the callback AdapterExport writes PEFT's folder of a BD-LoRA"
+        )
 
 
 def apply_settings(
@@ -158,6 +207,7 @@ def apply_settings(
 
     Raises:
         ConfigError: The file cannot be read, or the ``peft`` settings are wrong.
+        UnsupportedError: Bridge's own export is asked for beside a BD-LoRA.
     """
     from megatron.bridge.training.utils import omegaconf_utils as bridge_conf
     from omegaconf import OmegaConf
@@ -184,4 +234,11 @@ def apply_settings(
     bridge_conf.apply_overrides(config, OmegaConf.to_container(merged, resolve=True), kept)
     if section.peft and not foreign:
         config.peft = peft
+    if isinstance(config.peft, Mapping):
+        # Bridge only warns where it cannot make an object.
+        raise ConfigError(
+            f"Bridge could not make peft._target_={config.peft.get('_target_')}; its warning above "
+            "says why; mend the section, or choose by peft.scheme"
+        )
+    _refuse_bridges_export(config)
     return config

@@ -93,6 +93,29 @@ def train(folder, base, case, steps, *overrides, resume=None, keep_after=None):
     return {**watch.seen, "exported": export.exported}
 
 
+def refused_export(folder, base, case):
+    """What training ends with where Bridge's own export is switched on behind `apply_settings`."""
+    from bdlora_megatron.bridge import AdapterExport
+    from bdlora_megatron.errors import UnsupportedError
+
+    config = _config(folder, case, [])
+    config.checkpoint.pretrained_checkpoint = str(base)
+    config.checkpoint.also_save_hf_checkpoint = True
+    config.checkpoint.hf_source_path = str(base)
+    try:
+        _pretrain(config, [AdapterExport()])
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def reads_hf_bases():
+    """Whether this Bridge takes Hugging Face's folder for the base model, as 0.6 does."""
+    from megatron.bridge.training import checkpointing
+
+    return hasattr(checkpointing, "is_hf_checkpoint_dir")
+
+
 def _config(folder, case, overrides):
     from bdlora_megatron.bridge import apply_settings
     from examples.bridge.finetune import YAML, tiny_config

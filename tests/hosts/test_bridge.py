@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tests.hosts.bridge_runs import (
     make_hf_base,
     on_cpu,
     peft_logits,
+    reads_hf_bases,
+    refused_export,
     train,
 )
 from tests.tolerances import MODEL_BFLOAT16, assert_close
@@ -49,7 +52,13 @@ STEPS, SAVED = 20, 12
 def _train_all(rank, world_size, folder):
     """Every case in the same processes, which spend most of their time on importing Bridge."""
     on_cpu()
-    return {name: _train(Path(folder, name), Path(folder, "hf"), CASES[name]) for name in CASES}
+    hf = Path(folder, "hf")
+    found = {name: _train(Path(folder, name), hf, CASES[name]) for name in CASES}
+    if reads_hf_bases():
+        found["hf base"] = train(Path(folder, "from-hf"), hf, CASES["tp2"], 1)
+    base = Path(folder, "tp2", "base")
+    found["refused"] = refused_export(Path(folder, "refused"), base, CASES["tp2"])
+    return found
 
 
 def _train(folder, hf, case):
@@ -67,6 +76,15 @@ def _train(folder, hf, case):
 def saved_keys(folder):
     """The names of what a checkpoint holds."""
     return list(FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
+def common_state(folder):
+    """What is saved once for all ranks: a file of its own, since Megatron-Core 0.19 a key."""
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load_common_state_dict(str(folder))
+    assert "iteration" in state
+    return state
 
 
 def _assert_trained(seen, case):
@@ -159,15 +177,39 @@ def test_pretrain_trains_goes_on_and_peft_computes_the_same(name, runs):
         assert torch.equal(resumed.modules[key].B, factors.B)
     for step in (SAVED, STEPS):
         keys = saved_keys(folder / "whole" / f"iter_{step:07}")
-        weights = [key for key in keys if not key.startswith(("optimizer", "rng", "rerun"))]
+        weights = [
+            key for key in keys if not key.startswith(("optimizer", "rng", "rerun", "common_state"))
+        ]
         assert weights
         assert all(".adapter." in key for key in weights)
+        # Beside them stands what is not sharded: steps, the schedule, the optimizer's settings.
+        assert "model" not in common_state(folder / "whole" / f"iter_{step:07}")
     assert not any(".adapter." in key for key in saved_keys(folder / "base" / "iter_0000001"))
 
 
-def _settings(rank, world_size):
+def test_the_base_model_can_be_hugging_faces_own_folder(runs):
+    _, ranks = runs
+    if "hf base" not in ranks[0]:
+        pytest.skip("this Bridge reads base models from its own checkpoints alone")
+    for seen in ranks:
+        found, wanted = seen["hf base"]["start"]["frozen"], seen["tp2"][0]["start"]["frozen"]
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+        assert seen["hf base"]["losses"] == seen["tp2"][0]["losses"][:1]
+
+
+def test_bridges_own_export_is_refused_before_training(runs):
+    root, ranks = runs
+    for seen in ranks:
+        assert "also_save_hf_checkpoint" in seen["refused"]
+    assert not list((root / "refused").glob("iter_*"))
+
+
+def _settings(rank, world_size, folder):
     on_cpu()
     from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.utils.instantiate_utils import instantiate
+    from omegaconf import OmegaConf
 
     from bdlora_megatron.bridge import BDLoRA, apply_settings, build_peft
     from bdlora_megatron.errors import ConfigError, UnsupportedError
@@ -179,6 +221,13 @@ def _settings(rank, world_size):
     made = apply_settings(config(), YAML, ["peft.bdlora.rank=12", "train.train_iters=9"])
     assert isinstance(made.peft, BDLoRA)
     assert (made.peft.dim, made.train.train_iters) == (12, 9)
+    made.peft.lora_dtype = torch.bfloat16
+    made.peft.set_params_to_save(torch.nn.Linear(2, 2))
+    assert made.peft.params_to_save
+    made.to_yaml(str(Path(folder, "run_config.yaml")))
+    # Not the whole: Bridge 0.3 cannot make its random data again.
+    again = instantiate(OmegaConf.load(Path(folder, "run_config.yaml")).peft)
+    assert again == dataclasses.replace(made.peft)
     chosen = config()
     chosen.peft = LoRA(dim=4)
     # Bridge's own overrides would leave the recipe's LoRA in place here.
@@ -187,6 +236,17 @@ def _settings(rank, world_size):
     kept.peft = LoRA(dim=4)
     assert apply_settings(kept, None, ["train.train_iters=9"]).peft.dim == 4
     assert isinstance(build_peft({"scheme": "lora", "lora": {"rank": 4}}), LoRA)
+    by_class = Path(folder, "target.yaml")
+    by_class.write_text("peft: {_target_: bdlora_megatron.bridge.BDLoRA, dim: 8, num_blocks: 2}\n")
+    assert apply_settings(config(), by_class).peft == BDLoRA(dim=8, num_blocks=2)
+    by_class.write_text("peft: {_target_: bdlora_megatron.bridge.BDLoRA, dim: 8}\n")
+    with pytest.raises(ConfigError, match=r"peft._target_=bdlora_megatron.bridge.BDLoRA"):
+        apply_settings(config(), by_class)
+    exported = config()
+    exported.checkpoint.also_save_hf_checkpoint = True
+    assert apply_settings(exported, None, ["peft.scheme=lora"]).peft == LoRA()
+    with pytest.raises(UnsupportedError, match="AdapterExport"):
+        apply_settings(exported, YAML)
     with pytest.raises(ConfigError, match="did you mean 'bdlora'"):
         apply_settings(config(), None, ["peft.scheme=bdlor"])
     with pytest.raises(ConfigError, match="cannot read"):
@@ -195,8 +255,8 @@ def _settings(rank, world_size):
         BDLoRA(num_blocks=2).transform(torch.nn.Linear(2, 2), "linear_qkv")
 
 
-def test_yaml_and_arguments_choose_the_method():
-    run_ranks(1, _settings, timeout_s=200)
+def test_yaml_and_arguments_choose_the_method(tmp_path):
+    run_ranks(1, _settings, str(tmp_path), timeout_s=200)
 
 
 def _counts(rank, world_size):
