@@ -228,6 +228,8 @@ def _settings(rank, world_size, folder):
     # Not the whole: Bridge 0.3 cannot make its random data again.
     again = instantiate(OmegaConf.load(Path(folder, "run_config.yaml")).peft)
     assert again == dataclasses.replace(made.peft)
+    # Hydra's way to add a key, which Bridge wants for its own PEFT objects.
+    assert apply_settings(config(), YAML, ["+peft.bdlora.rank=6"]).peft.dim == 6
     chosen = config()
     chosen.peft = LoRA(dim=4)
     # Bridge's own overrides would leave the recipe's LoRA in place here.
