@@ -228,17 +228,24 @@ def _settings(rank, world_size, folder):
     # Not the whole: Bridge 0.3 cannot make its random data again.
     again = instantiate(OmegaConf.load(Path(folder, "run_config.yaml")).peft)
     assert again == dataclasses.replace(made.peft)
+    # Hydra's way to add a key, which Bridge wants for its own PEFT objects.
+    assert apply_settings(config(), YAML, ["+peft.bdlora.rank=6"]).peft.dim == 6
     chosen = config()
     chosen.peft = LoRA(dim=4)
     # Bridge's own overrides would leave the recipe's LoRA in place here.
     assert isinstance(apply_settings(chosen, YAML).peft, BDLoRA)
+    chosen.peft = LoRA(dim=4)
+    assert apply_settings(chosen, None, ["peft.scheme=none"]).peft is None
     kept = config()
     kept.peft = LoRA(dim=4)
     assert apply_settings(kept, None, ["train.train_iters=9"]).peft.dim == 4
     assert isinstance(build_peft({"scheme": "lora", "lora": {"rank": 4}}), LoRA)
     by_class = Path(folder, "target.yaml")
     by_class.write_text("peft: {_target_: bdlora_megatron.bridge.BDLoRA, dim: 8, num_blocks: 2}\n")
-    assert apply_settings(config(), by_class).peft == BDLoRA(dim=8, num_blocks=2)
+    for recipe in (None, LoRA(dim=4)):
+        chosen = config()
+        chosen.peft = recipe
+        assert apply_settings(chosen, by_class).peft == BDLoRA(dim=8, num_blocks=2)
     by_class.write_text("peft: {_target_: bdlora_megatron.bridge.BDLoRA, dim: 8}\n")
     with pytest.raises(ConfigError, match=r"peft._target_=bdlora_megatron.bridge.BDLoRA"):
         apply_settings(config(), by_class)
