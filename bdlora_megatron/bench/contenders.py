@@ -17,6 +17,7 @@ from bdlora_megatron.errors import MissingDependencyError
 from bdlora_megatron.layers import apply_lora, lora_layers
 from bdlora_megatron.plan.model import ModelShape
 from bdlora_megatron.runtime import device
+from bdlora_megatron.runtime.versions.inference import inference
 
 __all__ = ["Contenders"]
 
@@ -141,7 +142,8 @@ class Contenders:
     @torch.inference_mode()
     def _infer(self, model: Any, inputs: Sequence[Tensor], cache: StaticInferenceContext) -> None:
         model.eval()
-        model(*inputs, inference_context=cache, runtime_gather_output=True)
+        with inference():
+            model(*inputs, inference_context=cache, runtime_gather_output=True)
         self._finish()
 
     def _train(

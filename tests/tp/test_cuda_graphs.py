@@ -72,11 +72,13 @@ def _serve(rank, world):
 
 def test_replayed_steps_give_the_tokens_of_steps_that_are_not():
     (counts,) = run_ranks(1, _serve)
-    # One size: four linear layers of two decoder layers, each with two launches.
-    assert counts["recorded"] == 8
-    assert counts["launches"] == 16
+    # Of each size: four linear layers of two decoder layers, each with two launches. Until 0.18
+    # there is one size, as asked for; 0.19 halves it until there is one request.
+    sizes, rest = divmod(counts["recorded"], 8)
+    assert (sizes >= 1, rest) == (True, 0)
+    assert counts["launches"] == 16 * sizes
     # And as many steps as there are rounds beyond prompts.
-    assert counts["replayed"] >= 4 * counts["recorded"]
+    assert counts["replayed"] >= 4 * 8
 
 
 def _slots(rank, world):

@@ -11,6 +11,7 @@ from bdlora_megatron.bench.plan import BenchPlan
 from bdlora_megatron.plan import AdapterLoad
 from bdlora_megatron.plan.local import LocalStep
 from bdlora_megatron.plan.predict import local_work
+from bdlora_megatron.runtime.versions.inference import inference
 from tests.harness import run_ranks
 from tests.tp.session import model_parallel
 from tests.tp.test_training_plan import kernels_of, messages_of, record
@@ -56,7 +57,8 @@ def _fill(contenders, setting):
     cache = StaticInferenceContext(setting.batch, setting.length + 1)
     inputs = contenders._inputs(setting.batch, setting.length, 0)
     contenders.model.eval()
-    contenders.model(*inputs, inference_context=cache, runtime_gather_output=True)
+    with inference():
+        contenders.model(*inputs, inference_context=cache, runtime_gather_output=True)
     if setting.phase == "decode":
         cache.increment_sequence_len_offset(setting.length)
     return cache
@@ -69,7 +71,8 @@ def _run(contenders, arm, setting, cache):
     decodes = setting.phase == "decode"
     new, before = (1, setting.length) if decodes else (setting.length, 0)
     inputs = contenders._inputs(setting.batch, new, before)
-    return contenders.model(*inputs, inference_context=cache, runtime_gather_output=True)
+    with inference():
+        return contenders.model(*inputs, inference_context=cache, runtime_gather_output=True)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -40,7 +40,7 @@ def _serve(rank, world):
         for model in (local, te):
             made = engine_cases.requests(24, seed=5)
             arrivals = {2 * n: made[3 * n : 3 * n + 3] for n in range(8)}
-            engine = engine_cases.engine_for(world, blocks=15, model=model)
+            engine = engine_cases.engine_for(world, blocks=12, model=model)
             with torch.inference_mode():
                 outcomes.append((*engine_cases.run(engine, arrivals, {}), engine.snapshot()))
             names = {type(layer).__name__ for _, layer in lora_layers(model)}

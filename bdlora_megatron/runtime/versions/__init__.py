@@ -5,7 +5,8 @@ number where it cannot: release candidates and vendors' builds carry numbers tha
 
 It is a package, and not one module, because its parts are wanted at different times: ``known`` by
 the command line, before torch or Megatron-Core is imported; ``layers`` by training and converting,
-which never import the inference engine; ``checkpoint`` by what saves; ``engine`` by serving.
+which never import the inference engine; ``checkpoint`` by what saves; ``inference`` by the
+benchmark; ``engine`` by serving.
 
 | since | difference | here |
 |---|---|---|
@@ -19,6 +20,8 @@ which never import the inference engine; ``checkpoint`` by what saves; ``engine`
 ``layers.nested_submodules`` |
 | 0.18 | the engine keeps rows and tokens on the host, logits in the controller | ``engine`` |
 | 0.18 | a linear layer's constructor takes ``name``, its full one | our own is ``lora_name`` |
+| 0.19 | a model is told that it answers, and no longer looks at whether it is given a cache | \
+``inference`` |
 | 0.19 | weights can be split over ranks that gather them for each use | \
 ``layers.weight_is_rebuilt`` |
 """

@@ -47,10 +47,6 @@ class AdapterGPT(GPTInferenceWrapper):
                 self.slots.set_captured_batch(context.token_slots())
             else:
                 self.slots.set_batch(self.slots.batch(context.token_slots()))
-        # Those of the last token of each request do, where nobody asks about prompts. Whose they
-        # are is only looked up where somebody does: on a GPU, it waits for the device.
-        scored = self.scores.pending and self.scores.wanted(context.active_ids)
-        context.last_logits_only = not scored
         logits: Tensor = super()._forward(inference_input)
         return logits
 
@@ -86,14 +82,24 @@ class AdapterController(TextGenerationController):
         self.sampler = sampler
         self.choices = {}
 
+    def _dynamic_step_forward_logits(self, *tokens: Any) -> Any:
+        # Those of the last token of each request do, where nobody asks about prompts. Whose they
+        # are is only looked up where somebody does: on a GPU, it waits for the device.
+        wrapped = self.inference_wrapped_model
+        context, scores = wrapped.inference_context, wrapped.scores
+        context.last_logits_only = not (scores.pending and scores.wanted(context.active_ids))
+        return super()._dynamic_step_forward_logits(*tokens)
+
     def _dynamic_step_sample_logits(self, *given: Tensor) -> None:
         context = self.inference_wrapped_model.inference_context
         logits = step_logits(self, given)
-        rows = logits.squeeze(0)
-        if not context.last_logits_only:
-            self.inference_wrapped_model.scores.read(rows, context.spans)
-            rows = context.last_token_logits(logits)
         ids, unfinished = context.active_ids, context.chunked_prefill_request_id
+        if context.last_logits_only:
+            # Since 0.19, a captured step leaves them in a longer tensor.
+            rows = logits.squeeze(0)[: len(ids)]
+        else:
+            self.inference_wrapped_model.scores.read(logits.squeeze(0), context.spans)
+            rows = context.last_token_logits(logits)
         chosen = self.sampler.choose(rows, ids, idle=unfinished)
         keep_samples(self, torch.tensor([choice.token for choice in chosen], device=rows.device))
         self.choices = {
