@@ -76,7 +76,7 @@ def load_results(path: Path) -> dict[str, Result]:
 def try_release(release: Release, cache: Path, pytest_args: list[str]) -> Result:
     """Install a release and run the core on it."""
     folder = cache / release.version
-    commit = _output("git", "describe", "--always", "--dirty")
+    commit = _output("git", "describe", "--always") + _changed()
     result = Result(version=release.version, date=time.strftime("%Y-%m-%d"), commit=commit)
     try:
         python = _install(release, folder)
@@ -174,6 +174,12 @@ def _reason(text: str) -> str:
 def _output(*command: str) -> str:
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def _changed() -> str:
+    """What a commit's name ends with where files differ from it; reports are made by runs."""
+    differs = _output("git", "status", "--short", "-uno", "--", ".", ":!benchmarks/results")
+    return "-dirty" if differs else ""
 
 
 def _last_line(text: str | None) -> str:
