@@ -80,9 +80,8 @@ class BDLoRA(BlockDiagonalSettings, PEFT):
         Without this it adds the names of the trained weights, as a set, and then cannot read the
         file again.
         """
-        kind = type(self)
         settings = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
-        return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **settings}
+        return {"_target_": _target(type(self)), **settings}
 
     def enable_adapter_layers(self, model: Any) -> None:
         """Let the adapters add to the base model's output again."""
@@ -106,7 +105,12 @@ def _allow_as_target(name: str) -> None:
         instantiate_utils.register_allowed_target_prefix(name)
 
 
-_allow_as_target(f"{BDLoRA.__module__}.{BDLoRA.__qualname__}")
+def _target(kind: type) -> str:
+    """What ``_target_`` calls a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+_allow_as_target(_target(BDLoRA))
 
 
 def _set_enabled(model: Any, enabled: bool) -> None:

@@ -28,11 +28,7 @@ from bdlora_megatron.convert.bridge_config import (
     read_settings,
     write_settings,
 )
-from bdlora_megatron.convert.dist_tensors import (
-    Chunk,
-    DistTensors,
-    open_dist_tensors,
-)
+from bdlora_megatron.convert.dist_tensors import Chunk, DistTensors, open_dist_tensors
 from bdlora_megatron.convert.lazy import map_modules, module_facts
 from bdlora_megatron.convert.megatron_format import (
     common_state,

@@ -23,6 +23,11 @@ from bdlora_megatron.runtime.versions.known import require_engine
 
 __all__ = ["enable_cpu_inference", "paged_attention"]
 
+#: Positions that any row may be padded by; a call of its own would cost as much.
+_PADDING = 64
+#: Positions of all rows that are read at once: what bounds the copy of the cache.
+_POSITIONS = 32768
+
 
 def enable_cpu_inference() -> None:
     """Let Megatron-Core's dynamic engine run on this machine's CPU; calls ``enable_cpu`` first.
@@ -104,12 +109,6 @@ def _alike(rows: list[int], lengths: list[int]) -> list[list[int]]:
         else:
             groups.append([row])
     return groups
-
-
-#: Positions that any row may be padded by; a call of its own would cost as much.
-_PADDING = 64
-#: Positions of all rows that are read at once: what bounds the copy of the cache.
-_POSITIONS = 32768
 
 
 class _Cache:
