@@ -58,6 +58,7 @@ def _requests(path, adapters):
     return str(path)
 
 
+@pytest.mark.engine
 def test_every_contender_answers_alike(loads, tmp_path):
     base, chosen = loads
     answers = {}

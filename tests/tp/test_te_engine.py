@@ -59,6 +59,7 @@ def _serve(rank, world):
                 assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-9)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_engine_gives_the_same_tokens_on_either_kind_of_layer(world):
     run_ranks(world, _serve)

@@ -9,7 +9,7 @@ write. On all releases, a further server process would take in the results.
 from __future__ import annotations
 
 import queue
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,19 +48,31 @@ def save_distributed(
 class _SaveHere(TorchDistSaveShardedStrategy):
     """Megatron-Core's strategy, whose files this process writes by itself."""
 
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        # 0.14 would hand the request to a process here; later releases do as this line does.
+        self.async_save(sharded_state_dict, checkpoint_dir).execute_sync()
+
     def _get_save_and_finalize_callbacks(self, writer: Any, *args: Any) -> Any:
         request = super()._get_save_and_finalize_callbacks(writer, *args)
         if request.async_fn is None:
             return request
-        return request._replace(async_fn=partial(_write, writer))
+        # Staged by the writing function: 0.14 stages only for its process.
+        write = partial(_write, writer, request.preload_fn)
+        return request._replace(async_fn=write, preload_fn=None)
 
 
-def _write(writer: Any, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
+def _write(
+    writer: Any,
+    stage: Callable[[], list[Any]],
+    rank: int,
+    buckets: list[Any],
+    results: queue.Queue[Any],
+) -> None:
     """Write a rank's files one after another, each as one of Megatron-Core's processes would."""
-    del rank
+    del rank, buckets
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
     written: dict[int, Any] = {}
-    for number, bucket in enumerate(buckets):
+    for number, bucket in enumerate(stage()):
         outcome: queue.Queue[tuple[int, Any]] = queue.Queue()
         unfinished: queue.Queue[int] = queue.Queue()
         unfinished.put(number)
