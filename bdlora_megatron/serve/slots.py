@@ -7,7 +7,7 @@ token uses.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -254,14 +254,17 @@ class ModelSlots:
         """
         return GroupedBatch(token_slot, num_slots=self.num_slots)
 
-    def set_batch(self, batch: GroupedBatch | None) -> None:
+    def set_batch(self, batch: GroupedBatch | None, used: Collection[int] | None = None) -> None:
         """Say what the coming steps run, until it is said again; None runs the base model alone.
 
         Args:
             batch: The batch; the same on every rank.
+            used: The slots that the batch uses, or more, the same on every rank. Where none of them
+                is in the S-LoRA layout, its collectives are left out. None: any slot.
         """
         self.step.batch = batch
-        self.step.exchange = bool(self._exchanged)
+        exchanged = self._exchanged if used is None else self._exchanged.intersection(used)
+        self.step.exchange = bool(exchanged)
 
     def set_captured_batch(self, token_slot: Tensor) -> None:
         """Say what the coming step runs, which is captured in a CUDA graph or replays one.
@@ -282,16 +285,17 @@ class ModelSlots:
         self.step.exchange = Layout.SLORA in self.room.layouts
 
     @contextmanager
-    def serving(self, batch: GroupedBatch) -> Iterator[None]:
+    def serving(self, batch: GroupedBatch, used: Collection[int] | None = None) -> Iterator[None]:
         """Run the batch's adapters inside the ``with`` block.
 
         Args:
             batch: Which slot each token uses.
+            used: As for ``set_batch``.
 
         Yields:
             Nothing.
         """
-        self.set_batch(batch)
+        self.set_batch(batch, used)
         try:
             yield
         finally:

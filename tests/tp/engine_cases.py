@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bdlora_megatron.config import Layout
 from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
 from bdlora_megatron.serve.engine import EngineOptions, ServingEngine
 from bdlora_megatron.serve.messages import Choice, Sampling, Submit, Token
@@ -65,10 +66,11 @@ def engine_for(
     num_slots: int = 2,
     model: Any = None,
     implementation: Any = None,
+    layouts: tuple[Layout, ...] = (Layout.BDLORA, Layout.HALF_SHARDED),
     **options: Any,
 ) -> ServingEngine:
     model = wide_model(world) if model is None else model
-    room = SlotRoom(num_slots=num_slots, max_rank=8, implementation=implementation)
+    room = SlotRoom(num_slots=num_slots, max_rank=8, implementation=implementation, layouts=layouts)
     slots = ModelSlots(model, room)
     store = AdapterStore(slots, StoreOptions(host_bytes=3 * slots.largest_bytes))
     for name in ADAPTERS:

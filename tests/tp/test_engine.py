@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from bdlora_megatron import runtime
+from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import write_adapter
 from bdlora_megatron.layers import load_adapter, remove_lora
+from bdlora_megatron.runtime.collectives import Collective
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.serve.engine.desk import AdapterDesk
 from bdlora_megatron.serve.engine.sampling import Sampler
@@ -314,3 +317,33 @@ def unload_body(rank: int, world: int, root: Path) -> None:
 
 def test_unloading_waits_for_the_last_request(tmp_path):
     run_ranks(2, unload_body, tmp_path)
+
+
+def sends_body(rank: int, world: int) -> dict[str | None, list[Collective]]:
+    enable_cpu_inference()
+    with runtime.model_parallel(world):
+        engine = engine_for(world, blocks=20, num_slots=3, layouts=tuple(Layout))
+        assert engine.store is not None
+        engine.store.register("shared", partial(make, "vanilla"), layout=Layout.SLORA)
+        greedy = Sampling(temperature=0.0, max_tokens=4)
+        sent: dict[str | None, list[Collective]] = {}
+        # In the first round adapters are loaded, which ranks agree on.
+        for turn in range(2):
+            for number, name in enumerate(("shared", "two", "vanilla", None)):
+                request = Submit(
+                    request_id=10 * turn + number, prompt=(1, 2, 3), sampling=greedy, adapter=name
+                )
+                with runtime.record_collectives() as log:
+                    run(engine, {0: [request]}, {})
+                sent[name] = log.calls
+        assert len(engine.snapshot().resident) == 3
+        return sent
+
+
+def test_only_steps_that_run_an_slora_adapter_communicate_for_it():
+    """It is in a slot all the while."""
+    for sent in run_ranks(2, sends_body):
+        assert sent[None], "the comparison would be empty if the base model communicated nothing"
+        assert sent["two"] == sent["vanilla"] == sent[None]
+        # Two layers of four linears, four steps.
+        assert len(sent["shared"]) == len(sent[None]) + 2 * 4 * 4

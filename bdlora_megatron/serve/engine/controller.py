@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -26,29 +27,41 @@ class AdapterGPT(GPTInferenceWrapper):
     """Tells all layers, once per step, which slot each token uses."""
 
     def __init__(
-        self, *args: Any, slots: ModelSlots | None, scores: PromptScores, **kwargs: Any
+        self,
+        *args: Any,
+        slots: ModelSlots | None,
+        slots_in_use: Callable[[], Collection[int]],
+        scores: PromptScores,
+        **kwargs: Any,
     ) -> None:
         """Wrap a model.
 
         Args:
             *args: As for ``GPTInferenceWrapper``.
             slots: The model's slots; None serves the base model alone.
+            slots_in_use: Those of the running requests, the same on every rank.
             scores: The prompts whose log-probabilities are asked for.
             **kwargs: As for ``GPTInferenceWrapper``.
         """
         super().__init__(*args, **kwargs)
         self.slots = slots
+        self.slots_in_use = slots_in_use
         self.scores = scores
 
     def _forward(self, inference_input: dict[str, Any]) -> Tensor:
-        context = self.inference_context
         if self.slots is not None:
-            if context.using_cuda_graph_this_step():
-                self.slots.set_captured_batch(context.token_slots())
-            else:
-                self.slots.set_batch(self.slots.batch(context.token_slots()))
+            self._set_batch(self.slots)
         logits: Tensor = super()._forward(inference_input)
         return logits
+
+    def _set_batch(self, slots: ModelSlots) -> None:
+        context = self.inference_context
+        if context.using_cuda_graph_this_step():
+            slots.set_captured_batch(context.token_slots())
+        elif used := self.slots_in_use():
+            slots.set_batch(slots.batch(context.token_slots()), used)
+        else:
+            slots.set_batch(None)
 
 
 class _NoText:

@@ -71,7 +71,10 @@ class ServingEngine:
         self._context = make_context(model, self.options, self._slot_of)
         slots = None if store is None else store.slots
         wrapped = AdapterGPT(
-            *wrapper_arguments(model, self._context), slots=slots, scores=self._scores
+            *wrapper_arguments(model, self._context),
+            slots=slots,
+            slots_in_use=self._slots_in_use,
+            scores=self._scores,
         )
         wrapped.prep_model_for_inference()
         self._controller = AdapterController(wrapped, self._sampler)
@@ -246,6 +249,9 @@ class ServingEngine:
     def _slot_of(self, request_id: int) -> int:
         key = self._running[request_id]
         return -1 if key is None or self.store is None else self.store.slots.ledger.slot(key)
+
+    def _slots_in_use(self) -> set[int]:
+        return {self._slot_of(request_id) for request_id in self._running} - {-1}
 
     def _finish(self, request_id: int, token: int) -> FinishReason | None:
         if request_id not in self._engine.finished:
