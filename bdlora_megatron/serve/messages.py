@@ -124,6 +124,11 @@ class Sampling:
         return self.temperature == 0.0 or self.top_k == 1
 
     @property
+    def limits(self) -> bool:
+        """Whether improbable tokens are left out of the draw."""
+        return self.top_k > 0 or self.min_p > 0.0 or self.top_p < 1.0
+
+    @property
     def changes_logits(self) -> bool:
         """Whether tokens are chosen from other logits than the model's."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)

@@ -106,6 +106,7 @@ def test_unloading_waits_for_requests_in_flight(http, folder, server):
                 # Tokens later it has still not been answered.
                 for _ in range(20):
                     next(lines)
+                assert load(http, "leaving", path).status_code == 409
                 assert not going.done()
                 assert server.metric('bdlora_outstanding_requests{model="leaving"}') == 1
                 *_, last = [line for line in lines if line]

@@ -296,6 +296,13 @@ def unload_body(rank: int, world: int, root: Path) -> None:
         desk, folder = AdapterDesk(engine, engine.store), root / f"rank{rank}"
         write_adapter(make("two"), folder, "peft")
         assert desk.load(Load(ticket=1, name="leaving", path=str(folder), wait=False)) == Answer(1)
+        twice = Load(ticket=4, name="twice", path=str(folder))
+        assert desk.load(twice) is None
+        assert "try later" in desk.load(replace(twice, ticket=5)).error
+        engine.store.advance(wait_s=30.0)
+        assert desk.settle() == [Answer(4)]
+        assert desk.unload(Unload(ticket=6, name="twice")) is None
+        assert desk.settle() == [Answer(6)]
         greedy = Sampling(temperature=0.0, max_tokens=6)
         for request_id in (1, 2):
             engine.submit(
@@ -308,6 +315,8 @@ def unload_body(rank: int, world: int, root: Path) -> None:
         while engine.has_work:
             assert desk.settle() == [], "it was unloaded under a request that runs"
             assert desk.unload(Unload(ticket=3, name="leaving")).error
+            again = Load(ticket=7, name="leaving", path=str(folder), wait=False)
+            assert "try later" in desk.load(again).error
             events += engine.step(wait_s=0.05)
         assert desk.settle() == [Answer(2)]
         assert sum(event.finish == "length" for event in events) == 2

@@ -19,6 +19,10 @@ from bdlora_megatron.serve.messages import Choice, Sampling
 
 __all__ = ["Sampler", "choose_tokens", "worths"]
 
+#: So many of the most probable tokens are looked at first: sorting a vocabulary takes ten times as
+#: long as finding them.
+_CANDIDATES = 1024
+
 
 class Sampler:
     """The random streams of the requests in flight."""
@@ -101,33 +105,80 @@ def choose_tokens(logits: Tensor, settings: Sequence[Sampling], draws: Sequence[
     """
     tokens = logits.argmax(dim=-1)
     drawn = [row for row, sampling in enumerate(settings) if not sampling.greedy]
-    if not drawn:
-        return tokens
+    limited = [row for row in drawn if settings[row].limits]
+    free = [row for row in drawn if not settings[row].limits]
+    for rows, draw in ((free, _draw_from_all), (limited, _draw_from_best)):
+        if rows:
+            index = torch.tensor(rows, device=logits.device)
+            chosen = [settings[row] for row in rows]
+            scaled = logits[index].float() / _column(logits, [s.temperature for s in chosen])
+            at = _column(logits, [draws[row] for row in rows])
+            tokens[index] = draw(scaled.softmax(dim=-1), chosen, at)
+    return tokens
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    chosen = [settings[row] for row in drawn]
-    rows = torch.tensor(drawn, device=logits.device)
-    scaled = logits[rows].float() / column([sampling.temperature for sampling in chosen])
-    probabilities, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    place = torch.arange(logits.shape[-1], device=logits.device)
-    allowed = place < column([float(s.top_k or logits.shape[-1]) for s in chosen])
-    allowed &= probabilities >= column([s.min_p for s in chosen]) * probabilities[:, :1]
-    # top_p looks at what these two leave, as in vLLM.
-    left = torch.where(allowed, probabilities, 0.0)
-    left = left / left.sum(dim=-1, keepdim=True)
-    allowed &= left.cumsum(dim=-1) - left < column([sampling.top_p for sampling in chosen])
+def _column(like: Tensor, values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _draw_from_all(probabilities: Tensor, settings: Sequence[Sampling], draws: Tensor) -> Tensor:
+    """Any token may be drawn; in the order of the vocabulary, as sorting takes most of a step."""
+    del settings
+    return _drawn(probabilities, draws)[:, 0]
+
+
+def _draw_from_best(
+    probabilities: Tensor,
+    settings: Sequence[Sampling],
+    draws: Tensor,
+    candidates: int = _CANDIDATES,
+) -> Tensor:
+    """Those tokens may be drawn that ``top_k``, ``min_p`` and ``top_p`` leave, best first."""
+    size = probabilities.shape[-1]
+    fits = max(sampling.top_k for sampling in settings) <= candidates < size
+    count = candidates if fits else size
+    best, ids = _best(probabilities, count)
+    top_k, min_p, top_p = (
+        _column(probabilities, values)
+        for values in zip(*((s.top_k or size, s.min_p, s.top_p) for s in settings), strict=True)
+    )
+    allowed = torch.arange(count, device=best.device) < top_k
+    least = min_p * best[:, :1]
+    allowed &= best >= least
+    # top_p looks at what these two leave, as in vLLM; without top_k, also beyond the candidates.
+    left = torch.where(allowed, best, 0.0)
+    everything = torch.where(probabilities >= least, probabilities, 0.0).sum(-1, keepdim=True)
+    total = torch.where(top_k < size, left.sum(-1, keepdim=True), everything)
+    allowed &= left.cumsum(dim=-1) - left < top_p * total
     # The most probable token stays allowed whatever rounding did.
     allowed[:, 0] = True
-    kept = torch.where(allowed, probabilities, 0.0).cumsum(dim=-1)
-    target = column([draws[row] for row in drawn]) * kept[:, -1:]
-    # The first place whose cumulated probability exceeds the draw: one of zero width never is.
-    pick = (kept <= target).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
-    last = allowed.sum(dim=-1) - 1
-    pick = torch.minimum(pick, last)
-    tokens[rows] = order.gather(1, pick[:, None])[:, 0]
+    tokens = ids.gather(1, _drawn(torch.where(allowed, best, 0.0), draws))[:, 0]
+    if count < size:
+        # Of those as probable as the last candidate, chance decided which became candidates.
+        last = best[:, -1:]
+        short = (allowed & (best == last) & (last > 0)).any(dim=-1).nonzero()[:, 0]
+        if len(short):
+            these = [settings[row] for row in short.tolist()]
+            tokens[short] = _draw_from_best(probabilities[short], these, draws[short], size)
     return tokens
+
+
+def _best(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The most probable tokens and their ids, best first; of equal ones the lower id first."""
+    if count == probabilities.shape[-1]:
+        return probabilities.sort(dim=-1, descending=True, stable=True)
+    ids = probabilities.topk(count).indices.sort(dim=-1).values
+    best, places = probabilities.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return best, ids.gather(1, places)
+
+
+def _drawn(weights: Tensor, draws: Tensor) -> Tensor:
+    """Each row's first place at which the cumulated weights exceed the draw, ``[rows, 1]``."""
+    kept = weights.cumsum(dim=-1)
+    whole = kept[:, -1:].contiguous()
+    # A place without weight never is one, also where rounding makes the draw 1.
+    last = torch.searchsorted(kept, whole)
+    return torch.minimum(torch.searchsorted(kept, draws * whole, right=True), last)
 
 
 def worths(logits: Tensor, tokens: Sequence[int], count: int) -> list[Choice]:

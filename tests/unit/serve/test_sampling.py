@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -14,10 +15,12 @@ from bdlora_megatron.serve.messages import Sampling
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9], dtype=torch.float64)
 
 
-def expected(temperature: float, top_k: int, min_p: float, top_p: float) -> list[float]:
-    """The distribution, in plain Python."""
-    weights = [math.exp(x / temperature) for x in LOGITS.tolist()]
-    ranked = sorted(range(5), key=lambda i: -weights[i])[: top_k or 5]
+def expected(
+    logits: torch.Tensor, temperature: float, top_k: int, min_p: float, top_p: float
+) -> dict[int, float]:
+    """The distribution in plain Python, most probable first; of equal tokens the lower first."""
+    weights = [math.exp(x / temperature) for x in logits.tolist()]
+    ranked = sorted(range(len(weights)), key=lambda i: -weights[i])[: top_k or None]
     ranked = [token for token in ranked if weights[token] >= min_p * max(weights)]
     total = sum(weights[token] for token in ranked)
     kept, before = [], 0.0
@@ -26,7 +29,7 @@ def expected(temperature: float, top_k: int, min_p: float, top_p: float) -> list
             kept.append(token)
         before += weights[token] / total
     mass = sum(weights[token] for token in kept)
-    return [weights[token] / mass if token in kept else 0.0 for token in range(5)]
+    return {token: weights[token] / mass for token in kept}
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
@@ -52,9 +55,46 @@ def test_evenly_spaced_draws_give_the_distribution(temperature, top_k, min_p, to
     draws = [(i + 0.5) / count for i in range(count)]
     tokens = choose_tokens(LOGITS.expand(count, -1), [sampling] * count, draws)
     got = torch.bincount(tokens, minlength=5) / count
+    wanted = expected(LOGITS, temperature, top_k, min_p, top_p)
     torch.testing.assert_close(
-        got, torch.tensor(expected(temperature, top_k, min_p, top_p)), rtol=0, atol=1.5 / count
+        got, torch.tensor([wanted.get(i, 0.0) for i in range(5)]), rtol=0, atol=1.5 / count
     )
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("top_k", "min_p", "top_p"),
+    [(40, 0.0, 1.0), (0, 0.0, 0.7), (0, 0.0, 0.999), (0, 0.01, 1.0), (300, 0.01, 0.9)]
+    + [(1024, 0.0, 1.0), (1025, 0.0, 1.0), (2500, 0.0, 0.95)],
+)
+@pytest.mark.parametrize("levels", [None, 4], ids=["different", "equal"])
+def test_a_large_vocabulary_is_ranked_as_far_as_it_matters(
+    temperature, top_k, min_p, top_p, levels
+):
+    """Also where hundreds of tokens are as probable as the last one that is looked at first."""
+    logits = 3 * torch.randn(3000, generator=torch.Generator().manual_seed(1))
+    if levels is not None:
+        logits = (logits * levels / 3).round() * 3 / levels
+    sampling = Sampling(temperature=temperature, top_k=top_k, min_p=min_p, top_p=top_p)
+    draws = [(i + 0.5) / 500 for i in range(500)]
+    got = choose_tokens(logits.expand(500, -1), [sampling] * 500, draws).tolist()
+    wanted = expected(logits.double(), temperature, top_k, min_p, top_p)
+    assert set(got) <= set(wanted)
+    ends = dict(zip(wanted, itertools.accumulate(wanted.values()), strict=True))
+    for draw, token in zip(draws, got, strict=True):
+        assert ends[token] - wanted[token] - 1e-5 <= draw <= ends[token] + 1e-5
+
+
+def test_each_row_is_drawn_by_its_own_settings():
+    logits = 3 * torch.randn(9, 3000, generator=torch.Generator().manual_seed(2))
+    limits = [{}, {"top_k": 5}, {"top_k": 2000}, {"top_p": 0.999}, {"min_p": 0.1}]
+    settings = [Sampling(temperature=2.0, **limits[row % 5]) for row in range(9)]
+    draws = [(7 * row % 9 + 0.5) / 9 for row in range(9)]
+    alone = [
+        choose_tokens(logits[row : row + 1], [settings[row]], [draws[row]]).item()
+        for row in range(9)
+    ]
+    assert choose_tokens(logits, settings, draws).tolist() == alone
 
 
 def test_zero_temperature_takes_the_most_probable():
@@ -62,10 +102,13 @@ def test_zero_temperature_takes_the_most_probable():
     assert choose_tokens(LOGITS.expand(2, -1), settings, [0.99, 0.99]).tolist() == [1, 1]
 
 
-def test_extreme_draws_and_impossible_tokens_stay_within_bounds():
-    logits = torch.tensor([[-math.inf, 0.0, -math.inf]])
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}], ids=str)
+@pytest.mark.parametrize("size", [3, 3000])
+def test_extreme_draws_and_impossible_tokens_stay_within_bounds(limits, size):
+    logits = torch.full((1, size), -math.inf)
+    logits[0, 1] = 0.0
     for draw in (0.0, 1 - 2**-53):
-        assert choose_tokens(logits, [Sampling()], [draw]).tolist() == [1]
+        assert choose_tokens(logits, [Sampling(**limits)], [draw]).tolist() == [1]
 
 
 def test_a_stream_does_not_depend_on_its_neighbours():
