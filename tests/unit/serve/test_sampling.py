@@ -64,8 +64,16 @@ def test_evenly_spaced_draws_give_the_distribution(temperature, top_k, min_p, to
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize(
     ("top_k", "min_p", "top_p"),
-    [(40, 0.0, 1.0), (0, 0.0, 0.7), (0, 0.0, 0.999), (0, 0.01, 1.0), (300, 0.01, 0.9)]
-    + [(1024, 0.0, 1.0), (1025, 0.0, 1.0), (2500, 0.0, 0.95)],
+    [
+        (40, 0.0, 1.0),
+        (0, 0.0, 0.7),
+        (0, 0.0, 0.999),
+        (0, 0.01, 1.0),
+        (300, 0.01, 0.9),
+        (1024, 0.0, 1.0),
+        (1025, 0.0, 1.0),
+        (2500, 0.0, 0.95),
+    ],
 )
 @pytest.mark.parametrize("levels", [None, 4], ids=["different", "equal"])
 def test_a_large_vocabulary_is_ranked_as_far_as_it_matters(
