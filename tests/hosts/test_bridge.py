@@ -230,6 +230,9 @@ def _settings(rank, world_size, folder):
     assert again == dataclasses.replace(made.peft)
     # Hydra's way to add a key, which Bridge wants for its own PEFT objects.
     assert apply_settings(config(), YAML, ["+peft.bdlora.rank=6"]).peft.dim == 6
+    sections = Path(folder, "sections.yaml")
+    sections.write_text("train: {train_iters: 7}\npeft: {scheme: none}\n")
+    assert apply_settings(config(), sections).train.train_iters == 7
     chosen = config()
     chosen.peft = LoRA(dim=4)
     # Bridge's own overrides would leave the recipe's LoRA in place here.

@@ -49,9 +49,11 @@ def _serve(rank, world):
         assert all("TE" not in name for name in names)
         assert te_names == {"LoRATELayerNormColumnParallelLinear", "LoRATERowParallelLinear"}
         assert len({request.adapter for request in made}) == 5
-        assert after.preemptions > 0
-        assert after.slot_evictions > 0
-        assert (te_ends, te_after) == (ends, after)
+        # How often depends on how fast adapters are read.
+        for seen in (after, te_after):
+            assert seen.preemptions > 0
+            assert seen.slot_evictions > 0
+        assert te_ends == ends
         for request_id, choices in got.items():
             tokens = [choice.token for choice in choices]
             assert [choice.token for choice in te_got[request_id]] == tokens
