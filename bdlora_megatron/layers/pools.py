@@ -73,6 +73,8 @@ class LayerShare:
 class Pools:
     """Pools of one kind, and what each slot holds in them.
 
+    What slots hold is noted on the host; ``SlotTables.upload`` brings it to the device.
+
     With ``parts`` P, a slot's rows of B are read in P parts one after another, each against another
     rank's share of ``z``: the same pools, with a table for each part.
     """
@@ -101,7 +103,7 @@ class Pools:
         ]
 
     def write(self, slot: int, first_row: int, share: LayerShare) -> None:
-        """Copy a share in and point a slot, which no batch in flight may use, at it."""
+        """Copy a share in and note that a slot, which no batch in flight may use, holds it."""
         held, parts = self.factors[0], len(self.factors)
         first_a = first_row * len(self.columns)
         held.A[first_a : first_a + len(share.A)].copy_(share.A, non_blocking=True)
@@ -113,7 +115,7 @@ class Pools:
             first_a += rank
         for part, factors in enumerate(self.factors):
             ranks = [rank // parts for rank in share.b_ranks]
-            factors.table.write(
+            factors.table.note(
                 slot,
                 a_rows=a_rows,
                 b_rows=[(first_row + part * rank, rank) for rank in ranks],
@@ -121,9 +123,9 @@ class Pools:
             )
 
     def clear(self, slot: int) -> None:
-        """Let a slot hold nothing."""
+        """Note that a slot holds nothing."""
         for factors in self.factors:
-            factors.table.clear(slot)
+            factors.table.note_empty(slot)
 
 
 def row_bytes(layer: Any, geometry: LayerGeometry, dtype: torch.dtype, *, exchanged: bool) -> int:

@@ -30,7 +30,14 @@ from bdlora_megatron.errors import ShapeError
 from bdlora_megatron.layers.adapters import AdapterOptions, ProjectionPlan
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.pools import LayerRoom, LayerShare, Pools, own_columns, slot_columns
-from bdlora_megatron.ops import GroupedBatch, SlotFactors, add_grouped, expand, shrink
+from bdlora_megatron.ops import (
+    GroupedBatch,
+    SlotFactors,
+    SlotTable,
+    add_grouped,
+    expand,
+    shrink,
+)
 from bdlora_megatron.ops.grouped import Implementation
 
 __all__ = ["LayerSlots", "ServingStep"]
@@ -89,6 +96,12 @@ class LayerSlots:
             columns = slot_columns(layer, geometry) if self._column else own_columns(layer)
             self._exchanged = Pools(layer, columns, room, parts=size if self._column else 1)
 
+    @property
+    def tables(self) -> list[SlotTable]:
+        """What slots hold, for ``SlotTables`` to bring to the device."""
+        pools = [self._own] if self._exchanged is None else [self._own, self._exchanged]
+        return [factors.table for held in pools for factors in held.factors]
+
     def share(self, modules: Mapping[str, BlockFactors], layout: Layout) -> LayerShare:
         """Cut this rank's share of an adapter, by the rules of ``layers.adapters``.
 
@@ -139,10 +152,11 @@ class LayerSlots:
         )
 
     def write(self, slot: int, first_row: int, share: LayerShare, *, exchanged: bool) -> None:
-        """Copy a share into the pools and point a slot at it.
+        """Copy a share into the pools and note that a slot holds it.
 
         Args:
-            slot: The slot; no batch in flight may use it.
+            slot: The slot; no batch in flight may use it. ``tables`` must be uploaded before one
+                does.
             first_row: Where the adapter's rows begin in the pools of B.
             share: What ``share`` gave.
             exchanged: The share is in the S-LoRA layout.
@@ -157,10 +171,10 @@ class LayerSlots:
         pools.write(slot, first_row, share)
 
     def clear(self, slot: int) -> None:
-        """Let a slot hold nothing.
+        """Note that a slot holds nothing.
 
         Args:
-            slot: The slot; no batch in flight may use it.
+            slot: As for ``write``.
         """
         self._own.clear(slot)
         if self._exchanged is not None:

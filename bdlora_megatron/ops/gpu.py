@@ -115,7 +115,7 @@ def _shrink(x: Tensor, slots: SlotFactors, batch: GroupedBatch, z: Tensor) -> No
         return
     table, sizes = slots.table, _sizes(z, slots)
     x = x if x.stride(1) == 1 else x.contiguous()
-    where = (table.a_start, table.a_rank, z, len(x), slots.in_features)
+    where = (table.a_start, table.a_rank, table.row, z, len(x), slots.in_features)
     with _on(x):
         if batch.by == "token":
             grid = _shrink_grid(len(x), z, 16)
@@ -147,7 +147,7 @@ def _expand(out: Tensor, z: Tensor, slots: SlotFactors, batch: GroupedBatch) -> 
     if out.stride(1) != 1:
         raise UnsupportedError("the output's columns must be contiguous in memory")
     pools = (slots.B * MAX_SLICES)[:MAX_SLICES]
-    held = (table.b_start, table.b_rank, table.scale, z.shape[1])
+    held = (table.b_start, table.b_rank, table.scale, table.row, z.shape[1])
     sizes = {
         "J": table.num_slices,
         "Z": table.max_rank,

@@ -9,6 +9,9 @@ Sums are kept in float32. ``z`` is ``[SPLITS, T, J, Z]``: programs that share th
 a token each write their own share, and whoever reads adds them up in order, so that results do not
 depend on which program came first.
 
+Where a slot's rows lie is read from the tensors of ``SlotTable``, ``table_row`` entries from one
+slot to the next: those of all layers may stand in one piece of memory.
+
 ``DOT`` is the type that tensor cores are given: the factors' own, except under Triton's
 interpreter.
 
@@ -37,6 +40,7 @@ def shrink_by_token(
     token_slot,
     a_start,
     a_rank,
+    table_row,
     z,
     T,
     I,
@@ -54,9 +58,9 @@ def shrink_by_token(
     split = tl.program_id(2)
     slot = tl.load(token_slot + t)
     if slot >= 0:
-        rank = tl.load(a_rank + slot * J + j)
+        rank = tl.load(a_rank + slot * table_row + j)
         if tl.program_id(1) % rank_blocks * BLOCK_R < rank:
-            row = (tl.load(a_start + slot * J + j) + r).to(tl.int64)
+            row = (tl.load(a_start + slot * table_row + j) + r).to(tl.int64)
             # Summed over features once, at the end: each such sum makes the warps wait.
             products = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
             for first in range(split * BLOCK_K, I, SPLITS * BLOCK_K):
@@ -81,6 +85,7 @@ def shrink_by_tile(
     spans,
     a_start,
     a_rank,
+    table_row,
     z,
     T,
     I,
@@ -101,12 +106,12 @@ def shrink_by_tile(
     split = tl.program_id(2).to(tl.int64)
     slot = tl.load(spans + tile * 3)
     if slot >= 0:
-        rank = tl.load(a_rank + slot * J + j)
+        rank = tl.load(a_rank + slot * table_row + j)
         if tl.program_id(1) % rank_blocks * BLOCK_R < rank:
             position = tl.load(spans + tile * 3 + 1) + tl.arange(0, TILE)
             here = position < tl.load(spans + tile * 3 + 2)
             t = tl.load(order + position, mask=here, other=0).to(tl.int64)
-            row = (tl.load(a_start + slot * J + j) + r).to(tl.int64)
+            row = (tl.load(a_start + slot * table_row + j) + r).to(tl.int64)
             sums = tl.zeros([TILE, BLOCK_R], dtype=tl.float32)
             for first in range(split * BLOCK_K, I, SPLITS * BLOCK_K):
                 k = first + tl.arange(0, BLOCK_K)
@@ -142,6 +147,7 @@ def expand_by_token(
     b_start,
     b_rank,
     scale,
+    table_row,
     T,
     J: tl.constexpr,
     Z: tl.constexpr,
@@ -156,7 +162,7 @@ def expand_by_token(
     block = blocks + tl.program_id(1) * 5
     j = tl.load(block)
     if slot >= 0:
-        rank = tl.load(b_rank + slot * J + j)
+        rank = tl.load(b_rank + slot * table_row + j)
         if rank > 0:
             B = B0
             if j == 1:
@@ -170,8 +176,8 @@ def expand_by_token(
             row_size = tl.multiple_of(tl.load(block + 4), ALIGN)
             o = tl.arange(0, BLOCK_O)
             inside = o < tl.multiple_of(tl.load(block + 3), ALIGN)
-            start = tl.load(b_start + slot * J + j)
-            factor = tl.load(scale + slot * J + j)
+            start = tl.load(b_start + slot * table_row + j)
+            factor = tl.load(scale + slot * table_row + j)
             products = tl.zeros([BLOCK_R, BLOCK_O], dtype=tl.float32)
             for first in range(0, rank, BLOCK_R):
                 r = first + tl.arange(0, BLOCK_R)
@@ -210,6 +216,7 @@ def expand_by_tile(
     b_start,
     b_rank,
     scale,
+    table_row,
     T,
     J: tl.constexpr,
     Z: tl.constexpr,
@@ -227,7 +234,7 @@ def expand_by_tile(
     block = blocks + tl.program_id(1) * 5
     j = tl.load(block)
     if slot >= 0:
-        rank = tl.load(b_rank + slot * J + j)
+        rank = tl.load(b_rank + slot * table_row + j)
         if rank > 0:
             B = B0
             if j == 1:
@@ -244,8 +251,8 @@ def expand_by_tile(
             position = tl.load(spans + tile * 3 + 1) + tl.arange(0, TILE)
             here = position < tl.load(spans + tile * 3 + 2)
             t = tl.load(order + position, mask=here, other=0).to(tl.int64)
-            start = tl.load(b_start + slot * J + j)
-            factor = tl.load(scale + slot * J + j)
+            start = tl.load(b_start + slot * table_row + j)
+            factor = tl.load(scale + slot * table_row + j)
             sums = tl.zeros([TILE, BLOCK_O], dtype=tl.float32)
             for first in range(0, rank, BLOCK_R):
                 r = first + tl.arange(0, BLOCK_R)

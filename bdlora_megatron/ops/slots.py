@@ -11,6 +11,7 @@ nothing here knows of process groups.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from bdlora_megatron.errors import ShapeError
 
-__all__ = ["Columns", "Held", "SlotFactors", "SlotTable"]
+__all__ = ["Columns", "Held", "SlotFactors", "SlotTable", "SlotTables"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,12 +85,17 @@ def _held(*columns: tuple[Any, ...]) -> Held:
     return Held(*columns)
 
 
+_INTEGERS = ("a_start", "b_start", "a_rank", "b_rank")
+_TENSORS = (*_INTEGERS, "scale")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotTable:
     """Which pool rows hold each slot's factors, and each slot's scale; all ``[N, J]``.
 
     The tensors are what kernels read; the host reads ``held`` and never waits for them. Layers
-    whose slots hold the same rows share what a batch derives from them.
+    whose slots hold the same rows share what a batch derives from them. ``SlotTables`` keeps the
+    tensors of many layers in one piece of memory.
 
     A and B have rows of their own because the pools do, and ranks of their own because the S-LoRA
     layout holds a share of A's rows and all of B's; BD-LoRA holds equally many of both.
@@ -115,7 +121,9 @@ class SlotTable:
     held: list[Held] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        columns = (self.a_start, self.b_start, self.a_rank, self.b_rank, self.scale)
+        columns = [getattr(self, name) for name in _TENSORS]
+        if len({(column.shape, column.stride()) for column in columns}) != 1:
+            raise ShapeError("the tensors of a table differ in their shapes or strides")
         rows = zip(*(column.tolist() for column in columns), strict=True)
         object.__setattr__(self, "held", [_held(*map(tuple, row)) for row in rows])
 
@@ -158,6 +166,11 @@ class SlotTable:
         """Slices J."""
         return self.scale.shape[1]
 
+    @property
+    def row(self) -> int:
+        """Entries from one slot to the next, in each of the tensors."""
+        return self.scale.stride(0)
+
     def write(
         self,
         slot: int,
@@ -166,7 +179,7 @@ class SlotTable:
         b_rows: Sequence[tuple[int, int]],
         scale: Sequence[float],
     ) -> None:
-        """Say what one slot holds.
+        """Say what one slot holds, on the host and on the device.
 
         Args:
             slot: The slot; no batch in flight may use it.
@@ -176,6 +189,28 @@ class SlotTable:
 
         Raises:
             ShapeError: A slice is missing, or a rank is larger than ``max_rank``.
+        """
+        self.note(slot, a_rows=a_rows, b_rows=b_rows, scale=scale)
+        self._upload(slot)
+
+    def note(
+        self,
+        slot: int,
+        *,
+        a_rows: Sequence[tuple[int, int]],
+        b_rows: Sequence[tuple[int, int]],
+        scale: Sequence[float],
+    ) -> None:
+        """Say what one slot holds on the host alone, for ``SlotTables.upload`` to follow.
+
+        Args:
+            slot: As for ``write``.
+            a_rows: As for ``write``.
+            b_rows: As for ``write``.
+            scale: As for ``write``.
+
+        Raises:
+            ShapeError: As for ``write``.
         """
         counts = {len(a_rows), len(b_rows), len(scale)}
         if counts != {self.num_slices}:
@@ -189,19 +224,69 @@ class SlotTable:
         a_start, a_rank = zip(*a_rows, strict=True)
         b_start, b_rank = zip(*b_rows, strict=True)
         # As the kernels will read it, in float32.
-        rounded = torch.tensor(scale, dtype=torch.float32).tolist()
-        self._set(slot, (a_start, b_start, a_rank, b_rank, tuple(rounded)))
+        rounded = tuple(array("f", scale))
+        self.held[slot] = _held(a_start, b_start, a_rank, b_rank, rounded)
 
     def clear(self, slot: int) -> None:
-        """Say that a slot holds nothing."""
-        nothing = (0,) * self.num_slices
-        self._set(slot, (nothing, nothing, nothing, nothing, (0.0,) * self.num_slices))
+        """Say that a slot holds nothing, on the host and on the device."""
+        self.note_empty(slot)
+        self._upload(slot)
 
-    def _set(self, slot: int, rows: tuple[tuple[Any, ...], ...]) -> None:
-        columns = (self.a_start, self.b_start, self.a_rank, self.b_rank, self.scale)
-        for column, row in zip(columns, rows, strict=True):
+    def note_empty(self, slot: int) -> None:
+        """Say that a slot holds nothing on the host alone, for ``SlotTables.upload`` to follow."""
+        nothing = (0,) * self.num_slices
+        self.held[slot] = _held(*[nothing] * len(_INTEGERS), (0.0,) * self.num_slices)
+
+    def _upload(self, slot: int) -> None:
+        for name in _TENSORS:
+            column: Tensor = getattr(self, name)
+            row = getattr(self.held[slot], name)
             column[slot].copy_(torch.tensor(row, dtype=column.dtype))
-        self.held[slot] = _held(*rows)
+
+
+class SlotTables:
+    """The tables of a model's layers in one piece of memory: one copy writes a slot of all.
+
+    A model of 32 layers has 128 tables of five tensors each, and an adapter that moves in changes a
+    row of every one of them. Copied one by one, that takes longer than the adapter's factors.
+
+    Memory: int32 ``[N, 5 S]`` with S slices of all tables together; the last S are the bits of
+    ``scale``.
+    """
+
+    def __init__(self, tables: Sequence[SlotTable]) -> None:
+        """Move tables together; their tensors become views of the one memory.
+
+        Args:
+            tables: Of equally many slots on one device; no graph has captured them.
+        """
+        self._tables = tuple(tables)
+        self._memory = torch.cat(
+            [getattr(table, name).view(torch.int32) for name in _TENSORS for table in self._tables],
+            dim=1,
+        )
+        first = 0
+        for name in _TENSORS:
+            for table in self._tables:
+                view = self._memory[:, first : first + table.num_slices]
+                first += table.num_slices
+                # Frozen against everyone else.
+                object.__setattr__(table, name, view.view(getattr(table, name).dtype))
+
+    def upload(self, slot: int) -> None:
+        """Copy to the device what the tables have noted of a slot.
+
+        Args:
+            slot: The slot; no batch in flight may use it.
+        """
+        held = [table.held[slot] for table in self._tables]
+        integers = [n for name in _INTEGERS for one in held for n in getattr(one, name)]
+        scales = [scale for one in held for scale in one.scale]
+        row = [
+            torch.tensor(integers, dtype=torch.int32),
+            torch.tensor(scales, dtype=torch.float32).view(torch.int32),
+        ]
+        self._memory[slot].copy_(torch.cat(row))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

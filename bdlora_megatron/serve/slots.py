@@ -21,7 +21,7 @@ from bdlora_megatron.layers.load import check_covered, decoder_linears, fit
 from bdlora_megatron.layers.lora_linear import LoRALinear
 from bdlora_megatron.layers.pools import LayerRoom, LayerShare, row_bytes
 from bdlora_megatron.layers.slots import LayerSlots, ServingStep
-from bdlora_megatron.ops import GroupedBatch
+from bdlora_megatron.ops import GroupedBatch, SlotTables
 from bdlora_megatron.serve.ledger import SlotLedger
 from bdlora_megatron.serve.room import AdapterShare, SlotRoom
 
@@ -89,6 +89,9 @@ class ModelSlots:
             self._layers[target.full_name] = layer.slots
             if layer is not target.module:
                 replace_module(model, target.module, layer)
+        self._tables = SlotTables(
+            [table for slots in self._layers.values() for table in slots.tables]
+        )
         self._exchanged: set[int] = set()
         self.device = layers[0].weight.device
 
@@ -215,10 +218,12 @@ class ModelSlots:
         place = self.ledger.place(key, share.rows)
         if place is None:
             return None
-        for slot in {*place.evicted, place.slot}:
+        for slot in {*place.evicted} - {place.slot}:
             self._clear(slot)
+        self._note_empty(place.slot)
         for name, part in share.layers.items():
             self._layers[name].write(place.slot, place.first_row, part, exchanged=share.exchanged)
+        self._tables.upload(place.slot)
         if share.exchanged:
             self._exchanged.add(place.slot)
         return place.slot
@@ -236,6 +241,10 @@ class ModelSlots:
         self._clear(self.ledger.evict(key))
 
     def _clear(self, slot: int) -> None:
+        self._note_empty(slot)
+        self._tables.upload(slot)
+
+    def _note_empty(self, slot: int) -> None:
         for layer in self._layers.values():
             layer.clear(slot)
         self._exchanged.discard(slot)

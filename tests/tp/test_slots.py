@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.errors import CapacityError, ConfigError, ShapeError, TargetError
@@ -223,6 +224,35 @@ def _untouched(rank, world_size):
 
 def test_a_slot_in_use_is_never_touched():
     run_ranks(2, _untouched)
+
+
+class _Copies(TorchDispatchMode):
+    """Counts what is copied into memory that is there already."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.copy_.default
+        return func(*args, **(kwargs or {}))
+
+
+def _copies(rank, world_size):
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+        slots = ModelSlots(model, SlotRoom(num_slots=1, max_rank=8))
+        shares = [slots.share(ADAPTERS[name]) for name in ("bd4", "vanilla")]
+        found = []
+        for number, share in enumerate(shares):
+            with _Copies() as copies:
+                assert slots.load(number, share) == 0
+            found.append(copies.count)
+        return found
+
+
+def test_an_adapter_moves_in_by_its_factors_and_one_copy_more():
+    """Per layer qkv has one A and three B, fc1 one and two, proj and fc2 one each."""
+    for found in run_ranks(2, _copies):
+        assert found == [2 * (4 + 2 + 3 + 2) + 1] * 2
 
 
 # --- refusals --------------------------------------------------------------------------------
