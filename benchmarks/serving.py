@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of arrivals in one load")
     parser.add_argument("--prompt", type=int, nargs=2, default=[8, 64])
     parser.add_argument("--answer", type=int, nargs=2, default=[8, 32])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--more", nargs="*", default=[], metavar="NAME=VALUE", help="settings")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR")
     args = parser.parse_args()
