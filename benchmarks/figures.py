@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from string import Formatter
 from typing import Any
 
@@ -223,6 +223,23 @@ def _throughput(link_ms: float) -> Callable[[Any], Mapping[str, float]]:
     return values
 
 
+def _beside_vllm(report: Any) -> Mapping[str, float]:
+    """Tokens a second on two ranks; the medians."""
+    lora, blocks = (f"{kind}, {_PEER_ADAPTERS} adapters" for kind in ("LoRA", "BD-LoRA"))
+    ours, vllm = "bdlora-megatron, TP=2", "vLLM, TP=2"
+    places = {
+        "base": ("base", ours),
+        "vllm_base": ("base", vllm),
+        "bdlora": (blocks, ours),
+        "half": (lora, ours),
+        "slora": (lora, f"{ours}, S-LoRA layout"),
+        "vllm_half": (lora, vllm),
+        "vllm_sharded": (lora, f"{vllm}, fully sharded"),
+    }
+    made = {(row["load"], row["contender"]): median(row["tokens_per_s"]) for row in report["rows"]}
+    return {name: made[place] for name, place in places.items()}
+
+
 # Quality.
 
 
@@ -264,6 +281,7 @@ _SPEED_ROW = (
 )
 _THROUGHPUT_ROW = "| {base:.2f} | {bdlora:.2f} | {half_sharded:.2f} | 1 | |"
 _ONE, _MANY = ("decode", 1, 128), ("decode", 32, 128)
+_PEER_ADAPTERS = 8
 _QUALITY_ROW = " | ".join(f"{{r{rank}:+.4f}} ± {{r{rank}_spread:.4f}}" for rank in (8, 16, 32, 64))
 
 
@@ -306,6 +324,14 @@ def _readme() -> Iterator[Statement]:
             report="serving.json",
             values=_throughput(link_ms),
         )
+    yield Statement(
+        page="README.md",
+        text="the base model makes {base:.0f} tokens/s (vLLM {vllm_base:.0f}), eight adapters as "
+        "BD-LoRA {bdlora:.0f}, as LoRA {half:.0f} half-sharded, {slora:.0f} in S-LoRA's layout "
+        "(vLLM {vllm_half:.0f} and {vllm_sharded:.0f}).",
+        report="peers.json",
+        values=_beside_vllm,
+    )
     yield Statement(
         page="README.md",
         text="BD-LoRA of twice the rank decodes one request {tp8_batch1:.2f} times as fast as "
