@@ -199,6 +199,30 @@ def _speed(step: tuple[str, int, int], link_ms: float) -> Callable[[Any], Mappin
     return values
 
 
+def _held_out(phase: str = "") -> Callable[[Any], Mapping[str, float]]:
+    """How far the cost model was from the settings that it had not seen, in per cent."""
+
+    def values(report: Any) -> Mapping[str, float]:
+        keys = ("phase", "batch", "length", "latency_s", "arm")
+        measured = {
+            tuple(cell[key] for key in keys): median(cell["seconds"]) for cell in report["cells"]
+        }
+        errors = sorted(
+            100 * abs(cell["seconds"] / measured[tuple(cell[key] for key in keys)] - 1)
+            for cell in report["calibration"]["predicted"]
+            if cell["held_out"] and cell["phase"].startswith(phase)
+        )
+        return {
+            "number": len(errors),
+            "median": median(errors),
+            "high": errors[min(int(0.9 * len(errors)), len(errors) - 1)],
+            "largest": errors[-1],
+            "within": 100 * sum(error <= 25 for error in errors) / len(errors),
+        }
+
+    return values
+
+
 _ARMS = {
     "base": "base",
     "bdlora": "bdlora 32",
@@ -358,6 +382,22 @@ def _quality_statements() -> Iterator[Statement]:
             )
 
 
+def _cost_model() -> Iterator[Statement]:
+    for start, phase in (
+        ("| third run, likewise", ""),
+        ("| of the third, decoding", "decode"),
+        ("| prefill", "prefill"),
+        ("| training", "train"),
+    ):
+        yield Statement(
+            page="docs/cost-model.md",
+            text=f"{start} | {{number:.0f}} | {{median:.1f}} % | {{high:.1f}} % "
+            "| {largest:.1f} % | {within:.0f} % |",
+            report="layouts.json",
+            values=_held_out(phase),
+        )
+
+
 def _bridge_tutorial() -> Statement:
     def values(report: Any) -> Mapping[str, float]:
         rows = report["steps"]["tensor parallel"]
@@ -373,7 +413,12 @@ def _bridge_tutorial() -> Statement:
 
 
 #: Everything that is held to a report.
-STATEMENTS: Sequence[Statement] = (*_readme(), *_quality_statements(), _bridge_tutorial())
+STATEMENTS: Sequence[Statement] = (
+    *_readme(),
+    *_quality_statements(),
+    *_cost_model(),
+    _bridge_tutorial(),
+)
 
 
 def main() -> None:
