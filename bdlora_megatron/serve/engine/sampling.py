@@ -135,8 +135,7 @@ def _draw_from_best(
 ) -> Tensor:
     """Those tokens may be drawn that ``top_k``, ``min_p`` and ``top_p`` leave, best first."""
     size = probabilities.shape[-1]
-    fits = max(sampling.top_k for sampling in settings) <= candidates < size
-    count = candidates if fits else size
+    count = min(candidates, size)
     best, ids = _best(probabilities, count)
     top_k, min_p, top_p = (
         _column(probabilities, values)
@@ -156,7 +155,8 @@ def _draw_from_best(
     if count < size:
         # Of those as probable as the last candidate, chance decided which became candidates.
         last = best[:, -1:]
-        short = (allowed & (best == last) & (last > 0)).any(dim=-1).nonzero()[:, 0]
+        reached = (allowed & (best == last) & (last > 0)).any(dim=-1, keepdim=True)
+        short = (reached | ((top_k > count) & (top_k < size))).nonzero()[:, 0]
         if len(short):
             these = [settings[row] for row in short.tolist()]
             tokens[short] = _draw_from_best(probabilities[short], these, draws[short], size)
