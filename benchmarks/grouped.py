@@ -111,7 +111,8 @@ def grouped(problem: Problem) -> tuple[Callable[[], Tensor], Callable[[], Tensor
     table = SlotTable.empty(n, 1, max_rank=r)
     for slot in range(n):
         rows = [(slot * r, r)]
-        table.write(slot, a_rows=rows, b_rows=rows, scale=[1.0])
+        table.note(slot, a_rows=rows, b_rows=rows, scale=[1.0])
+        table.upload(slot)
     slots = SlotFactors(
         A=problem.A.flatten(0, 1),
         B=(problem.B.flatten(0, 1),),

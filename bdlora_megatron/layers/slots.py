@@ -155,8 +155,8 @@ class LayerSlots:
         """Copy a share into the pools and note that a slot holds it.
 
         Args:
-            slot: The slot; no batch in flight may use it. ``tables`` must be uploaded before one
-                does.
+            slot: The slot, which holds nothing; no batch in flight may use it. ``tables`` must be
+                uploaded before one does.
             first_row: Where the adapter's rows begin in the pools of B.
             share: What ``share`` gave.
             exchanged: The share is in the S-LoRA layout.
@@ -164,7 +164,6 @@ class LayerSlots:
         Raises:
             ShapeError: There are no pools for the S-LoRA layout.
         """
-        self.clear(slot)
         pools = self._exchanged if exchanged else self._own
         if pools is None:
             raise ShapeError("an S-LoRA share in a layer without pools for that layout")
@@ -174,7 +173,8 @@ class LayerSlots:
         """Note that a slot holds nothing.
 
         Args:
-            slot: As for ``write``.
+            slot: The slot; no batch in flight may use it. ``tables`` must be uploaded before one
+                does.
         """
         self._own.clear(slot)
         if self._exchanged is not None:

@@ -136,7 +136,7 @@ class SlotTable:
         Args:
             num_slots: Slots N.
             num_slices: Slices J of the layer.
-            max_rank: The largest rank that ``write`` will take.
+            max_rank: The largest rank that ``note`` will take.
             device: Where the pools are.
 
         Returns:
@@ -171,7 +171,7 @@ class SlotTable:
         """Entries from one slot to the next, in each of the tensors."""
         return self.scale.stride(0)
 
-    def write(
+    def note(
         self,
         slot: int,
         *,
@@ -179,7 +179,7 @@ class SlotTable:
         b_rows: Sequence[tuple[int, int]],
         scale: Sequence[float],
     ) -> None:
-        """Say what one slot holds, on the host and on the device.
+        """Say what one slot holds, on the host; kernels read it after an ``upload``.
 
         Args:
             slot: The slot; no batch in flight may use it.
@@ -189,28 +189,6 @@ class SlotTable:
 
         Raises:
             ShapeError: A slice is missing, or a rank is larger than ``max_rank``.
-        """
-        self.note(slot, a_rows=a_rows, b_rows=b_rows, scale=scale)
-        self._upload(slot)
-
-    def note(
-        self,
-        slot: int,
-        *,
-        a_rows: Sequence[tuple[int, int]],
-        b_rows: Sequence[tuple[int, int]],
-        scale: Sequence[float],
-    ) -> None:
-        """Say what one slot holds on the host alone, for ``SlotTables.upload`` to follow.
-
-        Args:
-            slot: As for ``write``.
-            a_rows: As for ``write``.
-            b_rows: As for ``write``.
-            scale: As for ``write``.
-
-        Raises:
-            ShapeError: As for ``write``.
         """
         counts = {len(a_rows), len(b_rows), len(scale)}
         if counts != {self.num_slices}:
@@ -227,17 +205,17 @@ class SlotTable:
         rounded = tuple(array("f", scale))
         self.held[slot] = _held(a_start, b_start, a_rank, b_rank, rounded)
 
-    def clear(self, slot: int) -> None:
-        """Say that a slot holds nothing, on the host and on the device."""
-        self.note_empty(slot)
-        self._upload(slot)
-
     def note_empty(self, slot: int) -> None:
-        """Say that a slot holds nothing on the host alone, for ``SlotTables.upload`` to follow."""
+        """Say that a slot holds nothing, on the host; kernels read it after an ``upload``."""
         nothing = (0,) * self.num_slices
         self.held[slot] = _held(*[nothing] * len(_INTEGERS), (0.0,) * self.num_slices)
 
-    def _upload(self, slot: int) -> None:
+    def upload(self, slot: int) -> None:
+        """Copy to the device what was noted of a slot; ``SlotTables`` does it for many tables.
+
+        Args:
+            slot: The slot; no batch in flight may use it.
+        """
         for name in _TENSORS:
             column: Tensor = getattr(self, name)
             row = getattr(self.held[slot], name)

@@ -95,7 +95,8 @@ def make_slots(layer="one", *, ranks=RANKS, dtype=torch.float32, device="cpu", s
         scale = [
             (1 + 0.1 * slot + 0.03 * j) / max(rank, 1) ** 0.5 for j, rank in enumerate(held[slot])
         ]
-        table.write(slot, a_rows=a_rows, b_rows=b_rows, scale=scale)
+        table.note(slot, a_rows=a_rows, b_rows=b_rows, scale=scale)
+        table.upload(slot)
     return SlotFactors(
         A=A.to(dtype).to(device),
         B=tuple(pool.to(dtype).to(device) for pool in B),

@@ -45,13 +45,15 @@ def test_follows_what_its_slots_hold(implementation):
         assert_close(add_grouped(out, x, slots, batch, implementation=name).cpu(), wanted, "held")
         # Slot 4 now holds what slot 6 holds, and slot 1 nothing.
         other = slots.table.held[6]
-        slots.table.write(
+        slots.table.note(
             4,
             a_rows=list(zip(other.a_start, other.a_rank, strict=True)),
             b_rows=list(zip(other.b_start, other.b_rank, strict=True)),
             scale=[0.3, 0.7],
         )
-        slots.table.clear(1)
+        slots.table.note_empty(1)
+        for slot in (4, 1):
+            slots.table.upload(slot)
 
 
 def test_layers_that_hold_alike_share_a_plan():

@@ -62,7 +62,8 @@ def test_one_upload_writes_a_slot_of_every_table_and_no_other():
         }
         before = contents(table)
         table.note(1, **row)
-        wanted.write(1, **row)
+        wanted.note(1, **row)
+        wanted.upload(1)
         assert table.held[1] is wanted.held[1]
         assert all(map(torch.equal, contents(table), before))
         assert not any(map(torch.equal, before, contents(wanted)))
@@ -70,7 +71,8 @@ def test_one_upload_writes_a_slot_of_every_table_and_no_other():
     for table, wanted in zip(tables, alone, strict=True):
         assert all(map(torch.equal, contents(table), contents(wanted)))
         table.note_empty(2)
-        wanted.clear(2)
+        wanted.note_empty(2)
+        wanted.upload(2)
     together.upload(2)
     for table, wanted in zip(tables, alone, strict=True):
         assert all(map(torch.equal, contents(table), contents(wanted)))
