@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         repeats=arguments.repeats,
         ranks=(16,),
         decode=((1, 128), (8, 128)),
+        mixed=(),
         prefill=((1, 64),),
         train=((1, 64), (2, 128)),
         latencies_s=(0.0, 1e-3),

@@ -20,6 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 FEWER = (
     *("--lora-ranks", "12"),
     *("--decode", "1x128,8x128"),
+    *("--mixed", "8x128"),
+    *("--adapters", "1,8"),
     *("--prefill", "1x64"),
     *("--train", "1x64"),
     *("--latency-ms", "0,1"),

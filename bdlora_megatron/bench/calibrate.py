@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from bdlora_megatron.bench.mixed_work import mixed_work
 from bdlora_megatron.bench.plan import Arm, BenchPlan
 from bdlora_megatron.bench.run import Cell
 from bdlora_megatron.plan import (
@@ -170,7 +171,7 @@ def calibrate(
     for cell in cells:
         key = (cell.setting.step, cell.arm)
         if key not in known:
-            known[key] = _count(plan, cell, bytes_per_element)
+            known[key] = _count(plan, cell, bytes_per_element, fused=not packs)
 
     def predict(cell: Cell, machine: Machine) -> float:
         hardware = machine.hardware(cell.setting.latency_s, packs=packs)
@@ -188,21 +189,25 @@ def calibrate(
     )
 
 
-def _count(plan: BenchPlan, cell: Cell, size: int) -> _Counted:
+def _count(plan: BenchPlan, cell: Cell, size: int, *, fused: bool) -> _Counted:
     at, arm = cell.setting, cell.arm
-    load = None if arm.layout is None else AdapterLoad(layout=arm.layout, rank=arm.rank)
+    load = None
+    if arm.layout is not None:
+        load = AdapterLoad(layout=arm.layout, rank=arm.rank, distinct=at.adapters or 1)
     if at.phase == "train":
         step = TrainStep(sequences=at.batch, length=at.length, bytes_per_element=size, fused=False)
         there, back = training_work(plan.shape, step, plan.tp, load)
     else:
-        decodes = at.phase == "decode"
         local = LocalStep(
             sequences=at.batch,
-            new=1 if decodes else at.length,
-            cached=at.length if decodes else 0,
+            new=1 if at.decodes else at.length,
+            cached=at.length if at.decodes else 0,
             bytes_per_element=size,
         )
-        there, back = local_work(plan.shape, local, plan.tp, load), Work()
+        if at.adapters is None:
+            there, back = local_work(plan.shape, local, plan.tp, load), Work()
+        else:
+            there, back = mixed_work(plan.shape, local, plan.tp, load, fused=fused), Work()
     return _Counted(
         forward=Counter(there.products),
         backward=Counter(back.products),

@@ -10,6 +10,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
 from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
+from bdlora_megatron.bench.slots import SlotAdapters
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.convert.hf_base import HFConfig, build_gpt_model, transformer_config
 from bdlora_megatron.convert.hf_base.rope import RopeSettings
@@ -38,12 +39,13 @@ class Contenders:
         self._adapters: dict[Arm, dict[str, nn.Module]] = {}
         self._optimizers: dict[Arm, torch.optim.Optimizer] = {}
         self._hosts: dict[Arm, Any] = {}
+        self._slots = SlotAdapters(self.model, plan)
         for arm in plan.arms():
             if arm.bridge:
                 self._attach_bridge(arm)
             elif arm.layout is not None:
                 self._attach(arm)
-        self._caches: dict[tuple[str, int, int], StaticInferenceContext] = {}
+        self._caches: dict[tuple[bool, int, int], StaticInferenceContext] = {}
 
     def _attach(self, arm: Arm) -> None:
         assert arm.layout is not None
@@ -67,6 +69,7 @@ class Contenders:
             nn.init.normal_(parameter, std=0.02)
         self._adapters[arm] = adapters
         self._optimizers[arm] = torch.optim.AdamW(parameters, lr=1e-4)
+        self._slots.take_over(arm)
 
     def _attach_bridge(self, arm: Arm) -> None:
         """A model of its own, whose weights are the other's, with Bridge's adapters in it."""
@@ -90,18 +93,21 @@ class Contenders:
         """
         return self._hosts.get(arm, self.model)
 
-    def choose(self, arm: Arm) -> None:
+    def choose(self, arm: Arm, setting: Setting) -> None:
         """Put one contender's adapters in.
 
         Args:
             arm: Which.
+            setting: A mixed step takes them from slots.
         """
-        chosen = self._adapters.get(arm, {})
+        mixed = setting.adapters is not None
+        chosen = {} if mixed else self._adapters.get(arm, {})
         for name, layer in lora_layers(self.model):
             layer.adapter = chosen.get(name)  # type: ignore[assignment]
+        self._slots.choose(arm if mixed else None)
 
     def step(self, arm: Arm, setting: Setting) -> Callable[[], None]:
-        """What to run for one step; ``choose(arm)`` comes first.
+        """What to run for one step; ``choose(arm, setting)`` comes first.
 
         Args:
             arm: Whose optimizer steps.
@@ -116,9 +122,17 @@ class Contenders:
             inputs = self._inputs(batch, length, 0)
             return lambda: self._train(model, inputs, self._optimizers.get(arm))
         cache = self._cache(setting)
-        decodes = setting.phase == "decode"
-        inputs = self._inputs(batch, 1, length) if decodes else self._inputs(batch, length, 0)
-        return lambda: self._infer(model, inputs, cache)
+        new, before = (1, length) if setting.decodes else (length, 0)
+        inputs = self._inputs(batch, new, before)
+        if setting.adapters is None or arm.layout is None:
+            return lambda: self._infer(model, inputs, cache)
+        serving = self._slots.serving(arm, setting)
+
+        def mixed() -> None:
+            with serving():
+                self._infer(model, inputs, cache)
+
+        return mixed
 
     def _inputs(self, batch: int, tokens: int, before: int) -> tuple[Tensor, Tensor, Tensor]:
         where = self.device
@@ -130,13 +144,14 @@ class Contenders:
 
     def _cache(self, setting: Setting) -> StaticInferenceContext:
         """The cache of a step, which is left as full as it was: every step is the same."""
-        cache = self._caches.get(setting.step)
+        key = setting.decodes, setting.batch, setting.length
+        cache = self._caches.get(key)
         if cache is None:
             cache = StaticInferenceContext(setting.batch, setting.length + 1)
             self._infer(self.model, self._inputs(setting.batch, setting.length, 0), cache)
-            if setting.phase == "decode":
+            if setting.decodes:
                 cache.increment_sequence_len_offset(setting.length)
-            self._caches[setting.step] = cache
+            self._caches[key] = cache
         return cache
 
     @torch.inference_mode()
@@ -198,7 +213,7 @@ def _decoder_input(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 
 def _hf_config(shape: ModelShape, plan: BenchPlan) -> HFConfig:
-    lengths = [length for _, length in (*plan.decode, *plan.prefill, *plan.train)]
+    longest = max(length for _, length in plan.sizes())
     return HFConfig(
         model_type="llama",
         num_layers=shape.num_layers,
@@ -208,7 +223,7 @@ def _hf_config(shape: ModelShape, plan: BenchPlan) -> HFConfig:
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         vocab_size=shape.vocab_size,
-        max_positions=max(lengths) + 1,
+        max_positions=longest + 1,
         norm_eps=1e-5,
         rope=RopeSettings(kind="default", theta=10000.0, factor=1.0),
         qkv_bias=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bdlora_megatron.config import Layout
@@ -13,7 +13,7 @@ from bdlora_megatron.plan.model import PRESETS, ModelShape
 
 __all__ = ["MODELS", "Arm", "BenchPlan", "Phase", "Setting"]
 
-Phase = Literal["decode", "prefill", "train"]
+Phase = Literal["decode", "mixed", "prefill", "train"]
 
 #: Sizes for random weights. ``small`` divides by 2, 3 and 4 ranks.
 MODELS = {
@@ -59,27 +59,37 @@ class Setting:
 
     Attributes:
         phase: ``decode`` a token for each of ``batch`` requests that have ``length`` before it,
-            ``prefill`` ``batch`` prompts of ``length``, or ``train`` on ``batch`` sequences of
-            ``length``: forward, backward and the adapter's AdamW.
+            ``mixed`` the same with adapters from slots, ``prefill`` ``batch`` prompts of
+            ``length``, or ``train`` on ``batch`` sequences of ``length``: forward, backward and
+            the adapter's AdamW.
         batch: Requests.
         length: Tokens.
         latency_s: Added to every collective.
+        adapters: Different adapters in a mixed step, which the requests take in turn; None in all
+            other steps, where there is one.
     """
 
     phase: Phase
     batch: int
     length: int
     latency_s: float = 0.0
+    adapters: int | None = None
 
     @property
-    def step(self) -> tuple[Phase, int, int]:
+    def step(self) -> tuple[Phase, int, int, int | None]:
         """The step, without the link."""
-        return self.phase, self.batch, self.length
+        return self.phase, self.batch, self.length, self.adapters
+
+    @property
+    def decodes(self) -> bool:
+        """Each request has ``length`` tokens in the cache and gets one more."""
+        return self.phase in ("decode", "mixed")
 
     @property
     def label(self) -> str:
         """What a table calls the step, without the link."""
-        return f"{self.phase} {self.batch} x {self.length}"
+        label = f"{self.phase} {self.batch} x {self.length}"
+        return label if self.adapters is None else f"{label}, U = {self.adapters}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +102,9 @@ class BenchPlan:
         tp: Tensor-parallel ranks.
         ranks: Ranks r of vanilla LoRA. BD-LoRA runs at 2r and at 4r, as the paper pairs them.
         decode: Batch and context of decoding steps.
+        mixed: Batch and context of decoding steps with adapters from slots.
+        adapters: How many different ones; a mixed step runs with each number that it has requests
+            for.
         prefill: Batch and length of prompts.
         train: Batch and length of training steps.
         latencies_s: Added to every collective.
@@ -105,6 +118,8 @@ class BenchPlan:
     tp: int = 2
     ranks: tuple[int, ...] = (16, 64)
     decode: tuple[tuple[int, int], ...] = ((1, 128), (8, 128), (32, 128))
+    mixed: tuple[tuple[int, int], ...] = ((32, 128),)
+    adapters: tuple[int, ...] = (1, 8, 32)
     prefill: tuple[tuple[int, int], ...] = ((1, 64), (1, 256))
     train: tuple[tuple[int, int], ...] = ((1, 64), (2, 128))
     latencies_s: tuple[float, ...] = (0.0, 2e-4, 1e-3)
@@ -119,9 +134,17 @@ class BenchPlan:
             raise ConfigError(f"tp={self.tp}; layouts differ from two ranks on")
         if self.repeats < 1 or self.warmup < 0 or (self.layers is not None and self.layers < 1):
             raise ConfigError("repeats and layers must be at least 1, and warmup at least 0")
-        wrong = [size for size in (*self.decode, *self.prefill, *self.train) if min(size) < 1]
-        if wrong or not (self.decode or self.prefill or self.train):
+        sizes = self.sizes()
+        wrong = [size for size in sizes if min(size) < 1]
+        if wrong or not sizes:
             raise ConfigError(f"steps of {wrong or 'no size'}; wanted batch and length of each")
+        most = max((batch for batch, _ in self.mixed), default=0)
+        off = [number for number in self.adapters if not 1 <= number <= most]
+        if most and (off or not self.adapters):
+            raise ConfigError(
+                f"{off or 'no number of'} adapters in mixed steps of {most} requests; wanted at "
+                "least one, and no more than requests"
+            )
         if min(self.latencies_s, default=-1.0) < 0:
             raise ConfigError(f"latencies {self.latencies_s}; wanted at least one, none negative")
         bad = [rank for rank in self.ranks if rank < 1 or rank % self.tp]
@@ -139,6 +162,10 @@ class BenchPlan:
         fields = {name: getattr(shape, name) for name in shape.__slots__}
         return ModelShape(**{**fields, "num_layers": layers})
 
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Batch and length of every step."""
+        return (*self.decode, *self.mixed, *self.prefill, *self.train)
+
     def arms(self) -> tuple[Arm, ...]:
         """The base model, and each layout at each rank."""
         arms = [Arm()]
@@ -155,19 +182,28 @@ class BenchPlan:
 
     def settings(self) -> tuple[Setting, ...]:
         """Every step on every link."""
+        steps = tuple(self._steps())
         return tuple(
-            Setting(phase=phase, batch=batch, length=length, latency_s=latency)
-            for latency, (phase, (batch, length)) in itertools.product(
-                self.latencies_s, self._steps()
-            )
+            replace(step, latency_s=latency)
+            for latency, step in itertools.product(self.latencies_s, steps)
         )
 
-    def _steps(self) -> Iterator[tuple[Phase, tuple[int, int]]]:
-        sizes: dict[Phase, tuple[tuple[int, int], ...]] = {
-            "decode": self.decode,
-            "prefill": self.prefill,
-            "train": self.train,
-        }
-        for phase, chosen in sizes.items():
-            for size in chosen:
-                yield phase, size
+    def pairs(self) -> Iterator[tuple[Setting, Arm]]:
+        """Every setting with each contender that can take its step.
+
+        Megatron-Bridge's layers hold one adapter, so that they take no mixed step.
+        """
+        for setting, arm in itertools.product(self.settings(), self.arms()):
+            if not (arm.bridge and setting.adapters):
+                yield setting, arm
+
+    def _steps(self) -> Iterator[Setting]:
+        for batch, length in self.decode:
+            yield Setting(phase="decode", batch=batch, length=length)
+        for (batch, length), number in itertools.product(self.mixed, self.adapters):
+            if number <= batch:
+                yield Setting(phase="mixed", batch=batch, length=length, adapters=number)
+        for batch, length in self.prefill:
+            yield Setting(phase="prefill", batch=batch, length=length)
+        for batch, length in self.train:
+            yield Setting(phase="train", batch=batch, length=length)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bdlora_megatron.bench.plan import Arm
+from bdlora_megatron.bench.plan import Arm, Setting
 from bdlora_megatron.bench.report import BenchReport, quartiles, ratios
 from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import MissingDependencyError
 
 __all__ = ["figure_class", "plot_report"]
+
+#: In a row.
+_PANELS = 5
 
 
 def figure_class() -> Any:
@@ -50,29 +54,46 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
     }
     if plan.bridge:
         arms[f"Megatron-Bridge, rank {rank}"] = Arm(rank=rank, bridge=True)
-    width = 0.8 / len(arms)
-    steps = list(dict.fromkeys(setting.label for setting in plan.settings()))
-    figure = figure_class()(figsize=(2.6 * len(steps) + 1.0, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(steps), sharey=True, squeeze=False)[0]
-    for axes, label in zip(panels, steps, strict=True):
-        settings = [setting for setting in plan.settings() if setting.label == label]
-        places = range(len(settings))
-        for number, (name, arm) in enumerate(arms.items()):
-            low, middle, high = zip(
-                *(
-                    quartiles(ratios(report.cell(arm, setting), report.cell(Arm(), setting)))
-                    for setting in settings
-                ),
-                strict=True,
-            )
-            shifted = [place + width * (number - (len(arms) - 1) / 2) for place in places]
-            axes.bar(shifted, middle, width=width, label=name if axes is panels[0] else None)
-            axes.vlines(shifted, low, high, color="black", linewidth=1.0)
-        axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set_xticks(list(places), [f"{1e3 * s.latency_s:g}" for s in settings])
+    steps: dict[str, list[Setting]] = {}
+    for setting in plan.settings():
+        steps.setdefault(setting.label, []).append(setting)
+    rows = -(-len(steps) // _PANELS)
+    columns = -(-len(steps) // rows)
+    figure = figure_class()(figsize=(2.6 * columns + 1.0, 3.0 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    panels = [axes for row in grid for axes in row]
+    for axes, (label, settings) in zip(panels, steps.items(), strict=False):
+        _draw(axes, report, settings, arms)
         axes.set(title=label, xlabel="added link latency, ms")
-    panels[0].set_ylabel("time over the base model's")
-    figure.legend(loc="outside lower center", ncols=len(arms), fontsize="small")
+    for axes in panels[len(steps) :]:
+        axes.set_axis_off()
+    for row in grid:
+        row[0].set_ylabel("time over the base model's")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(arms),
+        fontsize="small",
+    )
     target = Path(path)
     figure.savefig(target, format="png", dpi=110)
     return target
+
+
+def _draw(
+    axes: Any, report: BenchReport, settings: Sequence[Setting], arms: Mapping[str, Arm]
+) -> None:
+    """One step's bars, link by link, with a line from quartile to quartile."""
+    width = 0.8 / len(arms)
+    for number, (name, arm) in enumerate(arms.items()):
+        shift = width * (number - (len(arms) - 1) / 2)
+        for place, setting in enumerate(settings):
+            cell = report.find(arm, setting)
+            if cell is None:
+                continue
+            low, middle, high = quartiles(ratios(cell, report.cell(Arm(), setting)))
+            label = name if place == 0 else None
+            axes.bar(place + shift, middle, width=width, color=f"C{number}", label=label)
+            axes.vlines(place + shift, low, high, color="black", linewidth=1.0)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(settings)), [f"{1e3 * s.latency_s:g}" for s in settings])

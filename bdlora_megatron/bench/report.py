@@ -24,6 +24,8 @@ from bdlora_megatron.convert.tables import format_bytes
 __all__ = ["BenchReport", "machine", "quartiles", "ratios", "write_report"]
 
 _PACKAGES = ("bdlora-megatron", "megatron-core", "torch")
+#: In a table, for a step that a contender cannot take.
+_NONE = "-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,10 +113,25 @@ class BenchReport:
         Raises:
             KeyError: It was not measured.
         """
+        cell = self.find(arm, setting)
+        if cell is None:
+            raise KeyError((arm, setting))
+        return cell
+
+    def find(self, arm: Arm, setting: Setting) -> Cell | None:
+        """The same; None if it was not measured.
+
+        Args:
+            arm: The contender.
+            setting: The step and the link.
+
+        Returns:
+            The cell.
+        """
         for cell in self.cells:
             if cell.arm == arm and cell.setting == setting:
                 return cell
-        raise KeyError((arm, setting))
+        return None
 
     def _about(self) -> Iterator[str]:
         plan, shape, here = self.plan, self.plan.shape, machine()
@@ -135,7 +152,12 @@ class BenchReport:
         yield (
             f"- Each cell is the median of {plan.repeats} rounds, with the quartiles. In a round "
             "every setting and every contender is visited once, in a random order. A time is the "
-            "slowest rank's. All requests of a step use the same adapter."
+            "slowest rank's."
+        )
+        yield (
+            "- In a `mixed` step the requests take U adapters in turn, from slots, as a server "
+            "runs them; describing the batch is part of the step. In the other steps all use the "
+            "one that is in the layers."
         )
         yield (
             "- `link` is a wait that was added before every collective, on every rank: ranks of "
@@ -162,9 +184,13 @@ class BenchReport:
         yield f"| step | link | {' | '.join(arms)} | 2r / S-LoRA | 4r / S-LoRA |"
         yield "|---" * (len(arms) + 4) + "|"
         for setting in self.plan.settings():
-            cells = [self.cell(arm, setting) for arm in arms.values()]
-            times = [_spread([1e3 * second for second in cell.seconds]) for cell in cells]
-            gains = [_spread(ratios(cells[4], cells[which]), digits=2) for which in (1, 2)]
+            times = [_milliseconds(self.find(arm, setting)) for arm in arms.values()]
+            slow = self.cell(Arm(layout=Layout.SLORA, rank=rank), setting)
+            gains = [
+                _spread(ratios(slow, self.cell(arm, setting)), digits=2)
+                for arm in arms.values()
+                if arm.layout is Layout.BDLORA
+            ]
             row = [setting.label, f"{1e3 * setting.latency_s:g} ms", *times, *gains]
             yield f"| {' | '.join(row)} |"
         yield ""
@@ -178,7 +204,7 @@ class BenchReport:
         first = self.plan.latencies_s[0]
         for setting in self.plan.settings():
             if setting.latency_s == first:
-                row = [_traffic(self.cell(arm, setting)) for arm in arms]
+                row = [_traffic(self.find(arm, setting)) for arm in arms]
                 yield f"| {setting.label} | {' | '.join(row)} |"
         yield ""
         yield "Collectives of one step, and the bytes of the whole tensors that they carry."
@@ -209,7 +235,13 @@ def write_report(report: BenchReport, stem: Path) -> Path:
     return page
 
 
-def _traffic(cell: Cell) -> str:
+def _milliseconds(cell: Cell | None) -> str:
+    return _NONE if cell is None else _spread([1e3 * second for second in cell.seconds])
+
+
+def _traffic(cell: Cell | None) -> str:
+    if cell is None:
+        return _NONE
     kinds = {"all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS"}
     counts = [f"{n} {kinds.get(kind, kind)}" for kind, n in sorted(cell.collectives.items())]
     return f"{', '.join(counts)}; {format_bytes(cell.payload_bytes)}"

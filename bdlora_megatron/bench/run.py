@@ -109,11 +109,7 @@ def measure_rank(plan: BenchPlan, tell: Callable[[str], None]) -> list[Cell]:
     contenders = Contenders(plan)
     # What a step communicates does not depend on the link's speed.
     counted = {(at.step, arm): _count(contenders, arm, at) for at, arm in _fastest(plan)}
-    cells = [
-        replace(counted[at.step, arm], setting=at, seconds=[])
-        for at in plan.settings()
-        for arm in plan.arms()
-    ]
+    cells = [replace(counted[at.step, arm], setting=at, seconds=[]) for at, arm in plan.pairs()]
     # Ranks visit in the same order, so they draw from the same seed.
     order = random.Random(0)
     groups = [[c for c in cells if c.setting == setting] for setting in plan.settings()]
@@ -130,14 +126,13 @@ def measure_rank(plan: BenchPlan, tell: Callable[[str], None]) -> list[Cell]:
 
 def _fastest(plan: BenchPlan) -> Iterator[tuple[Setting, Arm]]:
     """Every step of every contender, on the first link."""
-    for setting in plan.settings():
+    for setting, arm in plan.pairs():
         if setting.latency_s == plan.latencies_s[0]:
-            for arm in plan.arms():
-                yield setting, arm
+            yield setting, arm
 
 
 def _count(contenders: Contenders, arm: Arm, setting: Setting) -> Cell:
-    contenders.choose(arm)
+    contenders.choose(arm, setting)
     step = contenders.step(arm, setting)
     # The first call may also fill a cache.
     step()
@@ -152,7 +147,7 @@ def _count(contenders: Contenders, arm: Arm, setting: Setting) -> Cell:
 
 
 def _time(contenders: Contenders, cell: Cell) -> float:
-    contenders.choose(cell.arm)
+    contenders.choose(cell.arm, cell.setting)
     step = contenders.step(cell.arm, cell.setting)
     with link_latency(cell.setting.latency_s):
         torch.distributed.barrier()

@@ -14,6 +14,8 @@ from bdlora_megatron.cli import output
 
 __all__ = ["add_parser", "run"]
 
+_PHASES = ("decode", "mixed", "prefill", "train")
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the parser.
@@ -27,11 +29,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help="time the layouts on this machine",
-        description="Time a decoding step, a prefill and a training step of the base model and of "
-        "BD-LoRA (at twice and at four times the rank), half-sharded LoRA and S-LoRA, on "
-        "tensor-parallel ranks of this machine: NCCL on GPUs, gloo on CPUs. All in one run, in "
-        "turn. Then fit the cost model of `bdlora_megatron.plan` to half of it and predict the "
-        "rest. Exit status: 0 measured.",
+        description="Time a decoding step, one of a mixed batch (with adapters from slots), a "
+        "prefill and a training step of the base model and of BD-LoRA (at twice and at four times "
+        "the rank), half-sharded LoRA and S-LoRA, on tensor-parallel ranks of this machine: NCCL "
+        "on GPUs, gloo on CPUs. All in one run, in turn. Then fit the cost model of "
+        "`bdlora_megatron.plan` to half of it and predict the rest. Exit status: 0 measured.",
     )
     parser.add_argument("--tp", type=int, default=2, help="ranks (default: %(default)s)")
     parser.add_argument("--model", default="small", help="sizes: small, llama-3.1-8b, ...")
@@ -42,13 +44,19 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="R,R",
         help="ranks of vanilla LoRA (default: 16,64)",
     )
-    for phase in ("decode", "prefill", "train"):
+    for phase in _PHASES:
         parser.add_argument(
             f"--{phase}",
             type=_sizes,
             metavar="BATCHxLENGTH,...",
             help=f"sizes of {phase} steps; 'none' for no such step",
         )
+    parser.add_argument(
+        "--adapters",
+        type=_numbers,
+        metavar="N,...",
+        help="how many different adapters the requests of a mixed step use (default: 1,8,32)",
+    )
     parser.add_argument(
         "--latency-ms",
         type=_latencies,
@@ -108,9 +116,8 @@ def _plan(arguments: argparse.Namespace) -> Any:
 
     chosen = {
         "ranks": arguments.lora_ranks,
-        "decode": arguments.decode,
-        "prefill": arguments.prefill,
-        "train": arguments.train,
+        "adapters": arguments.adapters,
+        **{phase: getattr(arguments, phase) for phase in _PHASES},
         "latencies_s": arguments.latency_ms,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -131,10 +138,12 @@ def _said(arguments: argparse.Namespace) -> Iterator[str]:
         yield from ("--layers", str(arguments.layers))
     if arguments.lora_ranks is not None:
         yield from ("--lora-ranks", ",".join(map(str, arguments.lora_ranks)))
-    for phase in ("decode", "prefill", "train"):
+    for phase in _PHASES:
         sizes = getattr(arguments, phase)
         if sizes is not None:
             yield from (f"--{phase}", ",".join(f"{b}x{n}" for b, n in sizes) or "none")
+    if arguments.adapters is not None:
+        yield from ("--adapters", ",".join(map(str, arguments.adapters)))
     if arguments.latency_ms is not None:
         yield from ("--latency-ms", ",".join(f"{1e3 * s:g}" for s in arguments.latency_ms))
     if arguments.bridge:

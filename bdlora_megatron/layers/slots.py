@@ -49,12 +49,14 @@ class ServingStep:
 
     Attributes:
         batch: Which slot each token uses; None runs the base model alone.
-        exchange: Whether layers run the S-LoRA pools too, with their collectives. The same on every
+        own: Whether layers run the pools whose adapters each rank multiplies alone.
+        exchange: Whether layers run the S-LoRA pools, with their collectives. The same on every
             rank.
         implementation: Of the grouped product, instead of the device's own.
     """
 
     batch: GroupedBatch | None = None
+    own: bool = True
     exchange: bool = False
     implementation: Implementation | None = None
 
@@ -194,7 +196,8 @@ class LayerSlots:
         assert batch is not None
         tokens, flat = x.flatten(0, -2), out.view(-1, out.shape[-1])
         how = self.step.implementation
-        flat = add_grouped(flat, tokens, self._own.factors[0], batch, implementation=how)
+        if self.step.own:
+            flat = add_grouped(flat, tokens, self._own.factors[0], batch, implementation=how)
         if self.step.exchange and self._exchanged is not None:
             flat = self._add_exchanged(self._exchanged.factors, flat, tokens, batch)
         return flat.view_as(out)

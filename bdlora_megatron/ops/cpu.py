@@ -261,6 +261,8 @@ def _bags(
     rank: Tensor,
 ) -> _Bags | None:
     """The rows that ``tokens`` read for some slices; None where they read none."""
+    if not len(tokens):
+        return None
     slot = batch.token_slot[tokens].long()
     counts = rank[slot][:, slices]
     reads = counts.sum(1) > 0

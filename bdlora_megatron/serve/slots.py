@@ -269,11 +269,13 @@ class ModelSlots:
         Args:
             batch: The batch; the same on every rank.
             used: The slots that the batch uses, or more, the same on every rank. Where none of them
-                is in the S-LoRA layout, its collectives are left out. None: any slot.
+                is in the S-LoRA layout, its products and collectives are left out; where all are,
+                those of the other layouts. None: any slot.
         """
         self.step.batch = batch
-        exchanged = self._exchanged if used is None else self._exchanged.intersection(used)
-        self.step.exchange = bool(exchanged)
+        used = range(self.num_slots) if used is None else used
+        self.step.exchange = not self._exchanged.isdisjoint(used)
+        self.step.own = not self._exchanged.issuperset(used)
 
     def set_captured_batch(self, token_slot: Tensor) -> None:
         """Say what the coming step runs, which is captured in a CUDA graph or replays one.
@@ -291,6 +293,7 @@ class ModelSlots:
         else:
             known.refill(token_slot)
         self.step.batch = known
+        self.step.own = True
         self.step.exchange = Layout.SLORA in self.room.layouts
 
     @contextmanager

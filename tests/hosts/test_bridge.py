@@ -323,7 +323,8 @@ def _contender(rank, world_size):
     from bdlora_megatron.layers import lora_layers
 
     small = {"ranks": (4,), "layers": 2, "repeats": 1, "bridge": True, "latencies_s": (0.0,)}
-    plan = BenchPlan(decode=((2, 4),), prefill=((1, 4),), train=((2, 4),), **small)
+    sizes = {"decode": ((2, 4),), "mixed": ((2, 4),), "prefill": ((1, 4),), "train": ((2, 4),)}
+    plan = BenchPlan(**sizes, adapters=(2,), **small)
     with runtime.model_parallel(world_size):
         contenders = Contenders(plan)
         theirs = contenders.model_of(Arm(rank=4, bridge=True))

@@ -12,11 +12,14 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 
+from bdlora_megatron.bench.contenders import Contenders
 from bdlora_megatron.bench.latency import link_latency
+from bdlora_megatron.bench.plan import Arm, BenchPlan
 from bdlora_megatron.cli.main import main
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.runtime import record_collectives
 from tests.harness import run_ranks
+from tests.tolerances import assert_close
 from tests.tp.session import model_parallel
 
 
@@ -56,7 +59,8 @@ def test_every_collective_waits_and_nothing_else():
 def test_the_command_measures_counts_and_writes(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="draws a picture")
     options = ["--layers", "1", "--lora-ranks", "4", "--latency-ms", "0", "--repeats", "2"]
-    steps = ["--decode", "2x8", "--prefill", "1x8", "--train", "1x8"]
+    steps = ["--decode", "2x8", "--mixed", "3x8", "--prefill", "1x8", "--train", "1x8"]
+    options += ["--adapters", "1,3"]
     stem = tmp_path / "new" / "layouts"
     assert main(["bench", *options, *steps, "--out", str(stem)]) == 0
     page = stem.with_suffix(".md").read_text("utf-8")
@@ -65,14 +69,16 @@ def test_the_command_measures_counts_and_writes(tmp_path, capsys):
     assert page.splitlines()[-1] in printed.splitlines()
     assert stem.with_suffix(".png").stat().st_size > 1000
     data = json.loads(stem.with_suffix(".json").read_text("utf-8"))
-    said = "--lora-ranks 4 --decode 2x8 --prefill 1x8 --train 1x8 --latency-ms 0 --repeats 2"
-    assert data["command"] == f"bdlora bench --tp 2 --model small --layers 1 {said}"
+    said = "--lora-ranks 4 --decode 2x8 --mixed 3x8 --prefill 1x8 --train 1x8 --adapters 1,3"
+    command = f"bdlora bench --tp 2 --model small --layers 1 {said} --latency-ms 0 --repeats 2"
+    assert data["command"] == command
     found = {(cell["phase"], cell["arm"]): cell for cell in data["cells"]}
-    assert len(found) == 3 * 5
+    assert len(found) == 4 * 5
+    assert len(data["cells"]) == 5 * 5
     for cell in found.values():
         assert len(cell["seconds"]) == 2
         assert min(cell["seconds"]) > 0
-    for phase in ("decode", "prefill"):
+    for phase in ("decode", "mixed", "prefill"):
         base = found[phase, "base"]["collectives"]
         # Embedding, proj and fc2; the logits.
         assert base == {"all_reduce": 3, "all_gather": 1}
@@ -82,6 +88,43 @@ def test_the_command_measures_counts_and_writes(tmp_path, capsys):
     base, extra = (found["train", arm]["collectives"] for arm in ("base", "half_sharded 4"))
     assert found["train", "bdlora 8"]["collectives"] == base
     assert extra["all_reduce"] == base["all_reduce"] + 4
+
+
+def _same(rank, world_size):
+    """Slots compute what the layers do: a mixed step's times are of the contender's own adapter."""
+    plan = BenchPlan(
+        tp=world_size,
+        layers=2,
+        ranks=(4,),
+        mixed=((3, 8),),
+        adapters=(1, 2),
+        latencies_s=(0.0,),
+    )
+    single = next(s for s in plan.settings() if s.adapters is None)
+    with model_parallel(world_size):
+        contenders = Contenders(plan)
+        inputs = contenders._inputs(3, 8, 0)
+        outcomes = {}
+        for arm in plan.arms():
+            contenders.choose(arm, single)
+            outcomes[arm] = alone = contenders.model(*inputs)
+            for mixed in (s for s in plan.settings() if s.adapters):
+                contenders.choose(arm, mixed)
+                if arm.layout is None:
+                    assert torch.equal(contenders.model(*inputs), alone)
+                    continue
+                slots = contenders._slots._slots[arm]
+                assert slots.room.layouts == (arm.layout,)
+                per_row = torch.arange(3) % mixed.adapters
+                with slots.serving(slots.batch(per_row.expand(8, -1).flatten())):
+                    assert_close(contenders.model(*inputs), alone, f"{arm.label}, {mixed.label}")
+        base = outcomes.pop(Arm())
+        for arm, outcome in outcomes.items():
+            assert (outcome - base).abs().max() > 1e-3, arm.label
+
+
+def test_slots_hold_the_contenders_own_adapters():
+    run_ranks(2, _same)
 
 
 def test_a_picture_that_cannot_be_drawn_is_told_before_measuring(tmp_path, capsys, monkeypatch):
@@ -96,6 +139,8 @@ def test_a_picture_that_cannot_be_drawn_is_told_before_measuring(tmp_path, capsy
 def test_impossible_options_are_told(capsys):
     assert main(["bench", "--tp", "5", "--lora-ranks", "5"]) == 2
     assert "tp=5 does not divide 12 heads" in capsys.readouterr().err
+    assert main(["bench", "--adapters", "64"]) == 2
+    assert "[64] adapters in mixed steps of 32 requests" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "--decode", "8"])
     assert "wanted batch and length, such as 8x128" in capsys.readouterr().err

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import nullcontext
+
 import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from bdlora_megatron.bench.contenders import Contenders
+from bdlora_megatron.bench.mixed_work import mixed_work
 from bdlora_megatron.bench.plan import BenchPlan
 from bdlora_megatron.plan import AdapterLoad
 from bdlora_megatron.plan.local import LocalStep
@@ -17,39 +21,70 @@ from tests.tp.session import model_parallel
 from tests.tp.test_training_plan import kernels_of, messages_of, record
 
 
-def _compare(rank, world_size):
-    plan = BenchPlan(
-        tp=world_size,
-        layers=2,
-        ranks=(4,),
-        decode=((3, 5), (1, 40)),
-        prefill=((2, 6), (1, 6)),
-        train=(),
-        latencies_s=(0.0,),
-    )
+def _recorded(plan, world_size):
+    """Each step of each contender: what it ran, what it sent, and what the cost model takes."""
     with model_parallel(world_size):
         contenders = Contenders(plan)
         for setting in plan.settings():
-            decodes = setting.phase == "decode"
             step = LocalStep(
                 sequences=setting.batch,
-                new=1 if decodes else setting.length,
-                cached=setting.length if decodes else 0,
+                new=1 if setting.decodes else setting.length,
+                cached=setting.length if setting.decodes else 0,
             )
             cache = _fill(contenders, setting)
             for arm in plan.arms():
-                load = arm.layout and AdapterLoad(layout=arm.layout, rank=arm.rank)
-                work = local_work(plan.shape, step, world_size, load)
+                load = arm.layout and AdapterLoad(
+                    layout=arm.layout, rank=arm.rank, distinct=setting.adapters or 1
+                )
                 _, kernels, calls = record(lambda: _run(contenders, arm, setting, cache))  # noqa: B023
-                where = (arm.label, setting.label)
-                assert calls == messages_of(work.messages), where
-                wanted = kernels_of(work.products)
-                found, counted = ({k: n for k, n in c.items() if k[0]} for c in (kernels, wanted))
-                assert found == counted, where
-                moved = [sum(k[1] * n for k, n in c.items()) for c in (kernels, wanted)]
-                assert 0.9 < moved[1] / moved[0] < 1.1, (where, moved)
-                started = [sum(c.values()) for c in (kernels, wanted)]
-                assert 0.85 < started[1] / started[0] < 1.15, (where, started)
+                yield step, load, kernels, calls, (arm.label, setting.label)
+
+
+def _plan(world_size, rank, **sizes):
+    none = {"decode": (), "mixed": (), "prefill": (), "train": (), "latencies_s": (0.0,)}
+    return BenchPlan(tp=world_size, layers=2, ranks=(rank,), **{**none, **sizes})
+
+
+def _check_sums(kernels, wanted, where):
+    moved = [sum(k[1] * n for k, n in c.items()) for c in (kernels, wanted)]
+    assert 0.9 < moved[1] / moved[0] < 1.1, (where, moved)
+    started = [sum(c.values()) for c in (kernels, wanted)]
+    assert 0.85 < started[1] / started[0] < 1.15, (where, started)
+
+
+def _compare(rank, world_size):
+    plan = _plan(world_size, 4, decode=((3, 5), (1, 40)), prefill=((2, 6), (1, 6)))
+    for step, load, kernels, calls, where in _recorded(plan, world_size):
+        work = local_work(plan.shape, step, world_size, load)
+        assert calls == messages_of(work.messages), where
+        wanted = kernels_of(work.products)
+        found, counted = ({k: n for k, n in c.items() if k[0]} for c in (kernels, wanted))
+        assert found == counted, where
+        _check_sums(kernels, wanted, where)
+
+
+def _compare_mixed(rank, world_size):
+    """Adapters of which all have several tokens, none has, and one has not."""
+    plan = _plan(world_size, 8 * world_size, mixed=((8, 5), (16, 5)), adapters=(1, 2, 3, 8))
+    seen = set()
+    for step, load, kernels, calls, where in _recorded(plan, world_size):
+        work = mixed_work(plan.shape, step, world_size, load, fused=False)
+        assert calls == messages_of(work.messages), where
+        wanted = kernels_of(work.products)
+        found, counted = (_multiplications(c) for c in (kernels, wanted))
+        assert found == counted, where
+        _check_sums(kernels, wanted, where)
+        seen.add((load is None, *sorted(found)))
+    assert len(seen) > 8
+
+
+def _multiplications(kernels):
+    """Kernels by their operations; how long a list of rows is, the counts leave out."""
+    found = Counter()
+    for (flops, _), number in kernels.items():
+        if flops:
+            found[flops] += number
+    return found
 
 
 @torch.no_grad()
@@ -59,7 +94,7 @@ def _fill(contenders, setting):
     contenders.model.eval()
     with inference():
         contenders.model(*inputs, inference_context=cache, runtime_gather_output=True)
-    if setting.phase == "decode":
+    if setting.decodes:
         cache.increment_sequence_len_offset(setting.length)
     return cache
 
@@ -67,14 +102,20 @@ def _fill(contenders, setting):
 @torch.no_grad()
 def _run(contenders, arm, setting, cache):
     """As ``Contenders.step`` does, but outside of inference mode, where torch shows its kernels."""
-    contenders.choose(arm)
-    decodes = setting.phase == "decode"
-    new, before = (1, setting.length) if decodes else (setting.length, 0)
+    contenders.choose(arm, setting)
+    new, before = (1, setting.length) if setting.decodes else (setting.length, 0)
     inputs = contenders._inputs(setting.batch, new, before)
-    with inference():
+    mixed = arm.layout is not None and setting.adapters is not None
+    serving = contenders._slots.serving(arm, setting) if mixed else nullcontext
+    with inference(), serving():
         return contenders.model(*inputs, inference_context=cache, runtime_gather_output=True)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_product_and_message_is_counted_and_nearly_every_byte(world_size):
     run_ranks(world_size, _compare)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_mixed_batch_is_counted_too(world_size):
+    run_ranks(world_size, _compare_mixed)

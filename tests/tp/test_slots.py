@@ -107,6 +107,34 @@ def _record(model):
     return log.calls
 
 
+def _used(rank, world_size):
+    """Told which slots a step uses, it runs their pools alone and computes the same."""
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+        slots = ModelSlots(model, SlotRoom(num_slots=3, max_rank=8, layouts=tuple(Layout)))
+        bd = slots.load("bd", slots.share(make_adapter(2, rank=8, num_blocks=4)))
+        vanilla = slots.load("v", slots.share(make_adapter(1, rank=3), Layout.HALF_SHARDED))
+        slora = slots.load("s", slots.share(make_adapter(5, rank=4), Layout.SLORA))
+        for used, own, exchange in [
+            ((bd, vanilla), True, False),
+            ((bd, slora), True, True),
+            ((slora, slora), False, True),
+        ]:
+            batch = slots.batch(slots_of_rows(*used))
+            with slots.serving(batch):
+                assert (slots.step.own, slots.step.exchange) == (True, True)
+                wanted = logits(model)
+            with slots.serving(batch, used):
+                assert (slots.step.own, slots.step.exchange) == (own, exchange)
+                assert torch.equal(logits(model), wanted)
+        slots.set_captured_batch(slots_of_rows(slora, slora))
+        assert slots.step.own, "what a graph captures is replayed for other adapters"
+
+
+def test_a_step_runs_the_pools_that_its_slots_are_in():
+    run_ranks(2, _used)
+
+
 def _count(rank, world_size, sequence_parallel):
     with model_parallel(world_size):
         model = serving_model(world_size, sequence_parallel=sequence_parallel)

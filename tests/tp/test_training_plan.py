@@ -43,6 +43,8 @@ SHAPE = ModelShape(
     vocab_size=VOCAB,
 )
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+#: Sums over chosen rows of a pool, and where the pool stands among the tensors that they are given.
+BAGS = {"_embedding_bag_forward_only": 0, "_embedding_bag_per_sample_weights_backward": 1}
 #: They move nothing, or tell the host a number.
 FREE = ("_unsafe_view", "_local_scalar_dense", "detach", "lift_fresh")
 #: They write what they return and read nothing of what they are given.
@@ -71,17 +73,29 @@ class Kernels(TorchDispatchMode):
         return out
 
     def _measure(self, name, args, kwargs, out):
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        given = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
         written = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        if name in ("copy_", "embedding"):
+        flops, read = 0.0, 0
+        if name in BAGS:
+            # Of the pool, only the rows that the indices name.
+            pool, rows = given[BAGS[name]], given[BAGS[name] + 1]
+            flops = 2.0 * rows.numel() * pool.size(1)
+            read = rows.numel() * pool.size(1) * pool.element_size()
+            given.pop(BAGS[name])
+        elif name in ("copy_", "embedding"):
             # The tensor that is overwritten; the table, of which a few rows are read.
             given = given[1:]
+        elif name in ("index", "index_select"):
+            read = written[0].numel() * written[0].element_size()
+            given = given[1:]
+        elif name == "index_put_":
+            # The chosen elements are written, the others left alone.
+            given, written = given[1:], [given[-1]]
         elif name in FACTORIES:
             given = []
-        flops = 0.0
-        if name in PRODUCTS:
+        if name.rstrip("_") in PRODUCTS:
             flops = 2.0 * written[0].numel() * given[-1].size(-2)
-        return flops, sum(x.numel() * x.element_size() for x in (*given, *written))
+        return flops, read + sum(x.numel() * x.element_size() for x in (*given, *written))
 
 
 def kernels_of(products):

@@ -10,6 +10,7 @@ def small_plan(**changes):
     settings = {
         "ranks": (16,),
         "decode": ((1, 128), (8, 128)),
+        "mixed": (),
         "prefill": ((1, 64), (1, 256)),
         "train": ((1, 64),),
         "latencies_s": (0.0, 1e-3),
@@ -21,9 +22,8 @@ def small_plan(**changes):
 def make_cells(plan, seconds):
     """A cell for each contender and setting; `seconds(cell)` are its rounds."""
     cells = []
-    for setting in plan.settings():
-        for arm in plan.arms():
-            cell = Cell(setting=setting, arm=arm, collectives={"all_reduce": 5}, payload_bytes=2500)
-            cell.seconds = seconds(cell)
-            cells.append(cell)
+    for setting, arm in plan.pairs():
+        cell = Cell(setting=setting, arm=arm, collectives={"all_reduce": 5}, payload_bytes=2500)
+        cell.seconds = seconds(cell)
+        cells.append(cell)
     return cells

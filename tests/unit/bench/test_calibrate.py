@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bdlora_megatron.bench.calibrate import Machine, calibrate
+from bdlora_megatron.bench.mixed_work import mixed_work
 from bdlora_megatron.config import Layout
 from bdlora_megatron.plan import AdapterLoad, TrainStep, predict_training
 from bdlora_megatron.plan.local import LocalStep
@@ -28,7 +29,8 @@ def _true_seconds(plan):
     def seconds(cell):
         at, arm = cell.setting, cell.arm
         hardware = TRUE.hardware(0.0, packs=True)
-        load = None if arm.layout is None else AdapterLoad(layout=arm.layout, rank=arm.rank)
+        distinct = at.adapters or 1
+        load = arm.layout and AdapterLoad(layout=arm.layout, rank=arm.rank, distinct=distinct)
         layers = plan.shape.num_layers
         if at.phase == "train":
             step = TrainStep(sequences=at.batch, length=at.length, bytes_per_element=4, fused=False)
@@ -37,13 +39,14 @@ def _true_seconds(plan):
             more = {Layout.SLORA: 8, Layout.HALF_SHARDED: 4}.get(arm.layout, 0)
             calls = 5 + layers * (4 + more)
         else:
-            decodes = at.phase == "decode"
             step = LocalStep(
                 sequences=at.batch,
-                new=1 if decodes else at.length,
-                cached=at.length if decodes else 0,
+                new=1 if at.decodes else at.length,
+                cached=at.length if at.decodes else 0,
             )
             work = local_work(plan.shape, step, plan.tp, load)
+            if at.adapters:
+                work = mixed_work(plan.shape, step, plan.tp, load, fused=False)
             time = sum(work_seconds(work, hardware, plan.tp))
             # Embedding and logits, two in each layer; S-LoRA has four more in each.
             calls = 2 + layers * (6 if arm.layout is Layout.SLORA else 2)
@@ -54,12 +57,12 @@ def _true_seconds(plan):
 
 
 def test_settings_that_were_held_out_are_predicted():
-    plan = small_plan()
+    plan = small_plan(mixed=((8, 128),), adapters=(1, 2, 8))
     fit = calibrate(plan, make_cells(plan, _true_seconds(plan)), 4, packs=True)
     held_out = [p for p in fit.predicted if p.held_out]
-    assert len(fit.predicted) == 2 * 5 * 5
+    assert len(fit.predicted) == 2 * 8 * 5
     assert len(held_out) == len(fit.predicted) / 2
-    assert {p.cell.setting.phase for p in held_out} == {"decode", "prefill", "train"}
+    assert {p.cell.setting.phase for p in held_out} == {"decode", "mixed", "prefill", "train"}
     shown = {p.cell.setting for p in fit.predicted if not p.held_out}
     assert not shown & {p.cell.setting for p in held_out}
     # How far the search stops from the bottom.

@@ -26,5 +26,5 @@ def test_more_ranks_have_a_report_of_their_own(tp):
     assert asked.out == RESULTS / f"layouts-tp{tp}"
     plan = _plan(asked)
     assert plan.tp == tp
-    assert len(plan.settings()) == 8
+    assert len(plan.settings()) == 2 * (2 + 2 + 1 + 1)
     assert _asked(["--tp", str(tp), "--out", "elsewhere"]).out.name == "elsewhere"

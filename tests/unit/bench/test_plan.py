@@ -35,6 +35,23 @@ def test_every_step_runs_on_every_link():
     }
 
 
+def test_mixed_steps_have_as_many_adapters_as_requests_at_most():
+    plan = small_plan(decode=(), mixed=((4, 16), (8, 16)), adapters=(1, 8), bridge=True)
+    mixed = [setting for setting in plan.settings() if setting.adapters]
+    assert [setting.label for setting in mixed[:3]] == [
+        "mixed 4 x 16, U = 1",
+        "mixed 8 x 16, U = 1",
+        "mixed 8 x 16, U = 8",
+    ]
+    assert len({setting.step for setting in plan.settings()}) == 3 + 3
+    assert all(setting.decodes for setting in mixed)
+    # Bridge's layers hold one adapter.
+    assert {arm.label for at, arm in plan.pairs() if at.adapters} == {
+        arm.label for arm in plan.arms() if not arm.bridge
+    }
+    assert len(list(plan.pairs())) == 6 * len(plan.arms()) * 2 - 3 * 2
+
+
 def test_layers_can_be_cut():
     assert BenchPlan(model="llama-3.1-8b", layers=2).shape.num_layers == 2
     assert BenchPlan(model="llama-3.1-8b").shape.num_layers == 32
@@ -50,6 +67,9 @@ def test_layers_can_be_cut():
         ({"layers": 0}, "at least 1"),
         ({"decode": ((0, 8),)}, r"steps of \[\(0, 8\)\]"),
         ({"decode": (), "prefill": (), "train": ()}, "steps of no size"),
+        ({"mixed": ((4, 16),), "adapters": (1, 8)}, r"\[8\] adapters in mixed steps of 4 requests"),
+        ({"mixed": ((4, 16),), "adapters": (0,)}, r"\[0\] adapters"),
+        ({"mixed": ((4, 16),), "adapters": ()}, "no number of adapters"),
         ({"latencies_s": (0.0, -1.0)}, "none negative"),
         ({"latencies_s": ()}, "at least one"),
         ({"ranks": (16, 3)}, r"ranks \[3\] with tp=2"),

@@ -88,6 +88,20 @@ def test_bridge_has_a_column_of_its_own(tmp_path):
     assert {path.suffix for path in stem.parent.iterdir()} == {".json", ".md", ".png"}
 
 
+def test_mixed_steps_have_rows_of_their_own_and_none_for_bridge(tmp_path):
+    plan = small_plan(mixed=((8, 128),), adapters=(1, 8), bridge=True)
+    report = _report(plan=plan)
+    rows = [line for line in report.markdown().splitlines() if "mixed 8 x 128, U = 8" in line]
+    times, traffic = rows[0], rows[2]
+    cells = [cell.strip() for cell in times.strip("|").split("|")]
+    assert cells[1:4] == ["0 ms", "10.0 (9.0 to 11.0)", "20.0 (15.0 to 25.0)"]
+    assert cells[7:9] == ["-", "2.00 (1.75 to 2.50)"]
+    assert traffic.strip("| ").split(" | ")[-2:] == ["5 AR; 2.5 kB", "-"]
+    adapters = {cell["adapters"] for cell in report.to_dict()["cells"]}
+    assert adapters == {None, 1, 8}
+    assert plot_report(report, tmp_path / "mixed.png").stat().st_size > 1000
+
+
 def test_everything_is_in_the_json():
     data = json.loads(json.dumps(_report().to_dict()))
     assert data["command"] == "bdlora bench -x"

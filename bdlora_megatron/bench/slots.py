@@ -1,0 +1,89 @@
+"""The contenders' adapters in slots, for steps whose requests use several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
+from bdlora_megatron.config import Layout
+from bdlora_megatron.layers import collect_adapter, lora_layers
+from bdlora_megatron.layers.slots import LayerSlots
+from bdlora_megatron.serve.room import SlotRoom
+from bdlora_megatron.serve.slots import ModelSlots
+
+__all__ = ["SlotAdapters"]
+
+
+class SlotAdapters:
+    """Slots of one model for each contender, exchanged in no time.
+
+    Each contender has pools of its own, as wide as its rank: in shared ones, S-LoRA would send the
+    widest contender's.
+
+    Args:
+        model: Whose layers get them.
+        plan: Sizes and contenders.
+    """
+
+    def __init__(self, model: Any, plan: BenchPlan) -> None:
+        self._model = model
+        self._plan = plan
+        self._slots: dict[Arm, ModelSlots] = {}
+        self._layers: dict[Arm, dict[str, LayerSlots]] = {}
+
+    def take_over(self, arm: Arm) -> None:
+        """Fill a contender's slots with the adapter that the model's layers hold, and take it out.
+
+        Every slot holds the same factors, in rows of its own: what a step costs does not depend on
+        what they are.
+
+        Args:
+            arm: Whose adapter it is.
+
+        Collectives: those of ``collect_adapter``.
+        """
+        if not self._plan.mixed:
+            return
+        assert arm.layout is not None
+        adapter = collect_adapter(self._model, arm.label)
+        for _, layer in lora_layers(self._model):
+            layer.adapter = None
+        number = max(self._plan.adapters)
+        width = arm.rank // self._plan.tp if arm.layout is Layout.BDLORA else arm.rank
+        room = SlotRoom(num_slots=number, max_rank=width, layouts=(arm.layout,))
+        slots = self._slots[arm] = ModelSlots(self._model, room)
+        share = slots.share(adapter, arm.layout)
+        for key in range(number):
+            slots.load(key, share)
+        self._layers[arm] = {n: s.slots for n, s in lora_layers(self._model) if s.slots is not None}
+        self.choose(None)
+
+    def choose(self, arm: Arm | None) -> None:
+        """Put one contender's slots into the layers.
+
+        Args:
+            arm: Which; None takes all out.
+        """
+        chosen = {} if arm is None else self._layers.get(arm, {})
+        for name, layer in lora_layers(self._model):
+            layer.slots = chosen.get(name)
+
+    def serving(self, arm: Arm, setting: Setting) -> Callable[[], AbstractContextManager[None]]:
+        """What a mixed step runs inside.
+
+        Args:
+            arm: Whose slots.
+            setting: How many requests, and how many adapters they take in turn.
+
+        Returns:
+            A function that describes the batch, as a server does before each step, and gives the
+            context in which the model runs it.
+        """
+        slots, number = self._slots[arm], setting.adapters
+        assert number is not None
+        token_slot = torch.arange(setting.batch, device=slots.device, dtype=torch.int32) % number
+        return lambda: slots.serving(slots.batch(token_slot), range(number))
