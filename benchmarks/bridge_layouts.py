@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     report = BenchReport(
         plan=plan,
         cells=cells,
-        calibration=calibrate(plan, cells, 4, packs=True),
+        calibration=calibrate(plan, cells, 4, cpu=True),
         command=" ".join(["python -m benchmarks.bridge_layouts", *sizes]),
         seconds=time.perf_counter() - started,
         load=load,

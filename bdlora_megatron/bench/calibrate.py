@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import torch
+from torch import Tensor
+
+from bdlora_megatron.bench.fit import least_errors
 from bdlora_megatron.bench.mixed_work import mixed_work
 from bdlora_megatron.bench.plan import Arm, BenchPlan
 from bdlora_megatron.bench.run import Cell
@@ -33,7 +37,7 @@ from bdlora_megatron.plan.work import Message, Product, Work
 
 __all__ = ["Calibration", "Machine", "Predicted", "calibrate"]
 
-_FIRST_STEP, _LAST_STEP, _SWEEPS = 0.7, 0.005, 400
+#: Errors up to about ten per cent count by their square.
 _NEAR = 0.1
 #: A number that the measurements do not tell must not run off to nothing.
 _REACH = math.log(100.0)
@@ -61,12 +65,12 @@ class Machine:
     link: float = 1e9
     timer: float = 1e-4
 
-    def hardware(self, latency_s: float, *, packs: bool) -> Hardware:
+    def hardware(self, latency_s: float, *, cpu: bool) -> Hardware:
         """The cost model's machine, with a wait before each collective.
 
         Args:
             latency_s: The injected wait.
-            packs: As of ``Device``.
+            cpu: As of ``Device``.
 
         Returns:
             The machine.
@@ -81,7 +85,7 @@ class Machine:
                 memory=0.0,
                 launch=self.launch,
                 backward_launch=self.backward,
-                packs=packs,
+                cpu=cpu,
             ),
             link=Link(protocols=(ring,)),
             source="fitted to this run",
@@ -142,7 +146,7 @@ class _Counted:
 
 
 def calibrate(
-    plan: BenchPlan, cells: Sequence[Cell], bytes_per_element: int, *, packs: bool
+    plan: BenchPlan, cells: Sequence[Cell], bytes_per_element: int, *, cpu: bool
 ) -> Calibration | None:
     """Fit to half of the settings and predict all.
 
@@ -151,7 +155,7 @@ def calibrate(
         cells: The measurements. Megatron-Bridge's layers, which the model does not count, are left
             out.
         bytes_per_element: Of weights and activations.
-        packs: As of ``Device``.
+        cpu: As of ``Device``.
 
     Returns:
         The fit, or None where there are too few settings to hold any out.
@@ -171,10 +175,10 @@ def calibrate(
     for cell in cells:
         key = (cell.setting.step, cell.arm)
         if key not in known:
-            known[key] = _count(plan, cell, bytes_per_element, fused=not packs)
+            known[key] = _count(plan, cell, bytes_per_element, fused=not cpu)
 
     def predict(cell: Cell, machine: Machine) -> float:
-        hardware = machine.hardware(cell.setting.latency_s, packs=packs)
+        hardware = machine.hardware(cell.setting.latency_s, cpu=cpu)
         return known[cell.setting.step, cell.arm].seconds(hardware, plan.tp)
 
     machine = _fit([cell for cell in cells if cell.setting in fitted], predict)
@@ -216,53 +220,20 @@ def _count(plan: BenchPlan, cell: Cell, size: int, *, fused: bool) -> _Counted:
 
 
 def _fit(cells: Sequence[Cell], predict: Callable[[Cell, Machine], float]) -> Machine:
-    """Hooke and Jeeves's search over the parameters' logarithms.
+    """The machine whose predictions are least wrong, by the logarithms of its numbers."""
+    measured = _logarithms(median(cell.seconds) for cell in cells)
+    names = Machine.__slots__
 
-    What is made small grows with the square of a logarithmic error up to about ten per cent and
-    linearly beyond: a cell that was disturbed then pulls little harder than any other.
-    """
-    measured = [math.log(median(cell.seconds)) for cell in cells]
+    def machine_at(point: Tensor) -> Machine:
+        return Machine(**dict(zip(names, point.exp().tolist(), strict=True)))
 
-    def loss(point: Sequence[float]) -> float:
-        if any(abs(new - old) > _REACH for new, old in zip(point, origin, strict=True)):
-            return math.inf
-        machine = Machine(**dict(zip(names, map(math.exp, point), strict=True)))
-        return sum(
-            math.hypot(_NEAR, math.log(predict(cell, machine)) - wanted)
-            for cell, wanted in zip(cells, measured, strict=True)
-        )
+    def errors_at(point: Tensor) -> Tensor:
+        machine = machine_at(point)
+        return _logarithms(predict(cell, machine) for cell in cells) - measured
 
-    start = Machine()
-    names = list(Machine.__slots__)
-    origin = [math.log(getattr(start, name)) for name in names]
-    point = origin
-    best, step = loss(point), _FIRST_STEP
-    for _ in range(_SWEEPS):
-        moved, value = _around(loss, point, best, step)
-        if value == best:
-            step /= 2
-            if step < _LAST_STEP:
-                break
-            continue
-        # Where a sweep went is a good direction: once more as far, and around there.
-        further = [2 * new - old for new, old in zip(moved, point, strict=True)]
-        point, best = moved, value
-        further, value = _around(loss, further, loss(further), step)
-        if value < best:
-            point, best = further, value
-    return Machine(**dict(zip(names, map(math.exp, point), strict=True)))
+    start = _logarithms(getattr(Machine(), name) for name in names)
+    return machine_at(least_errors(errors_at, start, reach=_REACH, near=_NEAR))
 
 
-def _around(
-    loss: Callable[[Sequence[float]], float], point: list[float], value: float, step: float
-) -> tuple[list[float], float]:
-    """Move along each axis, one after the other, wherever that is better."""
-    for number in range(len(point)):
-        for move in (step, -step):
-            tried = [*point]
-            tried[number] += move
-            found = loss(tried)
-            if found < value:
-                point, value = tried, found
-                break
-    return point, value
+def _logarithms(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64).log()

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = BenchReport(
         plan=plan,
         cells=cells,
-        calibration=calibrate(plan, cells, 2 if gpu else 4, packs=not gpu),
+        calibration=calibrate(plan, cells, 2 if gpu else 4, cpu=not gpu),
         command=" ".join(["bdlora bench", *_said(arguments)]),
         seconds=time.perf_counter() - started,
         load=load,

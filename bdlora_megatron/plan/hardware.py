@@ -1,9 +1,9 @@
 """How fast a machine multiplies, reads and sends: the parameters of the cost model.
 
-A kernel takes `launch + max(flops / rate, bytes / bandwidth)`, the roofline. A collective takes the
-better of a link's protocols, each `base + steps * per_step + bytes on the wire / bandwidth`. A ring
-of P ranks takes `2 (P - 1)` steps for an all-reduce and `P - 1` for the others. NCCL tunes itself
-with the same formula.
+A kernel takes `launch + max(flops / rate, bytes / bandwidth)`, the roofline; on a core of a CPU the
+sum of the two instead of the larger. A collective takes the better of a link's protocols, each
+`base + steps * per_step + bytes on the wire / bandwidth`. A ring of P ranks takes `2 (P - 1)` steps
+for an all-reduce and `P - 1` for the others. NCCL tunes itself with the same formula.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class Device:
         launch: Seconds before a kernel starts, what the model's Python does before it included.
         backward_launch: The same of a backward pass and an optimizer, before whose kernels no
             model's Python runs; as ``launch`` where unset.
-        packs: A product of several rows first copies its second matrix into panels, as libraries
-            for CPUs do: it is written and read once more.
+        cpu: A core of a CPU. It does not multiply while it waits for memory, and a product of
+            several rows first copies its second matrix into panels, which costs as much as reading
+            it again.
     """
 
     flops: float
@@ -33,7 +34,7 @@ class Device:
     memory: float
     launch: float
     backward_launch: float | None = None
-    packs: bool = False
+    cpu: bool = False
 
     def seconds(self, flops: float, moved: float, *, panel: float, backward: bool) -> float:
         """How long one kernel takes.
@@ -50,8 +51,8 @@ class Device:
         launch = self.launch
         if backward and self.backward_launch is not None:
             launch = self.backward_launch
-        if self.packs:
-            moved += 2 * panel
+        if self.cpu:
+            return launch + flops / self.flops + (moved + panel) / self.bandwidth
         return launch + max(flops / self.flops, moved / self.bandwidth)
 
 

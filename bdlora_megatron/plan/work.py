@@ -79,7 +79,7 @@ class Product:
     Attributes:
         flops: Multiplications and additions.
         bytes: Read from and written to the device's memory.
-        panel: Of them, the second matrix of a product of several rows; see ``Device.packs``.
+        panel: Of them, the second matrix of a product of several rows; see ``Device.cpu``.
     """
 
     flops: float

@@ -28,7 +28,7 @@ def _true_seconds(plan):
 
     def seconds(cell):
         at, arm = cell.setting, cell.arm
-        hardware = TRUE.hardware(0.0, packs=True)
+        hardware = TRUE.hardware(0.0, cpu=True)
         distinct = at.adapters or 1
         load = arm.layout and AdapterLoad(layout=arm.layout, rank=arm.rank, distinct=distinct)
         layers = plan.shape.num_layers
@@ -58,7 +58,7 @@ def _true_seconds(plan):
 
 def test_settings_that_were_held_out_are_predicted():
     plan = small_plan(mixed=((8, 128),), adapters=(1, 2, 8))
-    fit = calibrate(plan, make_cells(plan, _true_seconds(plan)), 4, packs=True)
+    fit = calibrate(plan, make_cells(plan, _true_seconds(plan)), 4, cpu=True)
     held_out = [p for p in fit.predicted if p.held_out]
     assert len(fit.predicted) == 2 * 8 * 5
     assert len(held_out) == len(fit.predicted) / 2
@@ -66,12 +66,10 @@ def test_settings_that_were_held_out_are_predicted():
     shown = {p.cell.setting for p in fit.predicted if not p.held_out}
     assert not shown & {p.cell.setting for p in held_out}
     # How far the search stops from the bottom.
-    assert fit.errors(held_out=True)[-1] < 0.08
-    assert fit.errors(held_out=False)[-1] < 0.08
-    assert fit.machine.flops == pytest.approx(TRUE.flops, rel=0.2)
-    assert fit.machine.launch == pytest.approx(TRUE.launch, rel=0.2)
-    assert fit.machine.backward == pytest.approx(TRUE.backward, rel=0.4)
-    assert fit.machine.start == pytest.approx(TRUE.start, rel=0.3)
+    assert fit.errors(held_out=True)[-1] < 1e-3
+    assert fit.errors(held_out=False)[-1] < 1e-3
+    for name in Machine.__slots__:
+        assert getattr(fit.machine, name) == pytest.approx(getattr(TRUE, name), rel=0.02), name
 
 
 def test_a_machine_that_differs_is_not_predicted():
@@ -85,16 +83,16 @@ def test_a_machine_that_differs_is_not_predicted():
     def seconds(cell):
         return honest(cell) if cell.setting in fitted else [3 * s for s in honest(cell)]
 
-    fit = calibrate(plan, make_cells(plan, seconds), 4, packs=True)
+    fit = calibrate(plan, make_cells(plan, seconds), 4, cpu=True)
     assert fit.errors(held_out=True)[-1] > 0.25
 
 
 def test_too_little_to_hold_out():
     plan = small_plan(prefill=(), latencies_s=(0.0,))
-    assert calibrate(plan, make_cells(plan, lambda cell: [1.0] * 3), 4, packs=True) is None
+    assert calibrate(plan, make_cells(plan, lambda cell: [1.0] * 3), 4, cpu=True) is None
 
 
 def test_bridges_layers_are_not_predicted():
     plan = small_plan(bridge=True)
-    fit = calibrate(plan, make_cells(plan, lambda cell: [1.0] * 3), 4, packs=True)
+    fit = calibrate(plan, make_cells(plan, lambda cell: [1.0] * 3), 4, cpu=True)
     assert {p.cell.arm.label for p in fit.predicted} == {arm.label for arm in small_plan().arms()}

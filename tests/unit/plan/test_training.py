@@ -22,16 +22,16 @@ SHAPE = PRESETS["llama-3.1-8b"]
 STEP = TrainStep(sequences=2, length=512)
 
 
-def test_a_backward_kernel_starts_by_itself_and_a_cpu_packs():
+def test_a_backward_kernel_starts_by_itself_and_a_cpu_packs_and_waits():
     device = Device(
-        flops=100.0, bandwidth=10.0, memory=1e9, launch=0.5, backward_launch=0.25, packs=True
+        flops=100.0, bandwidth=10.0, memory=1e9, launch=0.5, backward_launch=0.25, cpu=True
     )
-    # Twenty bytes, of which the second matrix's eight are written and read once more.
+    # Ten operations after twenty bytes, of which the second matrix's eight count once more.
     product = multiply(2, 1, 2, 4)
     assert (product.bytes, product.panel) == (4 * (2 + 2 + 4), 8)
     spent = device.seconds(10.0, 20.0, panel=8.0, backward=False)
-    assert spent == pytest.approx(0.5 + 3.6)
-    assert device.seconds(10.0, 20.0, panel=8.0, backward=True) == pytest.approx(0.25 + 3.6)
+    assert spent == pytest.approx(0.5 + 0.1 + 2.8)
+    assert device.seconds(10.0, 20.0, panel=8.0, backward=True) == pytest.approx(0.25 + 0.1 + 2.8)
     assert multiply(1, 5, 7, 4).panel == 0, "one row is multiplied as the matrix lies there"
 
 
