@@ -22,7 +22,6 @@ LIMIT_S = 900.0
 
 def main(argv: list[str] | None = None) -> None:
     """Measure on ranks of this machine and write the report."""
-    from bdlora_megatron.bench.calibrate import calibrate
     from bdlora_megatron.bench.plan import BenchPlan
     from bdlora_megatron.bench.report import BenchReport, write_report
     from tests.harness import run_ranks
@@ -49,10 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     cells = run_ranks(plan.tp, measure_over_stand_ins, plan, timeout_s=LIMIT_S)[0]
     layers = [] if arguments.layers is None else [f"--layers {arguments.layers}"]
     sizes = [f"--tp {plan.tp}", *layers, f"--repeats {plan.repeats}"]
-    report = BenchReport(
-        plan=plan,
-        cells=cells,
-        calibration=calibrate(plan, cells, 4, cpu=True),
+    report = BenchReport.of(
+        plan,
+        cells,
         command=" ".join(["python -m benchmarks.bridge_layouts", *sizes]),
         seconds=time.perf_counter() - started,
         load=load,

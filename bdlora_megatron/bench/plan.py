@@ -142,8 +142,8 @@ class BenchPlan:
         off = [number for number in self.adapters if not 1 <= number <= most]
         if most and (off or not self.adapters):
             raise ConfigError(
-                f"{off or 'no number of'} adapters in mixed steps of {most} requests; wanted at "
-                "least one, and no more than requests"
+                f"adapters={self.adapters} in mixed steps of {most} requests; wanted some numbers "
+                f"from 1 to {most}"
             )
         if min(self.latencies_s, default=-1.0) < 0:
             raise ConfigError(f"latencies {self.latencies_s}; wanted at least one, none negative")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bdlora_megatron.bench.calibrate import Calibration
+from bdlora_megatron.bench.calibrate import Calibration, calibrate
 from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
 from bdlora_megatron.bench.run import Cell
 from bdlora_megatron.config import Layout
@@ -47,6 +47,28 @@ class BenchReport:
     command: str
     seconds: float
     load: float
+
+    @classmethod
+    def of(
+        cls, plan: BenchPlan, cells: Sequence[Cell], *, command: str, seconds: float, load: float
+    ) -> BenchReport:
+        """The report of what was measured on this machine, with the cost model fitted to it.
+
+        Args:
+            plan: What was asked.
+            cells: What was measured.
+            command: What makes it again.
+            seconds: How long it took.
+            load: The machine's load average when it began.
+
+        Returns:
+            The report.
+        """
+        gpu = torch.cuda.is_available()
+        fit = calibrate(plan, cells, 2 if gpu else 4, cpu=not gpu)
+        return cls(
+            plan=plan, cells=cells, calibration=fit, command=command, seconds=seconds, load=load
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as plain values."""

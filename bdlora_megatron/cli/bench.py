@@ -85,9 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status.
     """
     # Late: they import Megatron-Core, which takes seconds that other commands need not wait.
-    from bdlora_megatron.bench.calibrate import calibrate
     from bdlora_megatron.bench.plot import figure_class
-    from bdlora_megatron.bench.report import BenchReport, machine, write_report
+    from bdlora_megatron.bench.report import BenchReport, write_report
     from bdlora_megatron.bench.run import measure
 
     plan = _plan(arguments)
@@ -96,11 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     started, load = time.perf_counter(), os.getloadavg()[0]
     cells = measure(plan, tell=output.note)
-    gpu = machine()["backend"] == "NCCL"
-    report = BenchReport(
-        plan=plan,
-        cells=cells,
-        calibration=calibrate(plan, cells, 2 if gpu else 4, cpu=not gpu),
+    report = BenchReport.of(
+        plan,
+        cells,
         command=" ".join(["bdlora bench", *_said(arguments)]),
         seconds=time.perf_counter() - started,
         load=load,

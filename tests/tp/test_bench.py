@@ -140,7 +140,7 @@ def test_impossible_options_are_told(capsys):
     assert main(["bench", "--tp", "5", "--lora-ranks", "5"]) == 2
     assert "tp=5 does not divide 12 heads" in capsys.readouterr().err
     assert main(["bench", "--adapters", "64"]) == 2
-    assert "[64] adapters in mixed steps of 32 requests" in capsys.readouterr().err
+    assert "adapters=(64,) in mixed steps of 32 requests" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "--decode", "8"])
     assert "wanted batch and length, such as 8x128" in capsys.readouterr().err
