@@ -15,7 +15,7 @@ from torch import Tensor
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.ops import Columns, SlotFactors, SlotTable
 
-__all__ = ["LayerRoom", "LayerShare", "Pools", "own_columns", "row_bytes", "slot_columns"]
+__all__ = ["LayerRoom", "LayerShare", "Pools", "exchanged_columns", "row_bytes", "slot_columns"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,13 +27,15 @@ class LayerRoom:
         rows: Rows M of each projection's pool of B; the pool of A has J times as many.
         max_rank: The most rows that one adapter takes in a projection, Z.
         dtype: The pools' type.
-        exchanged: Also make the pools of the S-LoRA layout.
+        own: Hold adapters that each rank multiplies alone.
+        exchanged: Hold adapters in the S-LoRA layout.
     """
 
     num_slots: int
     rows: int
     max_rank: int
     dtype: torch.dtype
+    own: bool = True
     exchanged: bool = False
 
 
@@ -128,24 +130,22 @@ class Pools:
             factors.table.note_empty(slot)
 
 
-def row_bytes(layer: Any, geometry: LayerGeometry, dtype: torch.dtype, *, exchanged: bool) -> int:
+def row_bytes(layer: Any, geometry: LayerGeometry, room: LayerRoom) -> int:
     """Bytes that one rank row takes in all of a layer's pools, on one rank.
 
     Args:
         layer: The ``LoRALinear``.
         geometry: Its projections.
-        dtype: The pools' type.
-        exchanged: Whether there are pools for the S-LoRA layout too.
+        room: Which pools there are, and their type.
 
     Returns:
         The bytes.
     """
-    columns = [slot_columns(layer, geometry)]
-    if exchanged:
-        column = not layer.splits_input
-        columns.append(columns[0] if column else own_columns(layer))
+    columns = [slot_columns(layer, geometry)] if room.own else []
+    if room.exchanged:
+        columns.append(exchanged_columns(layer, geometry))
     width = sum(in_features_of(layer) + part.features for parts in columns for part in parts)
-    return width * dtype.itemsize
+    return width * room.dtype.itemsize
 
 
 def in_features_of(layer: Any) -> int:
@@ -168,7 +168,9 @@ def slot_columns(layer: Any, geometry: LayerGeometry) -> tuple[Columns, ...]:
     )
 
 
-def own_columns(layer: Any) -> tuple[Columns, ...]:
-    """The slice of a row layer's output that this rank adds in the S-LoRA layout."""
+def exchanged_columns(layer: Any, geometry: LayerGeometry) -> tuple[Columns, ...]:
+    """The same in the S-LoRA layout, where a rank of a row layer adds its slice of the output."""
+    if not layer.splits_input:
+        return slot_columns(layer, geometry)
     width = layer.output_size // layer.tp_group.size()
     return (Columns(width=width, offset=layer.tp_group.rank() * width),)

@@ -13,7 +13,7 @@ the pools, which are one rank's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,13 @@ from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import ShapeError
 from bdlora_megatron.layers.adapters import AdapterOptions, ProjectionPlan
 from bdlora_megatron.layers.geometry import LayerGeometry
-from bdlora_megatron.layers.pools import LayerRoom, LayerShare, Pools, own_columns, slot_columns
+from bdlora_megatron.layers.pools import (
+    LayerRoom,
+    LayerShare,
+    Pools,
+    exchanged_columns,
+    slot_columns,
+)
 from bdlora_megatron.ops import (
     GroupedBatch,
     SlotFactors,
@@ -91,12 +97,13 @@ class LayerSlots:
         self.tp_group = layer.tp_group
         self._layer = layer
         self._column = not layer.splits_input
-        self._own = Pools(layer, slot_columns(layer, geometry), room)
+        own_room = room if room.own else replace(room, rows=0)
+        self._own = Pools(layer, slot_columns(layer, geometry), own_room)
         self._exchanged: Pools | None = None
         if room.exchanged:
-            size = self.tp_group.size()
-            columns = slot_columns(layer, geometry) if self._column else own_columns(layer)
-            self._exchanged = Pools(layer, columns, room, parts=size if self._column else 1)
+            parts = self.tp_group.size() if self._column else 1
+            columns = exchanged_columns(layer, geometry)
+            self._exchanged = Pools(layer, columns, room, parts=parts)
 
     @property
     def tables(self) -> list[SlotTable]:

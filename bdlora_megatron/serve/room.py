@@ -32,8 +32,8 @@ class SlotRoom:
     few. Unset, there is room for ``num_slots`` adapters of ``max_rank``."""
 
     layouts: tuple[Layout, ...] = (Layout.BDLORA, Layout.HALF_SHARDED)
-    """Which layouts adapters may be held in. ``slora`` has pools of its own, as large as the
-    others together."""
+    """Which layouts adapters may be held in. ``slora`` has pools of its own, about as large as
+    those of the others together."""
 
     target_modules: tuple[str, ...] = DEFAULT_TARGETS
     """The layers that get slots, by their names in Megatron-Core."""
@@ -49,6 +49,8 @@ class SlotRoom:
             raise ConfigError(
                 f"num_slots={self.num_slots}, max_rank={self.max_rank}; both are at least 1"
             )
+        if not self.layouts:
+            raise ConfigError("layouts=(); wanted one at least, 'bdlora' for most uses")
         unknown = sorted(set(self.target_modules) - set(DEFAULT_TARGETS))
         if unknown or not self.target_modules:
             raise ConfigError(

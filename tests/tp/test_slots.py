@@ -217,6 +217,46 @@ def _memory(rank, world_size):
         assert slots.load("one more", share) is None
 
 
+def _one_kind(rank, world_size):
+    """The S-LoRA layout without the others takes no memory for them, and computes the same."""
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+        adapter = make_adapter(5, rank=4)
+        taken, made = {}, {}
+        for layouts in (tuple(Layout), (Layout.SLORA,), (Layout.BDLORA,)):
+            slots = ModelSlots(model, SlotRoom(num_slots=2, max_rank=8, layouts=layouts))
+            layout = Layout.SLORA if Layout.SLORA in layouts else Layout.BDLORA
+            slot = slots.load("s", slots.share(adapter, layout))
+            pools = {
+                id(pool): pool.numel() * pool.element_size()
+                for _, layer in lora_layers(model)
+                for kind in (layer.slots._own, layer.slots._exchanged)
+                for factors in (kind.factors if kind is not None else ())
+                for pool in (factors.A, *factors.B)
+            }
+            taken[layouts] = sum(pools.values())
+            assert taken[layouts] == slots.memory_bytes
+            batch = slots.batch(slots_of_rows(slot, -1))
+            for used in (None, (slot,)):
+                with slots.serving(batch, used):
+                    made[layouts, used] = logits(model)
+            if layouts == (Layout.SLORA,):
+                slots.set_captured_batch(slots_of_rows(slot, -1))
+                assert (slots.step.own, slots.step.exchange) == (False, True)
+                assert torch.equal(logits(model), made[layouts, None])
+            slots.detach()
+        both, slora, own = taken.values()
+        assert 0 < slora < both
+        assert slora + own == both
+        first = next(iter(made.values()))
+        for where, outcome in made.items():
+            assert_close(outcome, first, where)
+
+
+def test_room_is_made_for_the_layouts_that_are_held():
+    run_ranks(2, _one_kind)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_slots_hold_a_share_and_room_is_in_adapters_or_bytes(world_size):
     run_ranks(world_size, _memory)
@@ -334,3 +374,5 @@ def test_settings():
         SlotRoom(num_slots=0)
     with pytest.raises(ConfigError, match="target_modules"):
         SlotRoom(target_modules=("linear_qkv", "q_proj"))
+    with pytest.raises(ConfigError, match="wanted one at least"):
+        SlotRoom(layouts=())
