@@ -35,7 +35,7 @@ from bdlora_megatron.plan.predict import local_work
 from bdlora_megatron.plan.training import TrainStep, training_work
 from bdlora_megatron.plan.work import Message, Product, Work
 
-__all__ = ["Calibration", "Machine", "Predicted", "calibrate"]
+__all__ = ["Calibration", "Errors", "Machine", "Predicted", "calibrate"]
 
 #: Errors up to about ten per cent count by their square.
 _NEAR = 0.1
@@ -113,15 +113,50 @@ class Predicted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Errors:
+    """Sizes of relative errors.
+
+    Attributes:
+        number: How many there are.
+        median: Half of them are smaller.
+        high: The 90th percentile.
+        largest: The largest.
+        within: Share of those up to a quarter.
+    """
+
+    number: int
+    median: float
+    high: float
+    largest: float
+    within: float
+
+    @classmethod
+    def of(cls, predicted: Sequence[Predicted]) -> Errors:
+        """What is to be said of some predictions, at least one."""
+        errors = sorted(abs(p.error) for p in predicted)
+        return cls(
+            number=len(errors),
+            median=median(errors),
+            high=errors[min(int(0.9 * len(errors)), len(errors) - 1)],
+            largest=errors[-1],
+            within=sum(error <= 0.25 for error in errors) / len(errors),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
     """A fit and what it predicts."""
 
     machine: Machine
     predicted: tuple[Predicted, ...]
 
-    def errors(self, *, held_out: bool) -> list[float]:
-        """Sizes of the relative errors of the cells that were, or were not, held out, sorted."""
-        return sorted(abs(p.error) for p in self.predicted if p.held_out is held_out)
+    def errors(self) -> dict[str, Errors]:
+        """The errors of what was fitted, of what was held out, and of that for each phase."""
+        held_out = [p for p in self.predicted if p.held_out]
+        groups = {"fitted": [p for p in self.predicted if not p.held_out], "held out": held_out}
+        for phase in dict.fromkeys(p.cell.setting.phase for p in held_out):
+            groups[f"of it, {phase}"] = [p for p in held_out if p.cell.setting.phase == phase]
+        return {name: Errors.of(some) for name, some in groups.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -95,6 +95,7 @@ class BenchReport:
             return None
         return {
             "machine": asdict(fit.machine),
+            "errors": {name: asdict(found) for name, found in fit.errors().items()},
             "predicted": [
                 {
                     **asdict(p.cell.setting),
@@ -270,28 +271,26 @@ def _traffic(cell: Cell | None) -> str:
 
 
 def _prediction(fit: Calibration) -> Iterator[str]:
-    found = fit.machine
+    numbers = fit.machine
     yield "## What the cost model makes of it"
     yield ""
     yield (
         "`bdlora_megatron.plan` was given seven numbers of this machine, fitted to half of the "
         "settings, and predicted the others: "
-        f"{found.flops / 1e9:.3g} GFLOP/s and {found.bandwidth / 1e9:.3g} GB/s for each rank, "
-        f"{1e6 * found.launch:.3g} microseconds for each kernel (Python included), "
-        f"{1e6 * found.backward:.3g} for one of a backward pass or an optimizer, "
-        f"{1e6 * found.start:.3g} for each collective, {found.link / 1e9:.3g} GB/s between ranks, "
-        f"and {1e6 * found.timer:.3g} microseconds that an added wait takes beyond its length."
+        f"{numbers.flops / 1e9:.3g} GFLOP/s and {numbers.bandwidth / 1e9:.3g} GB/s for each rank, "
+        f"{1e6 * numbers.launch:.3g} microseconds for each kernel (Python included), "
+        f"{1e6 * numbers.backward:.3g} for one of a backward pass or an optimizer, "
+        f"{1e6 * numbers.start:.3g} for each collective, {numbers.link / 1e9:.3g} GB/s between "
+        f"ranks, and {1e6 * numbers.timer:.3g} microseconds that an added wait takes beyond its "
+        "length."
     )
     yield ""
     yield "| cells | number | median error | 90th percentile | largest | within 25 % |"
     yield "|---|---|---|---|---|---|"
-    for name, held_out in (("fitted", False), ("held out", True)):
-        errors = fit.errors(held_out=held_out)
-        near = sum(error <= 0.25 for error in errors) / len(errors)
-        high = errors[min(int(0.9 * len(errors)), len(errors) - 1)]
+    for name, found in fit.errors().items():
         yield (
-            f"| {name} | {len(errors)} | {median(errors):.1%} | {high:.1%} | {errors[-1]:.1%} | "
-            f"{near:.0%} |"
+            f"| {name} | {found.number} | {found.median:.1%} | {found.high:.1%} | "
+            f"{found.largest:.1%} | {found.within:.0%} |"
         )
     yield ""
     yield "| held-out step | link | contender | measured ms | predicted ms | error |"

@@ -66,8 +66,8 @@ def test_settings_that_were_held_out_are_predicted():
     shown = {p.cell.setting for p in fit.predicted if not p.held_out}
     assert not shown & {p.cell.setting for p in held_out}
     # How far the search stops from the bottom.
-    assert fit.errors(held_out=True)[-1] < 1e-3
-    assert fit.errors(held_out=False)[-1] < 1e-3
+    assert fit.errors()["held out"].largest < 1e-3
+    assert fit.errors()["fitted"].largest < 1e-3
     for name in Machine.__slots__:
         assert getattr(fit.machine, name) == pytest.approx(getattr(TRUE, name), rel=0.02), name
 
@@ -84,7 +84,7 @@ def test_a_machine_that_differs_is_not_predicted():
         return honest(cell) if cell.setting in fitted else [3 * s for s in honest(cell)]
 
     fit = calibrate(plan, make_cells(plan, seconds), 4, cpu=True)
-    assert fit.errors(held_out=True)[-1] > 0.25
+    assert fit.errors()["held out"].largest > 0.25
 
 
 def test_too_little_to_hold_out():

@@ -69,8 +69,12 @@ def test_errors_of_the_prediction():
     page = _report(fit).markdown()
     assert "| fitted | 1 | 0.0% | 0.0% | 0.0% | 100% |" in page
     assert "| held out | 3 | 20.0% | 50.0% | 50.0% | 67% |" in page
+    assert "| of it, decode | 1 | 10.0% | 10.0% | 10.0% | 100% |" in page
+    assert "| of it, prefill | 2 | 35.0% | 50.0% | 50.0% | 50% |" in page
+    assert "| of it, train" not in page
     assert "| base | 10.00 | 8.00 | -20% |" in page
     data = _report(fit).to_dict()["calibration"]
+    assert data["errors"]["of it, prefill"]["median"] == pytest.approx(0.35)
     assert [p["held_out"] for p in data["predicted"]] == [False, True, True, True]
 
 
