@@ -403,12 +403,48 @@ def _bridge_tutorial() -> Statement:
     )
 
 
+def _bridge_pages() -> Iterator[Statement]:
+    def values(report: Any) -> Mapping[str, float]:
+        made: dict[str, float] = {}
+        for place, kind in (("tp", "tensor parallel"), ("sp", "sequence parallel")):
+            made |= {f"{place}_{name}": value for name, value in _bridge(kind)(report).items()}
+            for name, row in report["steps"][kind].items():
+                ratio = row["time_over_base"]
+                made |= {f"{place}_{name}_{what}": value for what, value in ratio.items()}
+        return made
+
+    for shown, name in (
+        ("base", "base"),
+        ("BD-LoRA", "bdlora"),
+        ("Bridge's `LoRA`", "bridge_lora"),
+    ):
+        yield Statement(
+            page="docs/nemo.md",
+            text=f"| {shown} | {{tp_{name}_calls}} | {{tp_{name}_mb:.2f}} | {{sp_{name}_calls}} "
+            f"| {{sp_{name}_mb:.2f}} |",
+            report="bridge.json",
+            values=values,
+        )
+    yield Statement(
+        page="docs/nemo.md",
+        text="a step took {tp_bdlora_median:.2f} times the base's with BD-LoRA "
+        "({tp_bdlora_lowest:.2f} to {tp_bdlora_highest:.2f} in single rounds) and "
+        "{tp_bridge_lora_median:.2f} with Bridge's `LoRA` ({tp_bridge_lora_lowest:.2f} to "
+        "{tp_bridge_lora_highest:.2f}); with sequence parallelism {sp_bdlora_median:.2f} "
+        "({sp_bdlora_lowest:.2f} to {sp_bdlora_highest:.2f}) and {sp_bridge_lora_median:.2f} "
+        "({sp_bridge_lora_lowest:.2f} to {sp_bridge_lora_highest:.2f}).",
+        report="bridge.json",
+        values=values,
+    )
+
+
 #: Everything that is held to a report.
 STATEMENTS: Sequence[Statement] = (
     *_readme(),
     *_quality_statements(),
     *_cost_model(),
     _bridge_tutorial(),
+    *_bridge_pages(),
 )
 
 
