@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import figures
+from benchmarks.figures import STATEMENTS, statements
 from tests.docs.pages import ROOT
 
 #: The part of README.md that reports what was measured.
@@ -26,16 +26,16 @@ SETTINGS = (
 )
 
 
-def statements():
+def cases():
     return [
         pytest.param(statement, id=f"{statement.page}-{statement.report}-{number}")
-        for number, statement in enumerate(figures.STATEMENTS)
+        for number, statement in enumerate(STATEMENTS)
     ]
 
 
 def wrong_figures(statement, text):
     """A line for every figure that is not its report's."""
-    (start, _), found = figures.find(statement, text)
+    (start, _), found = statements.find(statement, text)
     line = text.count("\n", 0, start) + 1
     return [
         f"{statement.page}:{line}: {figure.said} should be {figure.wanted} "
@@ -46,7 +46,7 @@ def wrong_figures(statement, text):
     ]
 
 
-@pytest.mark.parametrize("statement", statements())
+@pytest.mark.parametrize("statement", cases())
 def test_figures_are_those_of_the_reports(statement):
     wrong = wrong_figures(statement, (ROOT / statement.page).read_text("utf-8"))
     assert not wrong, "\n".join(wrong)
@@ -55,8 +55,8 @@ def test_figures_are_those_of_the_reports(statement):
 def test_readme_has_no_other_measured_figure():
     text = (ROOT / "README.md").read_text("utf-8")
     spans = [
-        figures.find(statement, text)[0]
-        for statement in figures.STATEMENTS
+        statements.find(statement, text)[0]
+        for statement in STATEMENTS
         if statement.page == "README.md"
     ]
     for start, end in spans:
@@ -67,36 +67,35 @@ def test_readme_has_no_other_measured_figure():
     for settings in SETTINGS:
         rest = rest.replace(settings, "")
     untraced = [line for line in rest.splitlines()[1:] if re.search(r"\d", line)]
-    assert not untraced, "no statement in benchmarks/figures.py vouches for\n" + "\n".join(untraced)
+    assert not untraced, "no statement in benchmarks/figures vouches for\n" + "\n".join(untraced)
     elsewhere = MEASUREMENT.findall(text.replace(section[0], ""))
     assert not elsewhere, f"figures outside the section of measurements: {elsewhere}"
 
 
 def test_a_wrong_figure_is_named_with_the_right_one():
-    statement = figures.STATEMENTS[0]
+    statement = STATEMENTS[0]
     text = (ROOT / statement.page).read_text("utf-8")
-    (start, end), found = figures.find(statement, text)
+    (start, end), found = statements.find(statement, text)
     first = found[0]
     broken = text[: first.start] + "1234.5" + text[first.end :]
     message = wrong_figures(statement, broken)[0]
     assert f"1234.5 should be {first.wanted}" in message
     assert statement.report in message
-    with pytest.raises(figures.MissingStatementError, match="wanted once"):
-        figures.find(statement, text[:start] + text[end:])
+    with pytest.raises(statements.MissingStatementError, match="wanted once"):
+        statements.find(statement, text[:start] + text[end:])
 
 
 def test_correct_writes_the_reports_figures(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("It took\n1.00 ms, or -3 in\nall.", "utf-8")
-    statement = figures.Statement(
+    statement = statements.Statement(
         page="page.md",
         text="It took {time:.2f} ms, or {change:+d} in all.",
         report="bridge.json",
         values=lambda report: {"time": 12.345, "change": 4},
     )
-    monkeypatch.setattr(figures, "ROOT", tmp_path)
-    monkeypatch.setattr(figures, "STATEMENTS", [statement])
-    changed = figures.correct("page.md")
+    monkeypatch.setattr(statements, "ROOT", tmp_path)
+    changed = statements.correct("page.md", [statement])
     assert page.read_text("utf-8") == "It took\n12.35 ms, or +4 in\nall."
     assert len(changed) == 2
-    assert figures.correct("page.md") == []
+    assert statements.correct("page.md", [statement]) == []

@@ -1,0 +1,83 @@
+"""The server under load, beside its peers, and in a long run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from benchmarks.figures.statements import Statement, on_link
+
+__all__ = ["STATEMENTS"]
+
+_THROUGHPUT_ROW = "| {base:.2f} | {bdlora:.2f} | {half_sharded:.2f} | 1 | |"
+_PEER_ADAPTERS = 8
+
+
+def _throughput(link_ms: float) -> Callable[[Any], Mapping[str, float]]:
+    """Tokens a second at the highest rate, over those of the S-LoRA layout."""
+
+    def values(report: Any) -> Mapping[str, float]:
+        busiest = max(cell["rate"] for cell in report["cells"])
+        made = {
+            cell["kind"]: cell["tokens_per_s"]
+            for cell in report["cells"]
+            if cell["rate"] == busiest and on_link(cell, link_ms)
+        }
+        return {kind: value / made["slora"] for kind, value in made.items()}
+
+    return values
+
+
+def _beside_vllm(report: Any) -> Mapping[str, float]:
+    """Tokens a second on two ranks; the medians."""
+    lora, blocks = (f"{kind}, {_PEER_ADAPTERS} adapters" for kind in ("LoRA", "BD-LoRA"))
+    ours, vllm = "bdlora-megatron, TP=2", "vLLM, TP=2"
+    places = {
+        "base": ("base", ours),
+        "vllm_base": ("base", vllm),
+        "bdlora": (blocks, ours),
+        "half": (lora, ours),
+        "slora": (lora, f"{ours}, S-LoRA layout"),
+        "vllm_half": (lora, vllm),
+        "vllm_sharded": (lora, f"{vllm}, fully sharded"),
+    }
+    made = {(row["load"], row["contender"]): median(row["tokens_per_s"]) for row in report["rows"]}
+    return {name: made[place] for name, place in places.items()}
+
+
+def _readme() -> Iterator[Statement]:
+    for start, link_ms in (
+        ("| [the server](benchmarks/results/serving.md) under load, tokens/s over S-LoRA's", 0),
+        ("| the server under load, 1 ms added", 1),
+    ):
+        yield Statement(
+            page="README.md",
+            text=f"{start} {_THROUGHPUT_ROW}",
+            report="serving.json",
+            values=_throughput(link_ms),
+        )
+    yield Statement(
+        page="README.md",
+        text="the base model makes {base:.0f} tokens/s (vLLM {vllm_base:.0f}), eight adapters as "
+        "BD-LoRA {bdlora:.0f}, as LoRA {half:.0f} half-sharded, {slora:.0f} in S-LoRA's layout "
+        "(vLLM {vllm_half:.0f} and {vllm_sharded:.0f}).",
+        report="peers.json",
+        values=_beside_vllm,
+    )
+
+
+def _soak() -> Statement:
+    return Statement(
+        page="docs/serving.md",
+        text="In a run of {requests:,} requests at TP={tp} over base, vanilla, block-diagonal and "
+        "attention-only adapters with two slots, a fifth adapter was overwritten and loaded again "
+        "{loads} times and unloaded {unloads} times: {right:,} got the right answer, {gone:,} for "
+        "the fifth were refused while it was gone",
+        report="soak.json",
+        values=lambda report: report,
+    )
+
+
+#: What pages say of it.
+STATEMENTS: Sequence[Statement] = (*_readme(), _soak())
