@@ -239,8 +239,8 @@ def _count(plan: BenchPlan, cell: Cell, size: int, *, fused: bool) -> _Counted:
     else:
         local = LocalStep(
             sequences=at.batch,
-            new=1 if at.decodes else at.length,
-            cached=at.length if at.decodes else 0,
+            new=at.new,
+            cached=at.cached,
             bytes_per_element=size,
         )
         if at.adapters is None:

@@ -122,17 +122,14 @@ class Contenders:
             inputs = self._inputs(batch, length, 0)
             return lambda: self._train(model, inputs, self._optimizers.get(arm))
         cache = self._cache(setting)
-        new, before = (1, length) if setting.decodes else (length, 0)
-        inputs = self._inputs(batch, new, before)
-        if setting.adapters is None or arm.layout is None:
-            return lambda: self._infer(model, inputs, cache)
+        inputs = self._inputs(batch, setting.new, setting.cached)
         serving = self._slots.serving(arm, setting)
 
-        def mixed() -> None:
+        def infer() -> None:
             with serving():
                 self._infer(model, inputs, cache)
 
-        return mixed
+        return infer
 
     def _inputs(self, batch: int, tokens: int, before: int) -> tuple[Tensor, Tensor, Tensor]:
         where = self.device

@@ -60,14 +60,23 @@ def mixed_work(
     base = local_work(shape, at, tp)
     if load is None:
         return base
-    size, layers = at.bytes_per_element, shape.num_layers
+    once: list[Product] = []
     if fused:
-        step = Step(tokens=at.tokens, context=at.cached, bytes_per_element=size)
-        work = adapter_work(shape, step, load, tp)
-        return Work(
-            products=(*base.products, *layers * work.products),
-            messages=(*base.messages, *layers * work.messages),
-        )
+        step = Step(tokens=at.tokens, context=at.cached, bytes_per_element=at.bytes_per_element)
+        layer = adapter_work(shape, step, load, tp)
+    else:
+        layer, once = _on_cpu(shape, at, tp, load)
+    return Work(
+        products=(*base.products, *shape.num_layers * layer.products, *once),
+        messages=(*base.messages, *shape.num_layers * layer.messages),
+    )
+
+
+def _on_cpu(
+    shape: ModelShape, at: LocalStep, tp: int, load: AdapterLoad
+) -> tuple[Work, list[Product]]:
+    """What adapters add to one decoder layer, and the kernels that describe the batch once."""
+    size = at.bytes_per_element
     counts = [len(range(first, at.tokens, load.distinct)) for first in range(load.distinct)]
     products: list[Product] = []
     messages: list[Message] = []
@@ -78,10 +87,7 @@ def mixed_work(
     # Layers whose slots hold the same rows share what they read of the batch.
     plans = {(layer.slices, layer.parts): layer for layer in grouped}.values()
     described = [kernel for layer in plans for kernel in layer.describe(counts)]
-    return Work(
-        products=(*base.products, *layers * products, *described),
-        messages=(*base.messages, *layers * messages),
-    )
+    return Work(products=tuple(products), messages=tuple(messages)), described
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

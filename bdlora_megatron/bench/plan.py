@@ -86,6 +86,16 @@ class Setting:
         return self.phase in ("decode", "mixed")
 
     @property
+    def new(self) -> int:
+        """Tokens of each request that the step runs."""
+        return 1 if self.decodes else self.length
+
+    @property
+    def cached(self) -> int:
+        """Tokens of each request that lie in the cache before it."""
+        return self.length if self.decodes else 0
+
+    @property
     def label(self) -> str:
         """What a table calls the step, without the link."""
         label = f"{self.phase} {self.batch} x {self.length}"

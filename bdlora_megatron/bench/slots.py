@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class SlotAdapters:
             layer.slots = chosen.get(name)
 
     def serving(self, arm: Arm, setting: Setting) -> Callable[[], AbstractContextManager[None]]:
-        """What a mixed step runs inside.
+        """What a step runs inside.
 
         Args:
             arm: Whose slots.
@@ -81,9 +81,11 @@ class SlotAdapters:
 
         Returns:
             A function that describes the batch, as a server does before each step, and gives the
-            context in which the model runs it.
+            context in which the model runs it; nothing of that where the step takes no slots.
         """
-        slots, number = self._slots[arm], setting.adapters
-        assert number is not None
+        number = setting.adapters
+        if number is None or arm not in self._slots:
+            return nullcontext
+        slots = self._slots[arm]
         token_slot = torch.arange(setting.batch, device=slots.device, dtype=torch.int32) % number
         return lambda: slots.serving(slots.batch(token_slot), range(number))

@@ -130,22 +130,26 @@ class Pools:
             factors.table.note_empty(slot)
 
 
-def row_bytes(layer: Any, geometry: LayerGeometry, room: LayerRoom) -> int:
+def row_bytes(
+    layer: Any, geometry: LayerGeometry, dtype: torch.dtype, *, own: bool, exchanged: bool
+) -> int:
     """Bytes that one rank row takes in all of a layer's pools, on one rank.
 
     Args:
         layer: The ``LoRALinear``.
         geometry: Its projections.
-        room: Which pools there are, and their type.
+        dtype: The pools' type.
+        own: As of ``LayerRoom``.
+        exchanged: As of ``LayerRoom``.
 
     Returns:
         The bytes.
     """
-    columns = [slot_columns(layer, geometry)] if room.own else []
-    if room.exchanged:
+    columns = [slot_columns(layer, geometry)] if own else []
+    if exchanged:
         columns.append(exchanged_columns(layer, geometry))
     width = sum(in_features_of(layer) + part.features for parts in columns for part in parts)
-    return width * room.dtype.itemsize
+    return width * dtype.itemsize
 
 
 def in_features_of(layer: Any) -> int:

@@ -57,6 +57,16 @@ class SlotRoom:
                 f"target_modules={self.target_modules}; wanted some of {DEFAULT_TARGETS}"
             )
 
+    @property
+    def own(self) -> bool:
+        """There are pools for adapters that each rank multiplies alone."""
+        return any(layout is not Layout.SLORA for layout in self.layouts)
+
+    @property
+    def exchanged(self) -> bool:
+        """There are pools for adapters in the S-LoRA layout."""
+        return Layout.SLORA in self.layouts
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterShare:

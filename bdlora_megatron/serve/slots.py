@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from bdlora_megatron.config import Layout
@@ -69,22 +67,27 @@ class ModelSlots:
         if not self._linears:
             raise TargetError(f"the model has no decoder layers called {room.target_modules}")
         layers = [_lora_layer(target.module) for target in self._linears]
-        rooms = [self._layer_room(room.dtype or layer.weight.dtype) for layer in layers]
-        places = list(zip(layers, self._linears, rooms, strict=True))
+        types = [room.dtype or layer.weight.dtype for layer in layers]
+        pools = {"own": room.own, "exchanged": room.exchanged}
+        places = list(zip(layers, self._linears, types, strict=True))
         #: Bytes that one rank row takes in all layers together.
-        self.row_bytes = sum(row_bytes(layer, at.geometry, its) for layer, at, its in places)
+        self.row_bytes = sum(
+            row_bytes(layer, target.geometry, dtype, **pools) for layer, target, dtype in places
+        )
         rows = self._rows()
         self.ledger = SlotLedger(room.num_slots, rows=rows, max_rows=room.max_rank)
         self._layers: dict[str, LayerSlots] = {}
-        for layer, target, its in places:
-            layer.slots = LayerSlots(layer, target.geometry, replace(its, rows=rows), self.step)
+        for layer, target, dtype in places:
+            layer_room = LayerRoom(
+                num_slots=room.num_slots, rows=rows, max_rank=room.max_rank, dtype=dtype, **pools
+            )
+            layer.slots = LayerSlots(layer, target.geometry, layer_room, self.step)
             self._layers[target.full_name] = layer.slots
             if layer is not target.module:
                 replace_module(model, target.module, layer)
         self._tables = SlotTables(
             [table for slots in self._layers.values() for table in slots.tables]
         )
-        self._has_own = rooms[0].own
         self._exchanged: set[int] = set()
         self.device = layers[0].weight.device
 
@@ -108,18 +111,6 @@ class ModelSlots:
         for _, layer in list(lora_layers(self._model)):
             if layer.slots is not None:
                 replace_module(self._model, layer, layer.to_base())
-
-    def _layer_room(self, dtype: torch.dtype) -> LayerRoom:
-        """A layer's room, without rows as yet."""
-        room = self.room
-        return LayerRoom(
-            num_slots=room.num_slots,
-            rows=0,
-            max_rank=room.max_rank,
-            dtype=dtype,
-            own=any(layout is not Layout.SLORA for layout in room.layouts),
-            exchanged=Layout.SLORA in room.layouts,
-        )
 
     def _rows(self) -> int:
         """Rows of the pools.
@@ -280,7 +271,7 @@ class ModelSlots:
         self.step.batch = batch
         used = range(self.num_slots) if used is None else used
         self.step.exchange = not self._exchanged.isdisjoint(used)
-        self.step.own = self._has_own and not self._exchanged.issuperset(used)
+        self.step.own = self.room.own and not self._exchanged.issuperset(used)
 
     def set_captured_batch(self, token_slot: Tensor) -> None:
         """Say what the coming step runs, which is captured in a CUDA graph or replays one.
@@ -298,8 +289,8 @@ class ModelSlots:
         else:
             known.refill(token_slot)
         self.step.batch = known
-        self.step.own = self._has_own
-        self.step.exchange = Layout.SLORA in self.room.layouts
+        self.step.own = self.room.own
+        self.step.exchange = self.room.exchanged
 
     @contextmanager
     def serving(self, batch: GroupedBatch, used: Collection[int] | None = None) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -28,8 +27,8 @@ def _recorded(plan, world_size):
         for setting in plan.settings():
             step = LocalStep(
                 sequences=setting.batch,
-                new=1 if setting.decodes else setting.length,
-                cached=setting.length if setting.decodes else 0,
+                new=setting.new,
+                cached=setting.cached,
             )
             cache = _fill(contenders, setting)
             for arm in plan.arms():
@@ -103,11 +102,8 @@ def _fill(contenders, setting):
 def _run(contenders, arm, setting, cache):
     """As ``Contenders.step`` does, but outside of inference mode, where torch shows its kernels."""
     contenders.choose(arm, setting)
-    new, before = (1, setting.length) if setting.decodes else (setting.length, 0)
-    inputs = contenders._inputs(setting.batch, new, before)
-    mixed = arm.layout is not None and setting.adapters is not None
-    serving = contenders._slots.serving(arm, setting) if mixed else nullcontext
-    with inference(), serving():
+    inputs = contenders._inputs(setting.batch, setting.new, setting.cached)
+    with inference(), contenders._slots.serving(arm, setting)():
         return contenders.model(*inputs, inference_context=cache, runtime_gather_output=True)
 
 
