@@ -1,8 +1,8 @@
 """Run a function on several gloo ranks of this machine, and bring back what each returned.
 
-Ranks start by forkserver: the server process imports torch and Megatron-Core once and never runs
-a tensor operation, so each rank is a cheap fork of a process without threads. A plain fork of the
-test process would hang as soon as autograd has run there.
+Ranks start as the package's own do: from a fork server, which imports torch and Megatron-Core once
+and never runs a tensor operation, so that each rank is a cheap fork of a process without threads;
+and by themselves where CUDA is present, which they do not see.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from bdlora_megatron.runtime.launch import hidden_gpus, join_ranks, prepare_ranks, rank_context
+
+PRELOAD = ("tests.preload",)
 
 
 def start_fork_server() -> None:
@@ -26,10 +29,7 @@ def start_fork_server() -> None:
     There is one for the whole process, and what it imports is settled when it starts: whoever is
     first. So it starts before any test, or each rank would import Megatron-Core by itself.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torch", "torch.distributed", "megatron.core", "tests.preload"]
-    )
-    forkserver.ensure_running()
+    prepare_ranks(PRELOAD)
 
 
 class RankError(AssertionError):
@@ -53,7 +53,7 @@ def run_ranks(
     Raises:
         RankError: A rank raised, died, or did not finish in time.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = rank_context(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -66,8 +66,9 @@ def run_ranks(
             )
             for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
+        with hidden_gpus():
+            for process in processes:
+                process.start()
         for _, sender in pipes:
             sender.close()
         try:
@@ -124,19 +125,13 @@ def _rank_main(
     body: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(OMP_NUM_THREADS="1")
     import torch
 
     torch.set_num_threads(1)
     try:
-        torch.distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=max(timeout_s - 5.0, 1.0)),
-        )
+        patience = timedelta(seconds=max(timeout_s - 5.0, 1.0))
+        join_ranks(rank, world_size, store, cpu=True, timeout=patience)
         outcome = ("ok", body(rank, world_size, *args))
     except BaseException:
         outcome = ("raised", traceback.format_exc())

@@ -2,6 +2,8 @@
 
 import importlib
 
+from bdlora_megatron.runtime.launch import imported_for_forks
+
 for _name in (
     "megatron.core.parallel_state",
     "megatron.core.models.gpt",
@@ -13,7 +15,8 @@ for _name in (
     "transformers.tokenization_utils_tokenizers",
 ):
     try:
-        importlib.import_module(_name)
+        with imported_for_forks():
+            importlib.import_module(_name)
     except ImportError:
         # The test that needs it fails by itself and says more than a dead forkserver would.
         continue

@@ -18,6 +18,7 @@ from bdlora_megatron.bench.contenders import Contenders
 from bdlora_megatron.bench.latency import link_latency
 from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.runtime.launch import bind_gloo, join_ranks, start_method
 
 __all__ = ["Cell", "measure", "measure_rank"]
 
@@ -43,7 +44,16 @@ class Cell:
     seconds: list[float] = field(default_factory=list)
 
 
-def measure(plan: BenchPlan, *, tell: Callable[[str], None] = lambda text: None) -> list[Cell]:
+def _silence(text: str) -> None:
+    """Tells nobody; unlike a lambda it can be sent to ranks."""
+
+
+def measure(
+    plan: BenchPlan,
+    *,
+    tell: Callable[[str], None] = _silence,
+    interface: str | None = None,
+) -> list[Cell]:
     """Time every contender at every setting.
 
     In each round every setting is visited, and there every contender, in an order that is drawn
@@ -52,45 +62,45 @@ def measure(plan: BenchPlan, *, tell: Callable[[str], None] = lambda text: None)
     Args:
         plan: What to measure.
         tell: Is told of progress, on rank 0; must pickle.
+        interface: Network interface of gloo; see ``runtime.launch.bind_gloo``.
 
     Returns:
         A cell for each contender and setting.
 
     Raises:
         ConfigError: Latencies on GPUs, where they would be waited for while others still compute;
-            or fewer GPUs than ranks.
+            fewer GPUs than ranks; or no such interface.
     """
     if torch.cuda.is_available():
         if any(plan.latencies_s):
             raise ConfigError("added latencies are for CPUs; on GPUs leave only 0")
         if torch.cuda.device_count() < plan.tp:
             raise ConfigError(f"tp={plan.tp} on {torch.cuda.device_count()} GPUs")
+    bind_gloo(interface, one_machine=True)
     with tempfile.TemporaryDirectory() as folder:
-        # A plain fork would hang where this process has already run threads.
         start_processes(
-            _rank_main, args=(Path(folder), plan, tell), nprocs=plan.tp, start_method="forkserver"
+            _rank_main,
+            args=(Path(folder), plan, tell, interface),
+            nprocs=plan.tp,
+            start_method=start_method(),
         )
         # Written by our own rank a moment ago.
         cells: list[Cell] = torch.load(Path(folder, "cells"), weights_only=False)
     return cells
 
 
-def _rank_main(rank: int, folder: Path, plan: BenchPlan, tell: Callable[[str], None]) -> None:
+def _rank_main(
+    rank: int,
+    folder: Path,
+    plan: BenchPlan,
+    tell: Callable[[str], None],
+    interface: str | None,
+) -> None:
     torch.set_num_threads(1)
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(rank)
-    else:
+    if not join_ranks(rank, plan.tp, f"{folder}/store", interface=interface, timeout=_TIMEOUT):
         runtime.enable_cpu()
-    torch.distributed.init_process_group(
-        "nccl" if gpu else "gloo",
-        f"file://{folder}/store",
-        rank=rank,
-        world_size=plan.tp,
-        timeout=_TIMEOUT,
-    )
     with runtime.model_parallel(plan.tp):
-        cells = measure_rank(plan, tell if rank == 0 else lambda text: None)
+        cells = measure_rank(plan, tell if rank == 0 else _silence)
     if rank == 0:
         torch.save(cells, folder / "cells")
     torch.distributed.destroy_process_group()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.cli import output
+from bdlora_megatron.runtime.launch import INTERFACE_HELP
 
 __all__ = ["add_parser", "run"]
 
@@ -68,6 +69,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="also Megatron-Bridge's LoRA, where megatron-bridge can be imported",
     )
+    parser.add_argument("--interface", metavar="NAME", help=INTERFACE_HELP)
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, metavar="STEM", help="write STEM.json, STEM.md and STEM.png"
@@ -94,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         figure_class()
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     started, load = time.perf_counter(), os.getloadavg()[0]
-    cells = measure(plan, tell=output.note)
+    cells = measure(plan, tell=output.note, interface=arguments.interface)
     report = BenchReport.of(
         plan,
         cells,

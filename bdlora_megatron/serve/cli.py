@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.errors import ConfigError, MissingDependencyError
+from bdlora_megatron.runtime.launch import INTERFACE_HELP
 from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve import torchrun
 from bdlora_megatron.serve.logs import configure_logging
@@ -63,6 +64,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tp", type=int, metavar="P", help="tensor-parallel ranks (default: 1)")
     parser.add_argument("--cpu", action="store_true", default=None, help="run on the CPU")
+    parser.add_argument("--interface", metavar="NAME", help=INTERFACE_HELP)
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML")
     parser.add_argument(
         "--set",
@@ -123,6 +125,9 @@ def run(arguments: argparse.Namespace) -> int:
     configure_logging(rank=rank or None)
     if rank is not None:
         settings = torchrun.settings_for(settings, os.environ)
+        if settings.cpu:
+            # Before torch is imported: a rank of torchrun's is this very process.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if rank:
         ours, theirs = multiprocessing.Pipe()
         status = torchrun.serve_rank(settings, rank, theirs)

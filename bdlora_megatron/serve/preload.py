@@ -5,9 +5,11 @@ import os
 import signal
 import warnings
 
+from bdlora_megatron.runtime.launch import imported_for_forks
+
 # Nothing here needs torch's tear-down, which takes a second.
 atexit.register(os._exit, 0)
-with warnings.catch_warnings():
+with warnings.catch_warnings(), imported_for_forks():
     # Megatron-Core's, about Apex and Transformer Engine.
     warnings.simplefilter("ignore")
     import bdlora_megatron.serve.engine.rank  # noqa: F401

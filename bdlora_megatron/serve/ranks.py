@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from bdlora_megatron.runtime import launch
 from bdlora_megatron.serve.entry import enter_rank
 from bdlora_megatron.serve.messages import Stop
 from bdlora_megatron.serve.settings import ServeSettings
 
 __all__ = ["Ranks", "prepare_ranks"]
 
+_PRELOAD = ("bdlora_megatron.serve.preload",)
+
 
 def prepare_ranks(settings: ServeSettings) -> None:
-    """Start the process that ranks are forked from, whose imports take seconds.
+    """Set up what all ranks share, and start the process that they are forked from, if they are.
 
-    It imports torch and Megatron-Core once and never runs a tensor operation, so that ranks are
-    cheap forks of a process without threads. It has this process's environment, and ends with it.
+    The fork server has this process's environment, and ends with it.
 
     Args:
         settings: The server's.
+
+    Raises:
+        ConfigError: The machine has no network interface of that name.
     """
+    launch.bind_gloo(settings.interface, one_machine=True)
     if settings.cpu:
-        # Ranks of one machine talk over its loopback, where nobody else listens.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(_cores() // settings.tp, 1)))
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["bdlora_megatron.serve.preload"]
-    )
-    forkserver.ensure_running()
+    launch.prepare_ranks(_PRELOAD)
 
 
 class Ranks:
@@ -53,7 +53,7 @@ class Ranks:
             enter: What each process runs, in place of ``enter_rank`` and with its arguments.
         """
         prepare_ranks(settings)
-        context = multiprocessing.get_context("forkserver")
+        context = launch.rank_context(_PRELOAD)
         self._folder = tempfile.mkdtemp(prefix="bdlora-")
         self._links: list[Connection] = []
         self.processes: list[BaseProcess] = []
@@ -63,7 +63,8 @@ class Ranks:
             process = context.Process(
                 target=enter, args=(rank, settings, store, theirs), name=f"bdlora-rank-{rank}"
             )
-            process.start()
+            with launch.hidden_gpus() if settings.cpu else nullcontext():
+                process.start()
             theirs.close()
             self._links.append(ours)
             self.processes.append(process)

@@ -70,6 +70,10 @@ class ServeSettings:
     cpu: bool = False
     """Run on this machine's CPU, with gloo."""
 
+    interface: str | None = None
+    """Network interface of the ranks' control messages (gloo's); loopback when unset, or under
+    torchrun what ``GLOO_SOCKET_IFNAME`` says."""
+
     dtype: str | None = None
     """The model's type; as stored when unset."""
 

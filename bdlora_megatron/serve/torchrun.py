@@ -17,6 +17,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.runtime.launch import bind_gloo
 from bdlora_megatron.serve.messages import Stop
 from bdlora_megatron.serve.settings import ServeSettings
 
@@ -82,6 +83,7 @@ def serve_rank(settings: ServeSettings, rank: int, link: Connection) -> int:
     try:
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        bind_gloo(settings.interface)
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
         run_rank(settings, link, listen(link))
         torch.distributed.destroy_process_group()

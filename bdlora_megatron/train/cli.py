@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.runtime.launch import INTERFACE_HELP
 from bdlora_megatron.train.config import load_config
 
 __all__ = ["add_parser", "run"]
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="processes to start; one copy of the model, or all GPUs, when unset",
     )
+    parser.add_argument("--interface", metavar="NAME", help=INTERFACE_HELP)
     parser.add_argument("--check", action="store_true", help="check the settings and stop")
 
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     # Only now: importing Megatron-Core takes seconds, which a misspelt key need not wait for.
     from bdlora_megatron.train.launch import launch
 
-    result = launch(config, ranks=args.ranks)
+    result = launch(config, ranks=args.ranks, interface=args.interface)
     if os.environ.get("RANK", "0") != "0":
         return 0  # one of torchrun's; the first one tells
     if args.json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import pickle
 import signal
@@ -19,11 +18,12 @@ import torch
 
 from bdlora_megatron import runtime
 from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.runtime.launch import bind_gloo, join_ranks, rank_context
 from bdlora_megatron.train.schema import TrainConfig
 
 __all__ = ["RankDiedError", "launch"]
 
-_PRELOAD = ["bdlora_megatron.train.preload"]
+_PRELOAD = ("bdlora_megatron.train.preload",)
 _GRACE_S = 5.0
 
 
@@ -31,15 +31,16 @@ class RankDiedError(BDLoRAError, RuntimeError):
     """A rank's process failed in a way that is no error of this package's."""
 
 
-def launch(config: TrainConfig, *, ranks: int | None = None) -> Any:
+def launch(config: TrainConfig, *, ranks: int | None = None, interface: str | None = None) -> Any:
     """Run ``train`` on as many ranks as asked for, and wait for them.
 
     Under torchrun, whose environment names this process's rank, it runs here. Otherwise ranks are
-    started on this machine by forkserver, one per GPU, or on the CPU where there is no GPU.
+    started on this machine, one per GPU, or on the CPU where there is no GPU.
 
     Args:
         config: The settings.
         ranks: How many; by default one copy of the model, or as many copies as the GPUs hold.
+        interface: Network interface of what ranks settle over gloo; see ``runtime.bind_gloo``.
 
     Returns:
         What ``train`` returned on rank 0.
@@ -52,10 +53,11 @@ def launch(config: TrainConfig, *, ranks: int | None = None) -> Any:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if ranks is not None:
             raise ConfigError("ranks are torchrun's here; leave --ranks out")
+        bind_gloo(interface)
         return _train_here(config)
     count = _count(config, ranks)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    bind_gloo(interface, one_machine=True)
+    context = rank_context(_PRELOAD)
     with tempfile.TemporaryDirectory(prefix="bdlora-") as folder:
         store = str(Path(folder) / "store")
         answers = [context.Pipe(duplex=False) for _ in range(count)]
@@ -63,7 +65,8 @@ def launch(config: TrainConfig, *, ranks: int | None = None) -> Any:
         alive, held = context.Pipe(duplex=False)
         processes = [
             context.Process(
-                target=_rank_main, args=(rank, count, store, config, answers[rank][1], alive)
+                target=_rank_main,
+                args=(rank, count, store, config, interface, answers[rank][1], alive),
             )
             for rank in range(count)
         ]
@@ -102,25 +105,24 @@ def _train_here(config: TrainConfig) -> Any:
 
 
 def _rank_main(
-    rank: int, count: int, store: str, config: TrainConfig, sender: Connection, alive: Connection
+    rank: int,
+    count: int,
+    store: str,
+    config: TrainConfig,
+    interface: str | None,
+    sender: Connection,
+    alive: Connection,
 ) -> None:
     # The process that started this one hears the interrupt too, and ends its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
     if rank:
         # Every rank reads the data; one of them tells what is odd about it.
         logging.getLogger("bdlora_megatron").setLevel(logging.ERROR)
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(rank)
-    else:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(cores // count, 1))))
     try:
-        torch.distributed.init_process_group(
-            "nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=count
-        )
+        if not join_ranks(rank, count, store, interface=interface):
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(cores // count, 1))))
         answer: tuple[str, Any] = ("ok", _train_here(config))
     except BDLoRAError as error:
         answer = ("error", error)

@@ -7,4 +7,7 @@ import os
 # which a launcher that is gone seems to have left something behind.
 atexit.register(os._exit, 0)
 
-import bdlora_megatron.train.loop  # noqa: E402, F401
+from bdlora_megatron.runtime.launch import imported_for_forks  # noqa: E402
+
+with imported_for_forks():
+    import bdlora_megatron.train.loop  # noqa: F401

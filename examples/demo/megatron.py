@@ -19,6 +19,7 @@ from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import HFConfig, load_hf_model, read_hf_config, read_peft
 from bdlora_megatron.convert.hf_base import without_padding
 from bdlora_megatron.layers import LoadOptions, adapters_disabled, load_adapter
+from bdlora_megatron.runtime.launch import hidden_gpus, join_ranks, start_method
 from examples.demo.reference import BASE, Answer
 
 #: SmolLM2-135M has 9 heads and 3 key-value heads, so three ranks share them evenly.
@@ -76,8 +77,10 @@ def run_megatron(
         hf=read_hf_config(base_dir),
     )
     with tempfile.TemporaryDirectory() as folder:
-        # A plain fork would hang: training has already run threads in this process.
-        start_processes(_rank_main, args=(Path(folder), job), nprocs=TP, start_method="forkserver")
+        with hidden_gpus():
+            start_processes(
+                _rank_main, args=(Path(folder), job), nprocs=TP, start_method=start_method()
+            )
         # Written by our own rank a moment ago.
         result: MegatronResult = torch.load(Path(folder, "result"), weights_only=False)
     return result
@@ -96,8 +99,7 @@ class _Job:
 
 def _rank_main(rank: int, folder: Path, job: _Job) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=TP)
+    join_ranks(rank, TP, f"{folder}/store", cpu=True)
     runtime.enable_cpu()
     with runtime.model_parallel(TP):
         model = load_hf_model(job.base_dir, dtype=torch.float32).eval()

@@ -29,6 +29,7 @@ from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import load_hf_model, read_hf_config
 from bdlora_megatron.errors import BDLoRAError, MissingDependencyError
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
+from bdlora_megatron.runtime.launch import join_ranks
 from bdlora_megatron.serve.engine.desk import AdapterDesk
 from bdlora_megatron.serve.engine.engine import ServingEngine
 from bdlora_megatron.serve.engine.options import EngineOptions
@@ -84,13 +85,12 @@ def rank_main(rank: int, settings: ServeSettings, store: str, link: Connection) 
     # Before anything that waits for the other ranks: the front may die before they are there.
     inbox = listen(link, store)
     try:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(rank)
-        torch.distributed.init_process_group(
-            "nccl" if torch.cuda.is_available() and not settings.cpu else "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=settings.tp,
+        join_ranks(
+            rank,
+            settings.tp,
+            store,
+            cpu=settings.cpu,
+            interface=settings.interface,
             timeout=timedelta(seconds=settings.rank_timeout_s),
         )
         run_rank(settings, link, inbox)
