@@ -23,6 +23,20 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LayerT = TypeVar("LayerT", bound="LoRALinear")
 
 
+def _check_implementation(layer: Any) -> None:
+    """Refuse layers that exchange inside the product, before an adapter's part could be added.
+
+    Raises:
+        UnsupportedError: The layer's model has ``transformer_impl="inference_optimized"``.
+    """
+    if getattr(layer.config, "transformer_impl", None) == "inference_optimized":
+        raise UnsupportedError(
+            "transformer_impl='inference_optimized': its layers fuse the product with its "
+            "collectives, so that nothing is left to which an adapter's partial sum could be "
+            "added; build the model with transformer_impl='transformer_engine' or 'local'"
+        )
+
+
 class LoRALinear(nn.Module):
     """What the column and the row layer share: holding, merging and saving an adapter.
 
@@ -78,6 +92,7 @@ class LoRALinear(nn.Module):
             **kwargs: For ``base_class``, which comes next in every subclass.
         """
         super().__init__(input_size, output_size, **kwargs)
+        _check_implementation(self)
         self._start_empty()
         self._check_base()
         if lora is not None:
@@ -96,8 +111,10 @@ class LoRALinear(nn.Module):
             The layer, without an adapter yet.
 
         Raises:
-            UnsupportedError: ``base`` is of another class, an MoE expert, or quantised.
+            UnsupportedError: ``base`` is of another class, an MoE expert, quantised, or of a model
+                with ``transformer_impl="inference_optimized"``.
         """
+        _check_implementation(base)
         if type(base) is not cls.base_class:
             raise UnsupportedError(
                 f"cannot turn a {type(base).__name__} into a {cls.__name__}; wanted exactly "

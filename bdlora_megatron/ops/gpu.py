@@ -29,7 +29,7 @@ except ImportError as error:
         "or pass implementation='reference'"
     ) from error
 
-__all__ = ["add", "expand", "shrink"]
+__all__ = ["add", "expand", "shrink", "tf32_is_allowed"]
 
 #: Programs that fill a large GPU a few times over (A100: 108 multiprocessors, H100: 132).
 ENOUGH_PROGRAMS = 512
@@ -231,8 +231,18 @@ def _dot(slots: SlotFactors) -> dict[str, Any]:
     # The interpreter multiplies the bits of bfloat16 as integers. In float32, where products of
     # bfloat16 are exact, it computes what tensor cores do.
     own = tl.float32 if _interpreted() else types.get(slots.A.dtype, tl.float32)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    tf32 = own is tl.float32 and tf32_is_allowed()
     return {"DOT": own, "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def tf32_is_allowed() -> bool:
+    """Whether torch may multiply float32 matrices in TF32.
+
+    Torch's older switch, ``allow_tf32``, raises on reading once the newer one was set to TF32.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
 
 
 def _interpreted() -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.errors import ConfigError, MissingDependencyError
-from bdlora_megatron.runtime.launch import INTERFACE_HELP
+from bdlora_megatron.runtime.launch import INTERFACE_HELP, cuda_is_present
 from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve import torchrun
 from bdlora_megatron.serve.logs import configure_logging
@@ -86,7 +86,8 @@ def settings_of(arguments: argparse.Namespace) -> ServeSettings:
         The settings.
 
     Raises:
-        ConfigError: A setting is unknown or wrong, or model or adapters are not there.
+        ConfigError: A setting is unknown or wrong, model or adapters are not there, or there is no
+            GPU and the CPU was not asked for.
         MissingDependencyError: The extra `serve` is not installed.
     """
     absent = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
@@ -107,6 +108,8 @@ def settings_of(arguments: argparse.Namespace) -> ServeSettings:
     values["adapters"] = {**(values.get("adapters") or {}), **_adapters(arguments.adapters)}
     settings = ServeSettings.from_dict(values)
     _check_folders(settings)
+    if not (settings.cpu or cuda_is_present()):
+        raise ConfigError("no CUDA device is present; add --cpu to serve from this machine's CPU")
     return settings
 
 

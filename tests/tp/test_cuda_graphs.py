@@ -7,6 +7,7 @@ nothing may wait for the device.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -20,6 +21,7 @@ from bdlora_megatron.serve.messages import Sampling, Submit
 from tests.fakes import cuda_graphs
 from tests.harness import run_ranks
 from tests.tp import engine_cases
+from tests.tp.models import VOCAB
 from tests.tp.serving_cases import serving_model
 from tests.tp.session import model_parallel
 
@@ -42,16 +44,17 @@ def _requests():
     ]
 
 
+def _engine(*, graphs):
+    model = serving_model(1, **({"cuda_graph_impl": "local"} if graphs else {}))
+    kernels = "triton" if graphs else None
+    return engine_cases.engine_for(
+        1, blocks=30, model=model, implementation=kernels, cuda_graphs=graphs
+    )
+
+
 def _outcome(*, graphs):
     """What the engine gives, with the Triton kernels in captured steps or the CPU's without."""
-    changes = {"cuda_graph_impl": "local"} if graphs else {}
-    engine = engine_cases.engine_for(
-        1,
-        blocks=30,
-        model=serving_model(1, **changes),
-        implementation="triton" if graphs else None,
-        cuda_graphs=graphs,
-    )
+    engine = _engine(graphs=graphs)
     made = _requests()
     with torch.inference_mode():
         got, ends = engine_cases.run(engine, {0: made[:3], 3: made[3:]}, {})
@@ -79,6 +82,71 @@ def test_replayed_steps_give_the_tokens_of_steps_that_are_not():
     assert counts["launches"] == 16 * sizes
     # And as many steps as there are rounds beyond prompts.
     assert counts["replayed"] >= 4 * 8
+
+
+#: A value for every request option, with what it needs beside it.
+OPTIONS = {
+    "temperature": {"temperature": 0.7},
+    "top_k": {"temperature": 1.0, "top_k": 5},
+    "min_p": {"temperature": 1.0, "min_p": 0.1},
+    "top_p": {"temperature": 1.0, "top_p": 0.8},
+    "seed": {"temperature": 1.0, "seed": 11},
+    "logprobs": {"logprobs": 3},
+    "prompt_logprobs": {"logprobs": 2, "prompt_logprobs": True},
+    "max_tokens": {"max_tokens": 1},
+    "stop_ids": {"stop_ids": frozenset(range(0, VOCAB, 2))},
+    "min_tokens": {"stop_ids": frozenset(range(0, VOCAB, 2)), "min_tokens": 3},
+    "logit_bias": {"logit_bias": ((5, 4.0), (9, -100.0))},
+    "presence_penalty": {"presence_penalty": 0.9},
+    "frequency_penalty": {"frequency_penalty": 0.4},
+    "repetition_penalty": {"repetition_penalty": 1.3},
+}
+
+
+def _optional_requests():
+    """One for each option, of every adapter in turn; then all again in another order."""
+    adapters = [None, *engine_cases.ADAPTERS]
+    made = []
+    for number, option in enumerate([*OPTIONS.values(), *reversed(OPTIONS.values())]):
+        made.append(
+            Submit(
+                request_id=number,
+                # Some are longer than a step, and read in chunks beside others.
+                prompt=tuple((5 * number + place) % VOCAB for place in range(2 + number % 11)),
+                sampling=Sampling(**{"temperature": 0.0, "max_tokens": 4, **option}),
+                adapter=adapters[number % len(adapters)],
+            )
+        )
+    return {0: made[: len(OPTIONS)], 8: made[len(OPTIONS) :]}
+
+
+def _options(rank, world):
+    cuda_graphs.install()
+    enable_cpu_inference()
+    with runtime.model_parallel(world, cuda_graphs=True), torch.inference_mode():
+        wanted, wanted_ends = engine_cases.run(_engine(graphs=False), _optional_requests(), {})
+        found, ends = engine_cases.run(_engine(graphs=True), _optional_requests(), {})
+        assert ends == wanted_ends
+        for request, choices in found.items():
+            assert [c.token for c in choices] == [c.token for c in wanted[request]], request
+            for choice, other in zip(choices, wanted[request], strict=True):
+                _same_logprobs(choice, other)
+        return cuda_graphs.COUNTS["replayed"]
+
+
+def _same_logprobs(choice, other):
+    assert (choice.logprob is None) == (other.logprob is None)
+    if choice.logprob is not None:
+        assert choice.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [token for token, _ in choice.top] == [token for token, _ in other.top]
+
+
+def test_every_request_option_goes_with_captured_steps():
+    """A prompt's log-probabilities once ended all ranks, from Megatron-Core 0.18 on."""
+    assert set(OPTIONS) == {field.name for field in dataclasses.fields(Sampling)}
+    (replayed,) = run_ranks(1, _options, timeout_s=200)
+    # Of eight layers each, in a run of some fifty steps.
+    assert replayed >= 8 * 8
 
 
 def _slots(rank, world):

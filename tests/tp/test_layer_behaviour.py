@@ -8,7 +8,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, get_cuda_rng_tra
 
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
-from bdlora_megatron.layers import LoRAColumnParallelLinear, LoRARowParallelLinear
+from bdlora_megatron.layers import LoRAColumnParallelLinear, LoRARowParallelLinear, apply_lora
+from bdlora_megatron.serve import ModelSlots, SlotRoom
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.layer_cases import (
@@ -24,6 +25,7 @@ from tests.tp.layer_cases import (
     lora_config,
     transformer_config,
 )
+from tests.tp.serving_cases import serving_model
 from tests.tp.session import model_parallel
 
 LAYERS = ("linear_qkv", "linear_fc1", "linear_proj", "linear_fc2")
@@ -310,3 +312,24 @@ def _refuse(rank, world_size):
 
 def test_what_cannot_be_right_is_refused():
     run_ranks(2, _refuse)
+
+
+def _inference_optimized(rank, world_size):
+    """On a CPU no such layer can be built; a model that says so is refused for its layers' sake."""
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+        for layer in model.modules():
+            if hasattr(layer, "config"):
+                layer.config.transformer_impl = "inference_optimized"
+        before = {name: type(module) for name, module in model.named_modules()}
+        with pytest.raises(
+            UnsupportedError, match=r"transformer_impl='inference_optimized'.*local"
+        ):
+            apply_lora(model, LoRAConfig(rank=4, num_blocks=1))
+        assert {name: type(module) for name, module in model.named_modules()} == before
+        with pytest.raises(UnsupportedError, match="transformer_impl='inference_optimized'"):
+            ModelSlots(model, SlotRoom(num_slots=1))
+
+
+def test_layers_that_exchange_inside_the_product_are_refused():
+    run_ranks(1, _inference_optimized)

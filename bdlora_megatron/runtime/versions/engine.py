@@ -6,6 +6,8 @@ release is told apart by ``InferenceConfig``, and by the attributes that come an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -30,10 +32,14 @@ __all__ = [
     "engine_arguments",
     "engine_modules",
     "keep_samples",
+    "logits_of_all_tokens",
     "step_logits",
     "steps_run",
     "wrapper_arguments",
 ]
+
+#: Where a controller keeps its tensor for captured steps while a step goes without.
+_CAPTURED_LOGITS = "_bdlora_captured_logits"
 
 
 class SeamedContext(DynamicInferenceContext):
@@ -247,8 +253,35 @@ def step_logits(controller: Any, given: tuple[Tensor, ...]) -> Tensor:
     Returns:
         ``[1, requests or tokens, vocabulary]``.
     """
-    logits: Tensor = given[0] if given else controller._all_logits_cuda
+    if given:
+        return given[0]
+    logits: Tensor = controller._all_logits_cuda
+    # A captured step after this one copies its logits there again.
+    if (captured := controller.__dict__.pop(_CAPTURED_LOGITS, None)) is not None:
+        controller._all_logits_cuda = captured
     return logits
+
+
+@contextmanager
+def logits_of_all_tokens(controller: Any) -> Iterator[None]:
+    """Run a step inside this block whose logits are those of all its tokens.
+
+    Since 0.18 the controller of captured steps copies all logits into one tensor, which has a row
+    for each request: too few here. A step that reads prompts is not captured, so its logits may
+    stay where the model leaves them until ``step_logits`` has taken them.
+
+    Args:
+        controller: A ``TextGenerationController``.
+    """
+    if getattr(controller, "_all_logits_cuda", None) is None or not controller._enable_cuda_graph:
+        yield
+        return
+    controller.__dict__[_CAPTURED_LOGITS] = controller._all_logits_cuda
+    controller._enable_cuda_graph = False
+    try:
+        yield
+    finally:
+        controller._enable_cuda_graph = True
 
 
 def keep_samples(controller: Any, tokens: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 )
 from torch import Tensor
 
-from bdlora_megatron.runtime.versions.engine import keep_samples, step_logits
+from bdlora_megatron.runtime.versions.engine import keep_samples, logits_of_all_tokens, step_logits
 from bdlora_megatron.serve.engine.prompts import PromptScores
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import Choice
@@ -100,8 +101,10 @@ class AdapterController(TextGenerationController):
         # are is only looked up where somebody does: on a GPU, it waits for the device.
         wrapped = self.inference_wrapped_model
         context, scores = wrapped.inference_context, wrapped.scores
-        context.last_logits_only = not (scores.pending and scores.wanted(context.active_ids))
-        return super()._dynamic_step_forward_logits(*tokens)
+        scored = bool(scores.pending and scores.wanted(context.active_ids))
+        context.last_logits_only = not scored
+        with logits_of_all_tokens(self) if scored else nullcontext():
+            return super()._dynamic_step_forward_logits(*tokens)
 
     def _dynamic_step_sample_logits(self, *given: Tensor) -> None:
         context = self.inference_wrapped_model.inference_context

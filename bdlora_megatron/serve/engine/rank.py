@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -28,6 +29,7 @@ from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import load_hf_model, read_hf_config
 from bdlora_megatron.errors import BDLoRAError, MissingDependencyError
+from bdlora_megatron.runtime.attention import find_attention, use_attention
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.runtime.launch import join_ranks
 from bdlora_megatron.serve.engine.desk import AdapterDesk
@@ -166,14 +168,11 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
     Returns:
         The engine and the desk.
     """
-    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    model = load_hf_model(
-        settings.model,
-        dtype=dtype,
-        max_sequence_length=settings.max_length,
-        settings={"cuda_graph_impl": "local"} if settings.cuda_graphs else None,
-        layer_spec=_layer_spec(settings),
-    )
+    # Before the model, which takes minutes to load: it may be refused.
+    attention = None if settings.cpu else find_attention(block_tokens=settings.block_tokens)
+    model = _load_model(settings, {} if attention is None else attention.settings)
+    if attention is not None:
+        use_attention(attention, model.config.params_dtype)
     layouts = (Layout.BDLORA, Layout.HALF_SHARDED)
     if settings.layout == Layout.SLORA.value:
         layouts = (*layouts, Layout.SLORA)  # type: ignore[assignment]
@@ -194,6 +193,18 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
     )
     engine = ServingEngine(model, store, options)
     return engine, AdapterDesk(engine, store)
+
+
+def _load_model(settings: ServeSettings, more: Mapping[str, Any]) -> GPTModel:
+    """The base model, its configuration as the settings and ``more`` say."""
+    captured = {"cuda_graph_impl": "local"} if settings.cuda_graphs else {}
+    return load_hf_model(
+        settings.model,
+        dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
+        max_sequence_length=settings.max_length,
+        settings={**captured, **more},
+        layer_spec=_layer_spec(settings),
+    )
 
 
 def _layer_spec(settings: ServeSettings) -> ModuleSpec:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 from bdlora_megatron.ops import SlotFactors, add_grouped, expand, shrink
 from tests.tolerances import assert_close
 from tests.unit.ops.cases import (
+    HAS_TRITON,
     LAYERS,
     POPULARITY,
     RANKS,
@@ -23,6 +28,8 @@ from tests.unit.ops.cases import (
     make_inputs,
     make_slots,
 )
+
+ROOT = Path(__file__).parents[3]
 
 every_implementation = pytest.mark.parametrize("implementation", implementations())
 every_walk = pytest.mark.parametrize("by", ["token", "segment"])
@@ -233,3 +240,41 @@ def test_the_semantics_in_the_docstring(function):
         names["z"] = torch.zeros_like(z)
     exec(textwrap.dedent(lines), names)
     assert_close(made, names["z" if function is shrink else "out"], "semantics")
+
+
+_TF32 = """
+import sys, torch
+exec(sys.argv[1])
+from bdlora_megatron.ops import GroupedBatch, add_grouped
+from bdlora_megatron.ops.gpu import tf32_is_allowed
+from tests.unit.ops.cases import make_inputs, make_slots
+slots = make_slots("one")
+out, x = make_inputs("one", 4)
+batch = GroupedBatch(torch.zeros(4, dtype=torch.int32), num_slots=slots.table.num_slots)
+add_grouped(out, x, slots, batch, implementation="triton")
+print(tf32_is_allowed())
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton's interpreter")
+@pytest.mark.parametrize(
+    ("switch", "allowed"),
+    [
+        ("pass", False),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+        ("torch.set_float32_matmul_precision('high')", True),
+    ],
+)
+def test_either_of_torchs_switches_for_tf32_is_heard(switch, allowed):
+    """Reading the older switch raises once anybody has set the newer."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _TF32, switch],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [str(allowed)], done.stderr

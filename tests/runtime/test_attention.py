@@ -1,0 +1,147 @@
+"""Which attention a server runs on a GPU: chosen or refused at the start, with what to do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdlora_megatron.errors import ConfigError, UnsupportedError
+from bdlora_megatron.runtime.attention import (
+    Attention,
+    FlashAttention,
+    choose_attention,
+    use_attention,
+)
+from bdlora_megatron.serve import cli
+
+ROOT = Path(__file__).parents[2]
+A100, H100 = (8, 0), (9, 0)
+TWO = FlashAttention(two="2.8.3")
+CURE = r"pip install 'flash-attn>=2\.7\.3,<3' --no-build-isolation"
+_CORE = tuple(map(int, importlib.metadata.version("megatron-core").split(".")[:2]))
+
+
+@pytest.mark.parametrize(
+    ("found", "capability", "kernels", "settings"),
+    [
+        pytest.param(TWO, A100, "flash-attn 2", {}, id="A100, two"),
+        pytest.param(
+            FlashAttention(two="2.7.4.post1"), H100, "flash-attn 2", {}, id="H100, two, a post"
+        ),
+        pytest.param(FlashAttention(three=True), H100, "flash-attn 3", {}, id="H100, three"),
+        pytest.param(
+            FlashAttention(four=True, two="2.8.3"), H100, "flash-attn 4", {}, id="H100, four"
+        ),
+        pytest.param(
+            FlashAttention(four=True, two="2.8.3", can_pin=True),
+            A100,
+            "flash-attn 2",
+            {"flash_attention_version": 2},
+            id="A100, four and two, pinned",
+        ),
+        pytest.param(FlashAttention(), A100, "triton", {}, id="none"),
+        pytest.param(FlashAttention(two="2.7.2"), A100, "triton", {}, id="two, too old"),
+        pytest.param(
+            FlashAttention(four=True, can_pin=True), A100, "triton", {}, id="A100, four alone"
+        ),
+    ],
+)
+def test_the_choice(found, capability, kernels, settings):
+    choice = choose_attention(found, capability=capability, block_tokens=256)
+    assert (choice.kernels, dict(choice.settings)) == (kernels, settings)
+    assert (choice.note is not None) == (kernels == "triton")
+
+
+def test_what_is_missing_comes_with_its_cure():
+    for found, said in (
+        (FlashAttention(), "not installed"),
+        (FlashAttention(two="2.6.3"), r"2\.6\.3, older than 2\.7\.3"),
+        (FlashAttention(four=True, can_pin=True), "flash-attn-4 .* and flash-attn 2 is not"),
+    ):
+        choice = choose_attention(found, capability=A100, block_tokens=16)
+        assert re.search(f"{said}.*{CURE}", choice.note), choice.note
+
+
+def test_what_cannot_work_is_refused():
+    four = FlashAttention(four=True, two="2.8.3")
+    with pytest.raises(UnsupportedError, match=r"pip uninstall flash-attn-4.*megatron-core 0\.19"):
+        choose_attention(four, capability=A100, block_tokens=256)
+    with pytest.raises(UnsupportedError, match=r"capability 7\.5; serving needs 8\.0"):
+        choose_attention(TWO, capability=(7, 5), block_tokens=256)
+    with pytest.raises(ConfigError, match=r"block_tokens=64; .*set block_tokens=256"):
+        choose_attention(TWO, capability=A100, block_tokens=64)
+    with pytest.raises(ConfigError, match="dtype=float64 on a GPU"):
+        use_attention(Attention(kernels="flash-attn 2"), torch.float64)
+
+
+def _package(folder, *, two=None, four=None):
+    """What pip leaves of flash-attn and flash-attn-4, as far as Megatron-Core looks."""
+    package = folder / "flash_attn"
+    package.mkdir()
+    if two is not None:
+        functions = "flash_attn_varlen_func = flash_attn_with_kvcache = print\n"
+        (package / "__init__.py").write_text(f"__version__ = {two!r}\n{functions}")
+        _metadata(folder, "flash_attn", "flash-attn", two)
+    if four is not None:
+        (package / "cute").mkdir()
+        (package / "cute" / "__init__.py").write_text("flash_attn_varlen_func = print\n")
+        _metadata(folder, "flash_attn_4", "flash-attn-4", four)
+
+
+def _metadata(folder, stem, name, version):
+    info = folder / f"{stem}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+_FOUND = """
+import warnings
+warnings.simplefilter("ignore")
+from bdlora_megatron.runtime.attention import FlashAttention
+print(FlashAttention.installed())
+"""
+
+
+@pytest.mark.parametrize(
+    ("packages", "two", "four"),
+    [
+        pytest.param({}, None, False, id="none"),
+        pytest.param({"two": "2.8.3"}, "2.8.3", False, id="two"),
+        # Its folder has no __init__.py of its own: flash_attn can be imported, and holds nothing.
+        pytest.param({"four": "4.0.0b23"}, None, _CORE >= (0, 18), id="four alone"),
+        pytest.param({"two": "2.8.3", "four": "4.0.0b23"}, "2.8.3", _CORE >= (0, 18), id="both"),
+    ],
+)
+def test_what_the_installed_megatron_finds(tmp_path, packages, two, four):
+    if packages:
+        _package(tmp_path, **packages)
+    done = subprocess.run(
+        [sys.executable, "-c", _FOUND],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wanted = FlashAttention(two=two, four=four, can_pin=_CORE >= (0, 19))
+    assert done.stdout.strip() == str(wanted), done.stderr
+
+
+def test_a_server_without_gpu_or_cpu_says_so(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    parser = argparse.ArgumentParser()
+    cli.add_model_arguments(parser)
+    given = parser.parse_args(["--model", str(tmp_path)])
+    if torch.cuda.is_available():
+        assert cli.settings_of(given).cpu is False
+        return
+    with pytest.raises(ConfigError, match="no CUDA device is present; add --cpu"):
+        cli.settings_of(given)
