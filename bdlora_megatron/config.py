@@ -6,16 +6,36 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from bdlora_megatron.errors import ConfigError, nearest
 
-__all__ = ["DEFAULT_TARGETS", "Layout", "LoRAConfig"]
+__all__ = ["DEFAULT_TARGETS", "Layout", "LoRAConfig", "resolve"]
 
 #: The tensor-parallel linear layers of a Megatron-Core decoder layer, by NeMo's names for them.
 DEFAULT_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+_DEFAULT_RANK = 16
+
+
+def resolve(
+    *, rank: int | None = None, alpha: float | None = None, num_blocks: int | None = None
+) -> tuple[int, float]:
+    """The rank and alpha that are meant where one of them is not set: the one rule for both.
+
+    Args:
+        rank: Total rank; when None 16, rounded up to a multiple of ``num_blocks``.
+        alpha: Numerator of the scale; when None twice the rank.
+        num_blocks: Diagonal blocks N; 1 when None.
+
+    Returns:
+        Rank and alpha, not checked yet.
+    """
+    blocks = max(num_blocks or 1, 1)
+    known = -(-_DEFAULT_RANK // blocks) * blocks if rank is None else rank
+    return known, 2.0 * known if alpha is None else alpha
 
 
 class Layout(str, Enum):
@@ -39,11 +59,14 @@ class LoRAConfig:
         ConfigError: A value is out of range, or two values disagree.
     """
 
-    rank: int = 16
-    """Total rank r of one projection's update, over all blocks."""
+    # ``resolve`` replaces None when the object is made, so that whoever reads them finds numbers.
+    rank: int = cast("int", None)
+    """Total rank r of one projection's update, over all blocks; when unset 16, rounded up to a
+    multiple of ``num_blocks``."""
 
-    alpha: float = 32.0
-    """Numerator of the scale; the denominator is the *total* rank (see ``use_rslora``)."""
+    alpha: float = cast("float", None)
+    """Numerator of the scale, twice the rank when unset; the denominator is the *total* rank (see
+    ``use_rslora``)."""
 
     use_rslora: bool = False
     """Scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``."""
@@ -82,6 +105,9 @@ class LoRAConfig:
         object.__setattr__(self, "layout", _layout(self.layout))
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
+        rank, alpha = resolve(rank=self.rank, alpha=self.alpha, num_blocks=self.num_blocks)
+        object.__setattr__(self, "rank", rank)
+        object.__setattr__(self, "alpha", alpha)
         if self.rank < 1:
             raise ConfigError(f"rank={self.rank}; the rank must be at least 1")
         if not math.isfinite(self.alpha):

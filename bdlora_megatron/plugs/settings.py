@@ -10,15 +10,13 @@ import torch
 from torch import nn
 
 from bdlora_megatron.blocks import ModuleShape, matching_rank
-from bdlora_megatron.config import DEFAULT_TARGETS, LoRAConfig
+from bdlora_megatron.config import DEFAULT_TARGETS, LoRAConfig, resolve
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers.apply import named_modules_global
 from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.targets import TargetMatcher
 
 __all__ = ["BlockDiagonalSettings"]
-
-_DEFAULT_RANK = 16
 
 
 @dataclass
@@ -80,7 +78,7 @@ class BlockDiagonalSettings:
                 "fused=True trains one A for several projections, for which PEFT's format has no "
                 "place; set fused=False, or export_peft=False and export_dense=False"
             )
-        self._config(self._rank())
+        self._config(self.dim)
 
     @property
     def exports_peft(self) -> bool:
@@ -102,7 +100,7 @@ class BlockDiagonalSettings:
         self.__post_init__()
         assert self.num_blocks is not None
         if self.match_params_of_lora_rank is None:
-            return self._config(self._rank())
+            return self._config(self.dim)
         rank = matching_rank(
             self._shapes(chunks),
             lora_rank=self.match_params_of_lora_rank,
@@ -110,14 +108,11 @@ class BlockDiagonalSettings:
         )
         return self._config(rank)
 
-    def _rank(self) -> int:
-        assert self.num_blocks is not None
-        return self.dim or -(-_DEFAULT_RANK // self.num_blocks) * self.num_blocks
-
-    def _config(self, rank: int) -> LoRAConfig:
+    def _config(self, dim: int | None) -> LoRAConfig:
+        rank, alpha = resolve(rank=dim, alpha=self.alpha, num_blocks=self.num_blocks)
         return LoRAConfig(
             rank=rank,
-            alpha=2.0 * rank if self.alpha is None else self.alpha,
+            alpha=alpha,
             use_rslora=self.use_rslora,
             num_blocks=self.num_blocks,
             dropout=self.dropout,

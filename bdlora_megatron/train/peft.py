@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bdlora_megatron.blocks import ModuleShape, matching_rank
-from bdlora_megatron.config import Layout, LoRAConfig
+from bdlora_megatron.config import Layout, LoRAConfig, resolve
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers.targets import TargetMatcher
 from bdlora_megatron.train.schema import BDLoRASection, PeftSection
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["resolve_peft"]
 
 _LAYOUTS = {"bdlora": Layout.BDLORA, "lora": Layout.HALF_SHARDED, "slora": Layout.SLORA}
-_DEFAULT_RANK = 16
 
 
 def resolve_peft(peft: PeftSection, hf: HFConfig) -> LoRAConfig | None:
@@ -39,13 +38,18 @@ def resolve_peft(peft: PeftSection, hf: HFConfig) -> LoRAConfig | None:
         return None
     blocked = peft.scheme == "bdlora"
     section = peft.bdlora if blocked else peft.lora
-    rank = _blocked_rank(peft.bdlora, hf) if blocked else peft.lora.rank
+    num_blocks = peft.bdlora.num_blocks if blocked else None
+    rank, alpha = resolve(
+        rank=_blocked_rank(peft.bdlora, hf) if blocked else peft.lora.rank,
+        alpha=section.alpha,
+        num_blocks=num_blocks,
+    )
     return LoRAConfig(
         rank=rank,
-        alpha=2.0 * rank if section.alpha is None else section.alpha,
+        alpha=alpha,
         use_rslora=section.use_rslora,
         layout=_LAYOUTS[peft.scheme],
-        num_blocks=peft.bdlora.num_blocks if blocked else None,
+        num_blocks=num_blocks,
         dropout=section.dropout,
         target_modules=section.target_modules,
         exclude_modules=section.exclude_modules,
@@ -55,7 +59,12 @@ def resolve_peft(peft: PeftSection, hf: HFConfig) -> LoRAConfig | None:
     )
 
 
-def _blocked_rank(section: BDLoRASection, hf: HFConfig) -> int:
+def _blocked_rank(section: BDLoRASection, hf: HFConfig) -> int | None:
+    """The rank that the settings ask for; None for the default.
+
+    Raises:
+        ConfigError: There is no number of blocks, or no rank matches.
+    """
     blocks = section.num_blocks
     if blocks is None:
         raise ConfigError("peft.bdlora.num_blocks is missing; set it to the serving size")
@@ -65,7 +74,7 @@ def _blocked_rank(section: BDLoRASection, hf: HFConfig) -> int:
             lora_rank=section.match_params_of_lora_rank,
             num_blocks=blocks,
         )
-    return section.rank or -(-_DEFAULT_RANK // blocks) * blocks
+    return section.rank
 
 
 def _target_shapes(section: BDLoRASection, hf: HFConfig) -> list[ModuleShape]:

@@ -7,6 +7,9 @@ import torch
 
 from bdlora_megatron.config import DEFAULT_TARGETS, Layout, LoRAConfig
 from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.plugs import BlockDiagonalSettings
+from bdlora_megatron.train.peft import resolve_peft
+from bdlora_megatron.train.schema import BDLoRASection, PeftSection
 
 
 def test_defaults_need_only_the_block_count():
@@ -62,3 +65,29 @@ def test_bad_values_are_refused_with_the_way_out(values, message):
         LoRAConfig.from_dict(values)
     assert isinstance(caught.value, BDLoRAError)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+@pytest.mark.parametrize("rank", [None, 24, 96])
+@pytest.mark.parametrize("alpha", [None, 5.0])
+def test_the_same_words_mean_the_same_update_at_every_door(blocks, rank, alpha):
+    """The layers', the trainer's, and the one that the plugs for Bridge and NeMo share."""
+    own = LoRAConfig(num_blocks=blocks, **_given(rank=rank, alpha=alpha))
+    section = BDLoRASection(num_blocks=blocks, rank=rank, alpha=alpha)
+    trained = resolve_peft(PeftSection(bdlora=section), hf=None)
+    hosted = BlockDiagonalSettings(num_blocks=blocks, dim=rank, alpha=alpha).lora_config([])
+    wanted = rank or {1: 16, 3: 18, 8: 16}[blocks]
+    for config in (own, trained, hosted, LoRAConfig(num_blocks=blocks, rank=rank, alpha=alpha)):
+        assert (config.rank, config.alpha) == (wanted, 2.0 * wanted if alpha is None else alpha)
+        assert config.scale == (2.0 if alpha is None else alpha / wanted)
+
+
+def _given(**values):
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def test_a_rank_of_zero_is_no_default():
+    with pytest.raises(ConfigError, match="rank=0"):
+        BlockDiagonalSettings(num_blocks=2, dim=0)
+    with pytest.raises(ConfigError, match="rank=0"):
+        resolve_peft(PeftSection(bdlora=BDLoRASection(num_blocks=2, rank=0)), hf=None)
