@@ -1,8 +1,11 @@
-# Every target makes the environment it needs, once. Another interpreter: make test PYTHON=python3.12
+# Every target makes the environment it needs, once, with an interpreter that has a name here.
 
+# Python 3.12, or 3.11: make test PYTHON=python3.11
 PYTHON ?= python3
-# Megatron-Bridge 0.4 and newer want this one: make test-bridge-new PYTHON312=/opt/python3.12
+# What Megatron-Bridge 0.4 and newer want: make test-bridge-new PYTHON312=/opt/python3.12
 PYTHON312 ?= python3.12
+# What the older hosts and vLLM's CPU build are pinned for: make test-nemo PYTHON311=/opt/python3.11
+PYTHON311 ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -46,10 +49,10 @@ format: .venv/installed.stamp ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-test-bridge: .venv-bridge/installed.stamp ## the tests of the plug in the real Megatron-Bridge
+test-bridge: .venv-bridge/installed.stamp ## the tests of the plug in Megatron-Bridge 0.3
 	.venv-bridge/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_tutorials.py
 
-test-bridge-new: .venv-bridge-new/installed.stamp ## the same in the newest, which wants Python 3.12
+test-bridge-new: .venv-bridge-new/installed.stamp ## the same in Megatron-Bridge 0.6, on Python 3.12
 	.venv-bridge-new/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_tutorials.py
 
 test-nemo: .venv-nemo/installed.stamp ## the tests of the plug in the real NeMo
@@ -80,7 +83,7 @@ clean: ## remove the environment, the demo's files and every cache
 # Bridge's own dependencies include Transformer Engine, which needs CUDA to build. This is what its
 # import takes beside that, exactly.
 .venv-bridge/installed.stamp: pyproject.toml constraints-bridge.txt
-	$(PYTHON) -m venv .venv-bridge
+	$(PYTHON311) -m venv .venv-bridge
 	.venv-bridge/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-bridge.txt -e .
 	touch $@
 
@@ -92,12 +95,12 @@ clean: ## remove the environment, the demo's files and every cache
 
 # Likewise for NeMo, whose training needs Megatron-Core 0.15.
 .venv-nemo/installed.stamp: pyproject.toml constraints-nemo.txt
-	$(PYTHON) -m venv .venv-nemo
+	$(PYTHON311) -m venv .venv-nemo
 	.venv-nemo/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-nemo.txt -e .
 	touch $@
 
 # vLLM for CPUs, with versions of transformers and numpy of its own.
 .venv-peers/installed.stamp: constraints-peers.txt
-	$(PYTHON) -m venv .venv-peers
+	$(PYTHON311) -m venv .venv-peers
 	.venv-peers/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-peers.txt
 	touch $@
