@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from bdlora_megatron.errors import ConfigError, MissingDependencyError, UnsupportedError
+from bdlora_megatron.export import export_asked_for
+from bdlora_megatron.integrations import BlockDiagonalSettings, export_adapter, make_peft
 from bdlora_megatron.layers import apply_lora, lora_layers
-from bdlora_megatron.plugs import BlockDiagonalSettings, export_adapter, make_peft
-from bdlora_megatron.plugs.export import export_asked_for
 
 try:
     from megatron.bridge.peft.base import PEFT

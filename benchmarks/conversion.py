@@ -32,11 +32,11 @@ from bdlora_megatron.bench.report import machine
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.cli.jobs import Job, run_job
 from bdlora_megatron.convert import Adapter, LazyModules, ModuleKey, write_adapter
-from bdlora_megatron.convert.adapter import MODULE_NAMES, blocked_factor
-from bdlora_megatron.convert.formats import detect_format
+from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES, blocked_factor
+from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 from bdlora_megatron.convert.pipeline import Conversion, convert_adapter
+from bdlora_megatron.convert.registry import detect_format
 from bdlora_megatron.convert.structure import Structure
-from bdlora_megatron.convert.tables import format_bytes, format_table
 
 RESULTS = Path(__file__).parent / "results"
 RANK, TP = 64, 8

@@ -13,9 +13,8 @@ from functools import partial
 from typing import Any
 
 from bdlora_megatron.serve.cli import add_parser, settings_of
-from bdlora_megatron.serve.entry import enter_rank
 from bdlora_megatron.serve.logs import configure_logging
-from bdlora_megatron.serve.ranks import Ranks
+from bdlora_megatron.serve.ranks import Ranks, enter_rank
 from bdlora_megatron.serve.server import Server
 
 

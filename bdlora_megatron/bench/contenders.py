@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
 from bdlora_megatron.bench.slots import SlotAdapters
 from bdlora_megatron.config import Layout, LoRAConfig
-from bdlora_megatron.convert.hf_base import HFConfig, build_gpt_model, transformer_config
-from bdlora_megatron.convert.hf_base.rope import RopeSettings
 from bdlora_megatron.errors import MissingDependencyError
 from bdlora_megatron.layers import apply_lora, lora_layers
+from bdlora_megatron.models import HFConfig, build_gpt_model, transformer_config
+from bdlora_megatron.models.rope import RopeSettings
 from bdlora_megatron.plan.model import ModelShape
 from bdlora_megatron.runtime import device
 from bdlora_megatron.runtime.versions.inference import inference

@@ -19,7 +19,7 @@ from bdlora_megatron.bench.calibrate import Calibration, calibrate
 from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
 from bdlora_megatron.bench.run import Cell
 from bdlora_megatron.config import Layout
-from bdlora_megatron.convert.tables import format_bytes
+from bdlora_megatron.convert.adapter.tables import format_bytes
 
 __all__ = ["BenchReport", "machine", "quartiles", "ratios", "write_report"]
 

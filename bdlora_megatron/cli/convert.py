@@ -17,20 +17,20 @@ from bdlora_megatron.cli.pool import run_jobs
 from bdlora_megatron.cli.progress import progress
 from bdlora_megatron.cli.records import locked
 from bdlora_megatron.cli.sources import find_sources
-from bdlora_megatron.convert.formats import FORMATS, open_adapter
+from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 from bdlora_megatron.convert.pipeline import Conversion
+from bdlora_megatron.convert.registry import FORMATS, open_adapter
 from bdlora_megatron.convert.structure import (
     Structure,
     StructureMode,
     choices_for_tp,
     plot_choices,
 )
-from bdlora_megatron.convert.tables import format_bytes, format_table
 from bdlora_megatron.convert.write_options import WriteOptions
 from bdlora_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bdlora_megatron.convert.hf_base import HFConfig
+    from bdlora_megatron.models import HFConfig
 
 __all__ = ["add_parser", "run"]
 
@@ -184,7 +184,7 @@ def _conversion(arguments: argparse.Namespace) -> Conversion:
 
 def _base(folder: Path) -> HFConfig:
     # Imports Megatron-Core, which takes seconds, for a caller that asks for it alone.
-    from bdlora_megatron.convert.hf_base import read_hf_config
+    from bdlora_megatron.models import read_hf_config
 
     return read_hf_config(folder)
 

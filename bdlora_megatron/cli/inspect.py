@@ -11,9 +11,9 @@ from typing import Any
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.cli import output
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
-from bdlora_megatron.convert.formats import detect_format, open_adapter
-from bdlora_megatron.convert.lazy import module_facts
-from bdlora_megatron.convert.tables import format_bytes, format_table
+from bdlora_megatron.convert.adapter.lazy import module_facts
+from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
+from bdlora_megatron.convert.registry import detect_format, open_adapter
 from bdlora_megatron.errors import BDLoRAError
 
 __all__ = ["add_parser", "run"]

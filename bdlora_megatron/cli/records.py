@@ -17,10 +17,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from bdlora_megatron.convert.formats import detect_format
-from bdlora_megatron.convert.peft_config import CONFIG_NAME
-from bdlora_megatron.convert.peft_tensors import PICKLE_NAME, SAFETENSORS_NAME
-from bdlora_megatron.convert.slora import adapter_name
+from bdlora_megatron.convert.peft.config import CONFIG_NAME
+from bdlora_megatron.convert.peft.tensors import PICKLE_NAME, SAFETENSORS_NAME
+from bdlora_megatron.convert.registry import detect_format
+from bdlora_megatron.convert.slora.format import adapter_name
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 
 __all__ = ["RECORDS", "Record", "content_hash", "locked", "read_record", "write_record"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bdlora_megatron.convert.formats import detect_format
+from bdlora_megatron.convert.registry import detect_format
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 
 __all__ = ["find_sources"]

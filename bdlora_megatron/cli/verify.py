@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.cli import output
-from bdlora_megatron.convert.compare import Comparison, compare_adapters
-from bdlora_megatron.convert.formats import open_adapter
+from bdlora_megatron.convert.adapter.compare import Comparison, compare_adapters
+from bdlora_megatron.convert.registry import open_adapter
 
 __all__ = ["add_parser", "run"]
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bdlora_megatron.convert.adapter import Adapter, BaseShape, ModuleKey
-from bdlora_megatron.convert.base_check import check_base
-from bdlora_megatron.convert.formats import (
+from bdlora_megatron.convert.adapter.lazy import LazyModules, in_memory, map_modules, module_facts
+from bdlora_megatron.convert.peft.reader import read_peft
+from bdlora_megatron.convert.registry import (
     FormatName,
     detect_format,
     open_adapter,
     read_adapter,
     write_adapter,
 )
-from bdlora_megatron.convert.lazy import LazyModules, in_memory, map_modules, module_facts
-from bdlora_megatron.convert.peft_reader import read_peft
 from bdlora_megatron.convert.write_options import WriteOptions
+from bdlora_megatron.models import HFConfig, read_hf_config
+from bdlora_megatron.models.check import check_base
 
 if TYPE_CHECKING:
-    from bdlora_megatron.convert.hf_base import HFConfig, load_hf_model, read_hf_config
+    from bdlora_megatron.models import load_hf_model
 
 __all__ = [
     "Adapter",
@@ -43,9 +44,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Base models need Megatron-Core, whose import takes seconds; adapters do not.
-    if name in ("HFConfig", "load_hf_model", "read_hf_config"):
-        from bdlora_megatron.convert import hf_base
+    # Needs Megatron-Core, whose import takes seconds; adapters do not.
+    if name == "load_hf_model":
+        from bdlora_megatron.models import load_hf_model
 
-        return getattr(hf_base, name)
+        return load_hf_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdlora_megatron.convert.base_check import base_shape, check_base
-from bdlora_megatron.convert.formats import FormatName, open_adapter, write_adapter
+from bdlora_megatron.convert.registry import FormatName, open_adapter, write_adapter
 from bdlora_megatron.convert.structure import Structure, StructureReport, restructure
 from bdlora_megatron.convert.write_options import WriteOptions
+from bdlora_megatron.models.check import base_shape, check_base
 
 if TYPE_CHECKING:
-    from bdlora_megatron.convert.hf_base import HFConfig
+    from bdlora_megatron.models import HFConfig
 
 __all__ = ["Conversion", "convert_adapter"]
 

@@ -8,7 +8,7 @@ import torch
 
 from bdlora_megatron.blocks import BlockFactors, all_finite, reshard
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
-from bdlora_megatron.convert.lazy import LazyModules, map_modules
+from bdlora_megatron.convert.adapter.lazy import LazyModules, map_modules
 from bdlora_megatron.convert.tensor_files import FLOATS
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 

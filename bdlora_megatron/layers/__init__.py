@@ -2,9 +2,13 @@
 
 ``linear`` subclasses the layers, ``adapters`` holds the arithmetic of the three layouts, ``apply``
 and ``spec`` put them into a built or a new model, ``load`` fills them from an adapter, ``collect``
-makes an adapter of them, ``save`` saves the model's own. ``slots`` and ``pools`` let a layer serve
-several adapters in one batch.
+makes an adapter of them; ``bdlora_megatron.export`` writes it. ``slots`` and ``pools`` let a layer
+serve several adapters in one batch.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from bdlora_megatron.layers.apply import (
     adapters_disabled,
@@ -19,8 +23,10 @@ from bdlora_megatron.layers.collect import collect_adapter
 from bdlora_megatron.layers.linear import LoRAColumnParallelLinear, LoRARowParallelLinear
 from bdlora_megatron.layers.load import LoadOptions, load_adapter
 from bdlora_megatron.layers.lora_linear import LoRALinear
-from bdlora_megatron.layers.save import save_adapter
 from bdlora_megatron.layers.spec import lora_spec
+
+if TYPE_CHECKING:
+    from bdlora_megatron.export import save_adapter
 
 __all__ = [
     "LoRAColumnParallelLinear",
@@ -39,3 +45,12 @@ __all__ = [
     "save_adapter",
     "unmerge_adapters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It knows file formats, which nothing in here does; its public name has long been this one.
+    if name == "save_adapter":
+        from bdlora_megatron.export import save_adapter
+
+        return save_adapter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

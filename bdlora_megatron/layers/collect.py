@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from bdlora_megatron.blocks import BlockFactors
-from bdlora_megatron.convert.adapter import Adapter, BaseShape, ModuleKey, blocked_factor
+from bdlora_megatron.convert.adapter.neutral import Adapter, BaseShape, ModuleKey, blocked_factor
 from bdlora_megatron.errors import TargetError, UnsupportedError
 from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.factors import Factor

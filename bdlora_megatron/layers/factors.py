@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bdlora_megatron.runtime.versions.layers import sharded_for_checkpoint
 
-__all__ = ["Factor", "FactorPair", "FactorShape", "kaiming_uniform", "zeros"]
+__all__ = ["Factor", "FactorPair", "FactorShape", "dropped", "kaiming_uniform", "zeros"]
 
 Init = Callable[[Tensor], object]
 
@@ -27,6 +27,11 @@ def kaiming_uniform(weight: Tensor) -> None:
 def zeros(weight: Tensor) -> None:
     """Fill a full factor with zeros, so that a fresh adapter changes nothing."""
     nn.init.zeros_(weight)
+
+
+def dropped(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
+    """Apply a dropout mask to a factor's input, if there is one, and rescale what is left."""
+    return x if mask is None else x * mask * (1.0 / keep)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,8 +16,8 @@ from torch import nn
 
 from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
 from bdlora_megatron.config import Layout
-from bdlora_megatron.convert.adapter import Adapter as NeutralAdapter
-from bdlora_megatron.convert.adapter import ModuleKey, ModuleName
+from bdlora_megatron.convert.adapter.neutral import Adapter as NeutralAdapter
+from bdlora_megatron.convert.adapter.neutral import ModuleKey, ModuleName
 from bdlora_megatron.errors import ShapeError, TargetError
 from bdlora_megatron.layers.adapters import ProjectionPlan
 from bdlora_megatron.layers.apply import (

@@ -17,15 +17,12 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from bdlora_megatron.layers.factors import dropped
+
 if TYPE_CHECKING:
     from bdlora_megatron.layers.adapters import Adapter
 
-__all__ = ["dropped", "gather_and_shrink", "share_and_shrink", "share_input"]
-
-
-def dropped(x: Tensor, mask: Tensor | None, keep: float) -> Tensor:
-    """Apply a dropout mask, if there is one, and rescale what is left."""
-    return x if mask is None else x * mask * (1.0 / keep)
+__all__ = ["gather_and_shrink", "share_and_shrink", "share_input"]
 
 
 def share_input(x: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, group: Any) -> Tensor:

@@ -14,9 +14,9 @@ from nemo.lightning.pytorch.utils import is_trainer_attached
 from torch import nn
 
 from bdlora_megatron.errors import UnsupportedError
+from bdlora_megatron.export import export_asked_for
+from bdlora_megatron.integrations import BlockDiagonalSettings, make_peft
 from bdlora_megatron.layers import apply_lora
-from bdlora_megatron.plugs import BlockDiagonalSettings, make_peft
-from bdlora_megatron.plugs.export import export_asked_for
 
 __all__ = ["BDLoRA", "BDLoRAAdapterIO", "build_peft"]
 

@@ -9,7 +9,7 @@ from bdlora_megatron.blocks import Blocked, ModuleShape
 from bdlora_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bdlora_megatron.convert.hf_base import HFConfig
+    from bdlora_megatron.models import HFConfig
 
 __all__ = ["PRESETS", "Linear", "ModelShape"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bdlora_megatron.blocks import matching_rank
 from bdlora_megatron.config import Layout
-from bdlora_megatron.convert.tables import format_bytes, format_table
+from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.plan.hardware import Hardware
 from bdlora_megatron.plan.memory import MemoryPlan, memory_plan

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from bdlora_megatron.convert import Adapter
-from bdlora_megatron.convert.formats import read_adapter
+from bdlora_megatron.convert.registry import read_adapter
 from bdlora_megatron.errors import AdapterFormatError
 from bdlora_megatron.serve.files import Fingerprint, fingerprint
 

@@ -20,7 +20,7 @@ from bdlora_megatron.serve.logs import configure_logging
 from bdlora_megatron.serve.ranks import prepare_ranks
 from bdlora_megatron.serve.settings import ServeSettings, check_adapter_name
 
-__all__ = ["add_parser", "run", "settings_of"]
+__all__ = ["add_parser", "check_device", "run", "settings_of"]
 
 _EXTRA = ("einops", "fastapi", "prometheus_client", "transformers", "uvicorn", "yaml")
 
@@ -86,8 +86,7 @@ def settings_of(arguments: argparse.Namespace) -> ServeSettings:
         The settings.
 
     Raises:
-        ConfigError: A setting is unknown or wrong, model or adapters are not there, or there is no
-            GPU and the CPU was not asked for.
+        ConfigError: A setting is unknown or wrong, or model or adapters are not there.
         MissingDependencyError: The extra `serve` is not installed.
     """
     absent = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
@@ -108,9 +107,17 @@ def settings_of(arguments: argparse.Namespace) -> ServeSettings:
     values["adapters"] = {**(values.get("adapters") or {}), **_adapters(arguments.adapters)}
     settings = ServeSettings.from_dict(values)
     _check_folders(settings)
-    if not (settings.cpu or cuda_is_present()):
-        raise ConfigError("no CUDA device is present; add --cpu to serve from this machine's CPU")
     return settings
+
+
+def check_device(settings: ServeSettings) -> None:
+    """See that there is something to run on, before anything is loaded.
+
+    Raises:
+        ConfigError: There is no GPU, and the CPU was not asked for.
+    """
+    if not (settings.cpu or cuda_is_present()):
+        raise ConfigError("no CUDA device is present; add --cpu to run on this machine's CPU")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -124,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     require_engine()
     settings = settings_of(arguments)
+    check_device(settings)
     rank = torchrun.rank_of(os.environ)
     configure_logging(rank=rank or None)
     if rank is not None:

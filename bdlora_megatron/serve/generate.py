@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from bdlora_megatron.errors import BDLoRAError, ConfigError
 from bdlora_megatron.runtime.versions.known import require_engine
-from bdlora_megatron.serve.cli import add_model_arguments, settings_of
+from bdlora_megatron.serve.cli import add_model_arguments, check_device, settings_of
 from bdlora_megatron.serve.lines import json_line
 from bdlora_megatron.serve.settings import ServeSettings
 
@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     require_engine()
     settings = settings_of(arguments)
+    check_device(settings)
     if not arguments.input.is_file():
         raise ConfigError(f"{arguments.input} is no file; give one with a request on each line")
     if arguments.output.exists() and not arguments.overwrite:

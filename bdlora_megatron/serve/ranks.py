@@ -13,11 +13,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from bdlora_megatron.runtime import launch
-from bdlora_megatron.serve.entry import enter_rank
 from bdlora_megatron.serve.messages import Stop
 from bdlora_megatron.serve.settings import ServeSettings
 
-__all__ = ["Ranks", "prepare_ranks"]
+__all__ = ["Ranks", "enter_rank", "prepare_ranks"]
 
 _PRELOAD = ("bdlora_megatron.serve.preload",)
 
@@ -37,6 +36,20 @@ def prepare_ranks(settings: ServeSettings) -> None:
     if settings.cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(_cores() // settings.tp, 1)))
     launch.prepare_ranks(_PRELOAD)
+
+
+def enter_rank(rank: int, settings: ServeSettings, store: str, link: Connection) -> None:
+    """Run one rank and end the process; where a rank's process begins.
+
+    Args:
+        rank: Which.
+        settings: The server's.
+        store: A file through which the ranks find each other.
+        link: To the front.
+    """
+    from bdlora_megatron.serve.engine.rank import rank_main
+
+    rank_main(rank, settings, store, link)
 
 
 class Ranks:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from bdlora_megatron.convert.base_check import base_shape
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.export import main_weights, write_peft_folders
 from bdlora_megatron.layers import collect_adapter
-from bdlora_megatron.layers.export import write_peft_folders
-from bdlora_megatron.layers.main_weights import main_weights
+from bdlora_megatron.models.check import base_shape
 from bdlora_megatron.runtime import model_parallel, refuse_together
 from bdlora_megatron.train.checkpoint import (
     checkpoints,

@@ -9,9 +9,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-from bdlora_megatron.convert.hf_base import HFConfig, load_hf_model, read_hf_config
 from bdlora_megatron.layers import apply_lora, lora_layers
 from bdlora_megatron.layers.factors import kaiming_uniform
+from bdlora_megatron.models import HFConfig, load_hf_model, read_hf_config
 from bdlora_megatron.train.peft import resolve_peft
 from bdlora_megatron.train.schema import ModelSection, TrainConfig
 

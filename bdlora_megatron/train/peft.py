@@ -13,7 +13,7 @@ from bdlora_megatron.layers.targets import TargetMatcher
 from bdlora_megatron.train.schema import BDLoRASection, PeftSection
 
 if TYPE_CHECKING:
-    from bdlora_megatron.convert.hf_base import HFConfig
+    from bdlora_megatron.models import HFConfig
 
 __all__ = ["resolve_peft"]
 

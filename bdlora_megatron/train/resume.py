@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bdlora_megatron.convert.hf_base import HFConfig
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.models import HFConfig
 from bdlora_megatron.train.config import to_mapping
 from bdlora_megatron.train.examples import Example
 from bdlora_megatron.train.schema import TrainConfig

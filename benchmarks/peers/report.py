@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from bdlora_megatron.bench.report import machine
-from bdlora_megatron.convert.tables import format_bytes
+from bdlora_megatron.convert.adapter.tables import format_bytes
 from benchmarks.peers.contenders import Visit
 
 __all__ = ["write_report"]

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import HFConfig, load_hf_model, read_hf_config, read_peft
-from bdlora_megatron.convert.hf_base import without_padding
 from bdlora_megatron.layers import LoadOptions, adapters_disabled, load_adapter
+from bdlora_megatron.models import without_padding
 from bdlora_megatron.runtime.launch import hidden_gpus, join_ranks, start_method
 from examples.demo.reference import BASE, Answer
 

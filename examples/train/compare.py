@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bdlora_megatron import runtime
-from bdlora_megatron.convert.hf_base import without_padding
+from bdlora_megatron.models import without_padding
 from bdlora_megatron.train import TrainConfig, load_config
 from bdlora_megatron.train.checkpoint import checkpoints, load_checkpoint
 from bdlora_megatron.train.examples import load_tokenizer

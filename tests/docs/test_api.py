@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,20 @@ def test_what_snippets_import_is_in_the_reference(path):
                 wanted = {node.module}
             parents = {name.rpartition(".")[0] for name in DOCUMENTED}
             assert wanted <= DOCUMENTED | parents, f"{path.name}, line {block.line}"
+
+
+def test_the_public_face_is_its_page_and_costs_nothing():
+    import bdlora_megatron as bd
+
+    page = (ROOT / "docs" / "api" / "face.md").read_text("utf-8")
+    assert sorted(re.findall(r"^\| `bd\.(\w+)`", page, re.MULTILINE)) == sorted(bd.__all__)
+    for name in bd.__all__:
+        assert getattr(bd, name) is not None, name
+    with pytest.raises(AttributeError, match="no attribute 'apply_lra'"):
+        _ = bd.apply_lra
+    code = (
+        "import sys, bdlora_megatron; print(*sorted({'torch', 'megatron', 'safetensors', 'numpy'} "
+        "& set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr

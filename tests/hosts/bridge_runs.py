@@ -60,7 +60,7 @@ def make_hf_base(folder):
 
 def make_bridge_base(hf, folder, case):
     """The same weights as a checkpoint of Bridge's, saved after a step that changes nothing."""
-    from bdlora_megatron.convert.hf_base import TensorFiles, load_hf_weights, read_hf_config
+    from bdlora_megatron.models import TensorFiles, load_hf_weights, read_hf_config
 
     def fill(chunks):
         load_hf_weights(chunks[0], read_hf_config(hf), TensorFiles(hf))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdlora_megatron.cli.main import main
 from bdlora_megatron.errors import ConfigError, UnsupportedError
 from bdlora_megatron.runtime.attention import (
     Attention,
@@ -20,7 +20,6 @@ from bdlora_megatron.runtime.attention import (
     choose_attention,
     use_attention,
 )
-from bdlora_megatron.serve import cli
 
 ROOT = Path(__file__).parents[2]
 A100, H100 = (8, 0), (9, 0)
@@ -135,13 +134,10 @@ def test_what_the_installed_megatron_finds(tmp_path, packages, two, four):
     assert done.stdout.strip() == str(wanted), done.stderr
 
 
-def test_a_server_without_gpu_or_cpu_says_so(tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to serve from")
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_a_server_without_gpu_or_cpu_says_so(tmp_path, capsys, command):
     (tmp_path / "config.json").write_text("{}")
-    parser = argparse.ArgumentParser()
-    cli.add_model_arguments(parser)
-    given = parser.parse_args(["--model", str(tmp_path)])
-    if torch.cuda.is_available():
-        assert cli.settings_of(given).cpu is False
-        return
-    with pytest.raises(ConfigError, match="no CUDA device is present; add --cpu"):
-        cli.settings_of(given)
+    files = [str(tmp_path / "in"), str(tmp_path / "out")] if command == "generate" else []
+    assert main([command, *files, "--model", str(tmp_path)]) == 2
+    assert "no CUDA device is present; add --cpu" in capsys.readouterr().err

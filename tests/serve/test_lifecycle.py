@@ -13,7 +13,7 @@ import pytest
 
 from bdlora_megatron.cli.main import main
 from bdlora_megatron.serve.engine.rank import ORPHANED
-from bdlora_megatron.serve.entry import enter_rank
+from bdlora_megatron.serve.ranks import enter_rank
 from bdlora_megatron.serve.settings import ServeSettings
 from tests.serve import models
 from tests.serve.conftest import SIZES

@@ -24,7 +24,7 @@ from bdlora_megatron.convert import (
     read_adapter,
     write_adapter,
 )
-from bdlora_megatron.convert.adapter import MODULE_NAMES
+from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES
 from tests.harness import run_ranks
 from tests.tp.models import tiny_config
 from tests.tp.session import model_parallel

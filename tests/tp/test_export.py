@@ -12,9 +12,9 @@ from bdlora_megatron.blocks import reshard
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.convert import read_adapter
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.export import export_asked_for
+from bdlora_megatron.integrations import BlockDiagonalSettings, export_adapter
 from bdlora_megatron.layers import apply_lora, collect_adapter
-from bdlora_megatron.plugs import BlockDiagonalSettings, export_adapter
-from bdlora_megatron.plugs.export import export_asked_for
 from bdlora_megatron.runtime import record_collectives
 from tests.harness import run_ranks
 from tests.tp.models import randomize_adapters, tiny_config, tiny_model

@@ -11,7 +11,9 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from safetensors.torch import load_file, save_file
 
 from bdlora_megatron.config import LoRAConfig
-from bdlora_megatron.convert.hf_base import (
+from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
+from bdlora_megatron.layers import lora_layers, lora_spec
+from bdlora_megatron.models import (
     TensorFiles,
     build_gpt_model,
     default_layer_spec,
@@ -21,8 +23,6 @@ from bdlora_megatron.convert.hf_base import (
     transformer_config,
     without_padding,
 )
-from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
-from bdlora_megatron.layers import lora_layers, lora_spec
 from bdlora_megatron.runtime.versions.layers import shares_kv_heads
 from tests.harness import run_ranks
 from tests.tolerances import assert_close

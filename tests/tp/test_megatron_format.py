@@ -10,7 +10,7 @@ from megatron.core import dist_checkpointing
 
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.convert import Adapter, ModuleKey, read_adapter, write_adapter
-from bdlora_megatron.convert.adapter import MODULE_NAMES
+from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES
 from bdlora_megatron.errors import (
     AdapterFormatError,
     ConfigError,

@@ -8,7 +8,7 @@ from megatron.core.dist_checkpointing import load_tensors_metadata
 from safetensors.torch import load_file
 
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.layers.main_weights import main_weights
+from bdlora_megatron.export import main_weights
 from bdlora_megatron.train.checkpoint import checkpoints, load_checkpoint
 from bdlora_megatron.train.loop import ADAPTER
 from bdlora_megatron.train.model import build_model

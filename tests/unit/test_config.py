@@ -7,7 +7,7 @@ import torch
 
 from bdlora_megatron.config import DEFAULT_TARGETS, Layout, LoRAConfig
 from bdlora_megatron.errors import BDLoRAError, ConfigError
-from bdlora_megatron.plugs import BlockDiagonalSettings
+from bdlora_megatron.integrations import BlockDiagonalSettings
 from bdlora_megatron.train.peft import resolve_peft
 from bdlora_megatron.train.schema import BDLoRASection, PeftSection
 
@@ -71,7 +71,7 @@ def test_bad_values_are_refused_with_the_way_out(values, message):
 @pytest.mark.parametrize("rank", [None, 24, 96])
 @pytest.mark.parametrize("alpha", [None, 5.0])
 def test_the_same_words_mean_the_same_update_at_every_door(blocks, rank, alpha):
-    """The layers', the trainer's, and the one that the plugs for Bridge and NeMo share."""
+    """The layers', the trainer's, and the one that Bridge's and NeMo's integrations share."""
     own = LoRAConfig(num_blocks=blocks, **_given(rank=rank, alpha=alpha))
     section = BDLoRASection(num_blocks=blocks, rank=rank, alpha=alpha)
     trained = resolve_peft(PeftSection(bdlora=section), hf=None)

@@ -5,8 +5,8 @@ import json
 import pytest
 import transformers
 
-from bdlora_megatron.convert.hf_base import HFConfig, RopeSettings, parse_hf_config, read_hf_config
 from bdlora_megatron.errors import ConfigError, UnsupportedError
+from bdlora_megatron.models import HFConfig, RopeSettings, parse_hf_config, read_hf_config
 
 # As transformers 4 wrote Llama-3.1-8B and its relatives.
 LLAMA_31 = {

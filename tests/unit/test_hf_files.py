@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bdlora_megatron.convert.hf_base import TensorFiles
 from bdlora_megatron.errors import ConfigError, UnsupportedError
+from bdlora_megatron.models import TensorFiles
 
 TENSORS = {"a": torch.arange(15.0).reshape(5, 3), "b": torch.arange(4.0)}
 

@@ -24,9 +24,9 @@ from bdlora_megatron.blocks import (
 )
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.adapter import Adapter
-from bdlora_megatron.convert.lazy import module_facts
+from bdlora_megatron.convert.adapter.lazy import module_facts
+from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 from bdlora_megatron.convert.structure.restructure import StructureMode, module_shapes
-from bdlora_megatron.convert.tables import format_bytes, format_table
 from bdlora_megatron.errors import ConfigError
 
 __all__ = ["Choice", "Choices", "choices_for_tp"]

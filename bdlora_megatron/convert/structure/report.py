@@ -8,7 +8,7 @@ from typing import Any
 
 from bdlora_megatron.blocks import BlockFactors, output_distances, update_norm
 from bdlora_megatron.convert.adapter import ModuleKey
-from bdlora_megatron.convert.tables import format_bytes, format_table
+from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 
 __all__ = ["ModuleChange", "StructureReport", "measure", "whole_error"]
 

@@ -18,8 +18,8 @@ from bdlora_megatron.blocks import (
     truncate,
 )
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
-from bdlora_megatron.convert.lazy import LazyModules, module_facts
-from bdlora_megatron.convert.problems import Problems
+from bdlora_megatron.convert.adapter.lazy import LazyModules, module_facts
+from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.structure.report import ModuleChange, StructureReport, measure
 from bdlora_megatron.errors import ConfigError, ShapeError
 

@@ -13,9 +13,15 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from bdlora_megatron.errors import ShapeError
-from bdlora_megatron.layers.factors import Factor, FactorPair, FactorShape, kaiming_uniform, zeros
+from bdlora_megatron.layers.factors import (
+    Factor,
+    FactorPair,
+    FactorShape,
+    dropped,
+    kaiming_uniform,
+    zeros,
+)
 from bdlora_megatron.layers.geometry import Projection
-from bdlora_megatron.layers.sharing import dropped
 
 __all__ = [
     "Adapter",

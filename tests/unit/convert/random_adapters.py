@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.convert import Adapter, BaseShape, ModuleKey
-from bdlora_megatron.convert.adapter import MODULE_NAMES, blocked_factor
-from bdlora_megatron.convert.adapter import infer_base_shape as infer
+from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES, blocked_factor
+from bdlora_megatron.convert.adapter.neutral import infer_base_shape as infer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 #: Grouped queries: 8 heads over 4 or 2 key-value heads; all widths differ and divide by 8.

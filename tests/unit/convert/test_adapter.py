@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bdlora_megatron.convert.adapter import (
+from bdlora_megatron.convert.adapter.neutral import (
     MODULE_NAMES,
     BaseShape,
     ModuleKey,

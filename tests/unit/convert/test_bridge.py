@@ -20,9 +20,9 @@ from bdlora_megatron.convert import (
     read_adapter,
     write_adapter,
 )
-from bdlora_megatron.convert.adapter import MODULE_NAMES
-from bdlora_megatron.convert.dist_tensors import Chunk, open_dist_tensors
-from bdlora_megatron.convert.dist_writer import write_dist_tensors
+from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES
+from bdlora_megatron.convert.megatron.dist_tensors import Chunk, open_dist_tensors
+from bdlora_megatron.convert.megatron.dist_writer import write_dist_tensors
 from bdlora_megatron.errors import AdapterFormatError, MissingDependencyError, UnsupportedError
 from tests.unit.convert.random_adapters import HEAD_DIM, adapter, assert_same, factors
 

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from bdlora_megatron.convert.dist_tensors import Chunk, open_dist_tensors
-from bdlora_megatron.convert.dist_writer import write_dist_tensors
+from bdlora_megatron.convert.megatron.dist_tensors import Chunk, open_dist_tensors
+from bdlora_megatron.convert.megatron.dist_writer import write_dist_tensors
 from bdlora_megatron.errors import AdapterFormatError
 
 TALL = torch.arange(24.0).view(6, 4)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from bdlora_megatron.blocks import all_finite
 from bdlora_megatron.convert import ModuleKey, WriteOptions, write_adapter
-from bdlora_megatron.convert.adapter import MODULE_NAMES
-from bdlora_megatron.convert.formats import FORMATS, read_adapter
+from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES
+from bdlora_megatron.convert.registry import FORMATS, read_adapter
 from bdlora_megatron.errors import BDLoRAError
 from tests.unit.convert.random_adapters import adapter, factors
 

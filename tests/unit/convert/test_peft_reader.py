@@ -15,7 +15,7 @@ from transformers import LlamaModel
 
 from bdlora_megatron.blocks import dense_update
 from bdlora_megatron.convert import BaseShape, ModuleKey, read_peft
-from bdlora_megatron.convert.peft_config import _HARMLESS, _READ, _REFUSED
+from bdlora_megatron.convert.peft.config import _HARMLESS, _READ, _REFUSED
 from tests.tolerances import assert_close
 from tests.unit.convert.peft_files import (
     COLUMN,

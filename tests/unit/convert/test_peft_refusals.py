@@ -24,7 +24,7 @@ from peft.tuners.lora.config import CordaConfig, KasaConfig, MontecloraConfig
 from safetensors.torch import save_file
 
 from bdlora_megatron.convert import read_peft
-from bdlora_megatron.convert.peft_config import parse_peft_config
+from bdlora_megatron.convert.peft.config import parse_peft_config
 from bdlora_megatron.errors import AdapterFormatError
 from tests.unit.convert.peft_files import (
     COLUMN,

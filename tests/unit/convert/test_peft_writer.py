@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from bdlora_megatron.convert import ModuleKey, WriteOptions, read_peft, write_adapter
-from bdlora_megatron.convert.peft_scale import choose_alphas, peft_scale
+from bdlora_megatron.convert.adapter.scale import choose_alphas, peft_scale
 from bdlora_megatron.convert.tensor_files import write_safetensors
 from bdlora_megatron.errors import ShapeError, UnsupportedError
 from tests.tolerances import assert_close

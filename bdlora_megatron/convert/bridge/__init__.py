@@ -1,0 +1,1 @@
+"""LoRA checkpoints of Megatron-Bridge and NeMo."""

@@ -1,0 +1,230 @@
+"""Where Megatron-Bridge and NeMo keep an adapter checkpoint's settings, and what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bdlora_megatron.convert.adapter import BaseShape
+from bdlora_megatron.convert.adapter.problems import Problems
+from bdlora_megatron.errors import AdapterFormatError, MissingDependencyError
+
+__all__ = [
+    "BRIDGE_SIGNS",
+    "RUN_CONFIG_NAME",
+    "BridgeSettings",
+    "locate",
+    "read_settings",
+    "write_settings",
+]
+
+RUN_CONFIG_NAME = "run_config.yaml"
+_ITERATION = re.compile(r"iter_(\d{7})")
+_NEMO_CONTEXT, _NEMO_WEIGHTS = "context/model.yaml", "weights"
+_LARGEST = 4 << 20
+#: Files that tell a folder of these formats.
+BRIDGE_SIGNS = (RUN_CONFIG_NAME, f"iter_*/{RUN_CONFIG_NAME}", _NEMO_CONTEXT)
+
+_REFUSED = {
+    "DoRA": "DoRA rescales whole adapted weights; merge it into its base model, or train LoRA",
+}
+_READ = ("LoRA", "CanonicalLoRA", "VLMLoRA")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BridgeSettings:
+    """What of a checkpoint its tensors don't tell.
+
+    Attributes:
+        dim: The rank of every pair.
+        alpha: The numerator of the scale.
+        tp: Tensor-parallel ranks that saved it; None where that is not noted.
+        base: What is said of the base model.
+        metadata: For people.
+    """
+
+    dim: int
+    alpha: float
+    tp: int | None
+    base: BaseShape
+    metadata: Mapping[str, str]
+
+
+def locate(folder: Path) -> tuple[Path, Path]:
+    """Find the weights and the settings.
+
+    Args:
+        folder: One iteration of Megatron-Bridge (`iter_0000100`), the folder of all iterations (the
+            last one is read), or a checkpoint of NeMo 2 (`weights` and `context`).
+
+    Returns:
+        The folder of the distributed checkpoint, and the settings' file.
+
+    Raises:
+        AdapterFormatError: If there is none of these.
+    """
+    if (folder / _NEMO_CONTEXT).is_file():
+        return folder / _NEMO_WEIGHTS, folder / _NEMO_CONTEXT
+    if not (folder / RUN_CONFIG_NAME).is_file():
+        iterations = [
+            child
+            for child in folder.iterdir()
+            if _ITERATION.fullmatch(child.name) and (child / RUN_CONFIG_NAME).is_file()
+        ]
+        if not iterations:
+            raise AdapterFormatError(
+                f"{folder} holds none of {', '.join(BRIDGE_SIGNS)}; pass an adapter checkpoint of "
+                "Megatron-Bridge or NeMo 2"
+            )
+        folder = max(iterations, key=lambda child: child.name)
+    return folder, folder / RUN_CONFIG_NAME
+
+
+def read_settings(path: Path) -> BridgeSettings:
+    """Read a checkpoint's settings.
+
+    Args:
+        path: `run_config.yaml` or `model.yaml`.
+
+    Returns:
+        What they say of the adapter and of its base model.
+
+    Raises:
+        AdapterFormatError: If they are broken, or of an adapter that cannot be represented. All
+            problems are listed.
+    """
+    raw = _read_yaml(path)
+    problems = Problems()
+    nemo = path.name != RUN_CONFIG_NAME
+    model = raw.get("config" if nemo else "model")
+    peft = raw.get("model_transform" if nemo else "peft")
+    model = model if isinstance(model, dict) else {}
+    if not isinstance(peft, dict):
+        problems.add("it has no settings of an adapter; pass a checkpoint of adapter training")
+        problems.raise_if_any(f"cannot read {path}")
+        peft = {}
+    target = str(peft.get("_target_", ""))
+    kind = target.rpartition(".")[2]
+    if kind not in _READ:
+        why = _REFUSED.get(kind, f"wanted one of {', '.join(_READ)}")
+        problems.add(f"the adapter is a {target or 'thing without a _target_'}; {why}")
+    dim = _positive(peft, "dim", problems)
+    alpha = peft.get("alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
+        problems.add(f"peft alpha is {alpha!r}, wanted a finite number")
+        alpha = 1.0
+    if model.get("gated_linear_unit") is False:
+        problems.add(
+            "the base model's MLP is not gated, so linear_fc1 is no gate and up projection"
+        )
+    if model.get("attention_output_gate"):
+        problems.add("linear_qkv also holds an output gate, which no other format covers")
+    tp = None if nemo else _optional(model, "tensor_model_parallel_size", problems)
+    base = _base_shape(model, problems)
+    problems.raise_if_any(f"cannot read {path}")
+    return BridgeSettings(
+        dim=dim or 1,
+        alpha=float(alpha),
+        tp=tp,
+        base=base,
+        metadata={"format": "nemo" if nemo else "bridge", "adapter_class": target},
+    )
+
+
+def write_settings(
+    path: Path, settings: BridgeSettings, *, fused: bool, targets: list[str]
+) -> None:
+    """Write a `run_config.yaml` with what Megatron-Bridge looks up when it loads an adapter.
+
+    Args:
+        path: The new file.
+        settings: What it says.
+        fused: Whether the pairs serve whole layers.
+        targets: The adapted layers, by the names of that class.
+    """
+    module, kind = ("lora", "LoRA") if fused else ("canonical_lora", "CanonicalLoRA")
+    base = settings.base
+    model = {
+        "tensor_model_parallel_size": settings.tp,
+        "pipeline_model_parallel_size": 1,
+        "num_layers": base.num_layers,
+        "hidden_size": base.hidden_size,
+        "ffn_hidden_size": base.ffn_size,
+        "num_attention_heads": base.num_heads,
+        "num_query_groups": base.num_kv_heads,
+        "kv_channels": base.head_dim,
+        "gated_linear_unit": True,
+    }
+    alpha = settings.alpha
+    raw = {
+        "model": {key: value for key, value in model.items() if value is not None},
+        "peft": {
+            "_target_": f"megatron.bridge.peft.{module}.{kind}",
+            "dim": settings.dim,
+            "alpha": int(alpha) if alpha.is_integer() else alpha,
+            "dropout": 0.0,
+            "target_modules": targets,
+        },
+        "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": False},
+    }
+    # JSON is YAML, and needs no library to write.
+    path.write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"{path} is YAML, which needs PyYAML to read; pip install 'bdlora-megatron[convert]'"
+        ) from error
+
+    class Loader(yaml.SafeLoader):
+        """Plain values; what has a type of its own is of no interest here and becomes null."""
+
+    Loader.add_multi_constructor("", lambda *_: None)
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise AdapterFormatError(f"{path} is larger than {_LARGEST} bytes, as no settings are")
+        raw = yaml.load(path.read_text("utf-8"), Loader)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise AdapterFormatError(f"{path} cannot be read: {error}; copy it again") from error
+    if not isinstance(raw, dict):
+        raise AdapterFormatError(f"{path} holds a {type(raw).__name__}, wanted settings by name")
+    return raw
+
+
+def _positive(raw: Mapping[str, Any], key: str, problems: Problems) -> int | None:
+    value = raw.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        problems.add(f"{key} is {value!r}, wanted a positive integer")
+        return None
+    return value
+
+
+def _optional(raw: Mapping[str, Any], key: str, problems: Problems) -> int | None:
+    return None if raw.get(key) is None else _positive(raw, key, problems)
+
+
+def _base_shape(model: Mapping[str, Any], problems: Problems) -> BaseShape:
+    def size(key: str) -> int | None:
+        return _optional(model, key, problems)
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    groups, width = size("num_query_groups") or heads, size("kv_channels")
+    if width is None and hidden and heads and hidden % heads == 0:
+        width = hidden // heads
+    return BaseShape(
+        hidden_size=hidden,
+        ffn_size=size("ffn_hidden_size"),
+        q_size=heads * width if heads and width else None,
+        kv_size=groups * width if groups and width else None,
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_dim=width,
+        num_layers=size("num_layers"),
+    )

@@ -1,0 +1,179 @@
+"""Adapter tensors by the names of Megatron-Core's modules, and the rows of its fused layers.
+
+    decoder.layers.[<layer>.]self_attention.linear_qkv.adapter.[adapter_q.]linear_in.weight
+
+Without a number in the name the tensor is a stack of all layers on a dimension of its own. Without
+`adapter_<projection>` the pair serves the whole fused layer, whose rows stand in Megatron's order:
+for each query group its queries, its key, its value; all of gate, then all of up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from bdlora_megatron.blocks import BlockFactors
+from bdlora_megatron.convert.adapter.neutral import BaseShape, ModuleKey, ModuleName
+from bdlora_megatron.errors import AdapterFormatError
+
+__all__ = ["FUSED", "FactorName", "fuse", "linear_of", "parse_factor", "split_fused", "stem"]
+
+#: The projections of each Megatron-Core layer, in order, by what an adapter calls them.
+LINEARS: Mapping[str, Mapping[str, ModuleName]] = {
+    "self_attention.linear_qkv": {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
+    "self_attention.linear_proj": {"": "o_proj"},
+    "mlp.linear_fc1": {"gate": "gate_proj", "up": "up_proj"},
+    "mlp.linear_fc2": {"": "down_proj"},
+}
+#: The layers that hold several projections.
+FUSED = frozenset(linear for linear, parts in LINEARS.items() if "" not in parts)
+_PLACES = {
+    name: (linear, part) for linear, parts in LINEARS.items() for part, name in parts.items()
+}
+_FACTOR = re.compile(
+    r"(?P<prefix>(?:[^.]+\.)*?)decoder\.layers\.(?:(?P<layer>0|[1-9][0-9]{0,4})\.)?"
+    r"(?P<linear>self_attention\.linear_(?:qkv|proj)|mlp\.linear_fc[12])\.adapter\."
+    r"(?:adapter_(?P<part>[a-z]+)\.)?linear_(?P<side>in|out)\.weight"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FactorName:
+    """What a tensor's name says.
+
+    Attributes:
+        prefix: What stands before `decoder.layers.`.
+        layer: The layer, None for a stack of all layers.
+        linear: The Megatron-Core layer.
+        part: The projection in it; empty for the only one, or for all of a fused layer.
+        factor: A or B.
+    """
+
+    prefix: str
+    layer: int | None
+    linear: str
+    part: str
+    factor: str
+
+
+def parse_factor(name: str) -> FactorName | None:
+    """Take a tensor's name apart.
+
+    Args:
+        name: The name in the checkpoint.
+
+    Returns:
+        What it says; None if it is no factor of one of the seven projections.
+    """
+    found = _FACTOR.fullmatch(name)
+    if found is None:
+        return None
+    part = found["part"] or ""
+    linear = found["linear"]
+    if part and part not in LINEARS[linear]:
+        return None
+    return FactorName(
+        prefix=found["prefix"],
+        layer=None if found["layer"] is None else int(found["layer"]),
+        linear=linear,
+        part=part,
+        factor="A" if found["side"] == "in" else "B",
+    )
+
+
+def linear_of(name: ModuleName) -> tuple[str, str]:
+    """The Megatron-Core layer that holds a projection, and the projection's name in it."""
+    return _PLACES[name]
+
+
+def stem(linear: str, part: str, layer: int | None, *, prefix: str = "") -> str:
+    """The name of a pair of factors, up to `linear_in` and `linear_out`."""
+    number = "" if layer is None else f"{layer}."
+    inner = f"adapter_{part}." if part else ""
+    return f"{prefix}decoder.layers.{number}{linear}.adapter.{inner}"
+
+
+def split_fused(
+    linear: str, layer: int, fused: BlockFactors, base: BaseShape
+) -> Iterator[tuple[ModuleKey, BlockFactors]]:
+    """The update of a whole fused layer as one update per projection, with the same A.
+
+    Args:
+        linear: The fused layer.
+        layer: Its decoder layer.
+        fused: Its update; B's rows in Megatron's order.
+        base: Must tell heads, key-value heads and their width for `linear_qkv`.
+
+    Yields:
+        Every projection and its update, B's rows in Hugging Face's order.
+
+    Raises:
+        AdapterFormatError: If B's rows are not those of this base model, or a block ends inside a
+            query group.
+    """
+    names = list(LINEARS[linear].values())
+    groups, rows = _groups(linear, fused.out_features, base)
+    if groups % fused.num_blocks and linear == "self_attention.linear_qkv":
+        raise AdapterFormatError(
+            f"{fused.num_blocks} blocks over {groups} query groups: a block ends inside a group, "
+            "and its rows are no block of q, k or v; reshard it in Megatron first"
+        )
+    grouped = fused.B.unflatten(0, (groups, -1))
+    for name, part in zip(names, grouped.split(rows, dim=1), strict=True):
+        yield (
+            ModuleKey(layer=layer, name=name),
+            replace(fused, B=part.flatten(0, 1).contiguous()),
+        )
+
+
+def fuse(linear: str, parts: Mapping[str, BlockFactors], base: BaseShape) -> BlockFactors:
+    """One update for a whole fused layer; the inverse of `split_fused`.
+
+    Args:
+        linear: The fused layer.
+        parts: Every projection's update, with one A.
+        base: As in `split_fused`.
+
+    Returns:
+        The update, B's rows in Megatron's order.
+
+    Raises:
+        AdapterFormatError: If the rows are not those of this base model.
+    """
+    factors = [parts[part] for part in LINEARS[linear]]
+    groups, rows = _groups(linear, sum(f.out_features for f in factors), base)
+    wanted = [groups * count for count in rows]
+    if [f.out_features for f in factors] != wanted:
+        raise AdapterFormatError(
+            f"{linear} has rows {[f.out_features for f in factors]}, wanted {wanted} by the base "
+            "model's heads"
+        )
+    grouped = [f.B.unflatten(0, (groups, -1)) for f in factors]
+    return replace(factors[0], B=torch.cat(grouped, dim=1).flatten(0, 1))
+
+
+def _groups(linear: str, out_features: int, base: BaseShape) -> tuple[int, list[int]]:
+    """How many groups the rows of a fused layer form, and each projection's rows in a group.
+
+    Raises:
+        AdapterFormatError: If the heads are not known or make other rows.
+    """
+    if linear != "self_attention.linear_qkv":
+        return 1, [out_features // 2, out_features // 2]
+    heads, groups, width = base.num_heads, base.num_kv_heads, base.head_dim
+    if heads is None or groups is None or width is None:
+        raise AdapterFormatError(
+            "linear_qkv has one pair of factors for q, k and v, and telling its rows apart needs "
+            "the base model's heads; pass base=BaseShape(num_heads=..., num_kv_heads=..., "
+            "head_dim=...)"
+        )
+    if heads % groups or width * (heads + 2 * groups) != out_features:
+        raise AdapterFormatError(
+            f"linear_qkv has {out_features} rows, but {heads} heads and {groups} key-value heads "
+            f"of width {width} make {width * (heads + 2 * groups)}; it is an adapter for another "
+            "base model, or the base shape is wrong"
+        )
+    return groups, [heads // groups * width, width, width]

@@ -1,0 +1,374 @@
+"""PEFT's `adapter_config.json`: what of it decides the update, and what we cannot represent.
+
+Options fall in three groups: those that set rank, scale and blocks are read here; those that only
+steered training are let pass; those that change the forward pass or the base weights are refused
+by name. An option that is in no group is refused when it is set, since it may do either.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bdlora_megatron.blocks import Blocked
+from bdlora_megatron.convert.adapter.problems import Problems
+from bdlora_megatron.errors import AdapterFormatError
+
+__all__ = ["BDLoRAOptions", "ModuleSettings", "PeftConfig", "find_refused", "parse_peft_config"]
+
+CONFIG_NAME = "adapter_config.json"
+# A rank and an alpha for each module of a model with a thousand layers fit in a tenth.
+_LARGEST_CONFIG = 16 << 20
+
+_READ = frozenset(
+    {
+        "alpha_pattern",
+        "base_model_name_or_path",
+        "init_lora_weights",
+        "lora_alpha",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "use_bdlora",
+        "use_rslora",
+    }
+)
+
+# Which modules were adapted (the tensors' names tell), how they were trained or started, and
+# `bias`, whose tensors are refused where there are any.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "velora_config",
+    }
+)
+
+_REFUSED = {
+    "use_dora": "it rescales whole adapted weights; merge it into its base model, or train without",
+    "lora_bias": "it adds a bias, which is no low-rank update; train without it",
+    "modules_to_save": "whole weights are no low-rank update; put them into the base model",
+    "trainable_token_indices": "it replaces embedding rows; put them into the base model",
+    "target_parameters": "it adapts fused expert weights; adapt linear modules instead",
+    "alora_invocation_tokens": "it applies to a part of the tokens only; train a plain LoRA",
+    "arrow_config": "it routes between adapters; read each of them by itself",
+    "kasa_config": "it changes the base weights and adds a diagonal; train a plain LoRA",
+    "monteclora_config": "it samples the factors; train a plain LoRA",
+    "use_qalora": "it pools the input; train a plain LoRA",
+    "layer_replication": "it repeats layers of the base model; build that base model first",
+}
+
+# After training these are a plain LoRA on an unchanged base.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+# These changed the base weights, unless PEFT converted the adapter back when saving it.
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BDLoRAOptions:
+    """The `use_bdlora` entry.
+
+    Attributes:
+        num_blocks: Blocks of every block-diagonal factor.
+        a_patterns: A module whose path contains one of these blocks A.
+        b_patterns: Likewise for B.
+        match_strict: A module that matches neither is an error; without, it is vanilla.
+    """
+
+    num_blocks: int
+    a_patterns: tuple[str, ...]
+    b_patterns: tuple[str, ...]
+    match_strict: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleSettings:
+    """What the config says of one module.
+
+    Attributes:
+        rank: The total rank.
+        scale: alpha / rank, or alpha / sqrt(rank).
+        num_blocks: 1 for vanilla LoRA.
+        blocked: The block-diagonal factor, None for vanilla LoRA.
+    """
+
+    rank: int
+    scale: float
+    num_blocks: int
+    blocked: Blocked | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftConfig:
+    """The part of a PEFT LoRA config that decides each module's update.
+
+    Attributes:
+        rank: The default total rank.
+        alpha: The default alpha.
+        use_rslora: Scale by alpha / sqrt(rank).
+        rank_pattern: Rank by pattern of module paths.
+        alpha_pattern: Alpha by pattern of module paths.
+        bdlora: Block-diagonal options, None for vanilla LoRA.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    bdlora: BDLoRAOptions | None
+
+    def settings_for(self, module_path: str) -> ModuleSettings:
+        """Resolve one module by PEFT's rules.
+
+        The patterns of rank and alpha are regular expressions for the end of the path, and the
+        first that matches counts. Those of blocks are substrings of the path. The scale uses the
+        total rank, never one block's.
+
+        Args:
+            module_path: The module's path in the base model, such as
+                `model.layers.0.self_attn.q_proj`.
+
+        Returns:
+            The module's settings.
+
+        Raises:
+            AdapterFormatError: If PEFT itself would not accept the block patterns for this module.
+        """
+        rank = _first_match(self.rank_pattern, module_path, self.rank)
+        alpha = _first_match(self.alpha_pattern, module_path, self.alpha)
+        blocked = None if self.bdlora is None else _blocked_by(self.bdlora, module_path)
+        return ModuleSettings(
+            rank=int(rank),
+            scale=alpha / (math.sqrt(rank) if self.use_rslora else rank),
+            num_blocks=self.bdlora.num_blocks if self.bdlora and blocked else 1,
+            blocked=blocked,
+        )
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json` as it is.
+
+    Args:
+        folder: The adapter's folder.
+
+    Returns:
+        The JSON object.
+
+    Raises:
+        AdapterFormatError: If there is none, or it is no JSON object.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise AdapterFormatError(
+            f"{folder} holds no {CONFIG_NAME}; pass a folder as PEFT's save_pretrained writes it"
+        )
+    size = path.stat().st_size
+    if size > _LARGEST_CONFIG:
+        raise AdapterFormatError(
+            f"{path} has {size} bytes, wanted at most {_LARGEST_CONFIG}; save the adapter again"
+        )
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{path} is no JSON: {error}; save the adapter again") from error
+    if not isinstance(raw, dict):
+        raise AdapterFormatError(
+            f"{path} holds a JSON {type(raw).__name__}, wanted an object; save the adapter again"
+        )
+    return raw
+
+
+def find_refused(raw: Mapping[str, Any], problems: Problems) -> None:
+    """Note every option that cannot be represented.
+
+    Args:
+        raw: The JSON object.
+        problems: Gets one entry per option.
+    """
+    peft_type = raw.get("peft_type")
+    if peft_type != "LORA":
+        problems.add(f'peft_type is {peft_type!r}, wanted "LORA"; only LoRA and BD-LoRA are read')
+    for option, why in _REFUSED.items():
+        if raw.get(option):
+            problems.add(f"{option} is set: {why}")
+    _find_refused_init(raw.get("init_lora_weights"), problems)
+    for option in sorted(raw.keys() - _READ - _HARMLESS - _REFUSED.keys()):
+        if raw[option]:
+            problems.add(
+                f"{option!r} is an unknown option and may change the update; "
+                f"if it does not, take it out of {CONFIG_NAME}"
+            )
+
+
+def parse_peft_config(raw: Mapping[str, Any]) -> PeftConfig:
+    """Read rank, scale and blocks.
+
+    Args:
+        raw: The JSON object.
+
+    Returns:
+        The settings.
+
+    Raises:
+        AdapterFormatError: If a value has the wrong type or range. All of them are listed.
+    """
+    problems = Problems()
+    for option, default in (("r", 8), ("lora_alpha", 8)):
+        _check_number(option, raw.get(option, default), problems, integer=option == "r")
+    for option in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(option, raw.get(option) or {}, problems, integer=option == "rank_pattern")
+    if not isinstance(raw.get("use_rslora", False), bool | None):
+        problems.add(f"use_rslora is {raw['use_rslora']!r}, wanted true or false")
+    options = raw.get("use_bdlora")
+    if options is not None:
+        _check_bdlora(options, problems)
+    problems.raise_if_any(f"{CONFIG_NAME} is malformed")
+    return PeftConfig(
+        rank=raw.get("r", 8),
+        alpha=raw.get("lora_alpha", 8),
+        use_rslora=bool(raw.get("use_rslora")),
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+        bdlora=None if options is None else _bdlora(options),
+    )
+
+
+def _first_match(patterns: Mapping[str, float], path: str, default: float) -> float:
+    for pattern, value in patterns.items():
+        if _compiled(pattern).match(path):
+            return value
+    return default
+
+
+# A config may name every module by itself, more than the re module keeps compiled.
+@functools.lru_cache(maxsize=16384)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _blocked_by(options: BDLoRAOptions, path: str) -> Blocked | None:
+    by_a = any(pattern in path for pattern in options.a_patterns)
+    by_b = any(pattern in path for pattern in options.b_patterns)
+    if by_a and by_b:
+        raise AdapterFormatError(
+            "use_bdlora lists the module both in target_modules_bd_a and in target_modules_bd_b, "
+            "wanted at most one of them; take it out of one"
+        )
+    if not (by_a or by_b) and options.match_strict:
+        raise AdapterFormatError(
+            "use_bdlora lists the module neither in target_modules_bd_a nor in "
+            "target_modules_bd_b; set match_strict to false if it is vanilla LoRA"
+        )
+    return "A" if by_a else "B" if by_b else None
+
+
+def _find_refused_init(init: object, problems: Problems) -> None:
+    if isinstance(init, str) and init.startswith(_CONVERTIBLE_INITS):
+        problems.add(
+            f"init_lora_weights is {init!r}, which changed the base weights; save the adapter "
+            "again with PEFT's path_initial_model_for_weight_conversion"
+        )
+    elif init == "loftq":
+        problems.add(
+            "init_lora_weights is 'loftq', which changed the base weights; train from another "
+            "initialisation"
+        )
+    elif init not in _PLAIN_INITS:
+        problems.add(
+            f"init_lora_weights is {init!r}, which is unknown and may have changed the base "
+            "weights; if it did not, set it to true"
+        )
+
+
+def _check_number(option: str, value: object, problems: Problems, *, integer: bool) -> None:
+    if integer:
+        wrong = isinstance(value, bool) or not isinstance(value, int) or value < 1
+        wanted = "a positive integer"
+    else:
+        wrong = (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not abs(value) < 1e30  # also false for NaN
+        )
+        wanted = "a finite number"
+    if wrong:
+        problems.add(f"{option} is {value!r}, wanted {wanted}; save the adapter again")
+
+
+def _check_pattern(option: str, patterns: object, problems: Problems, *, integer: bool) -> None:
+    if not isinstance(patterns, dict):
+        problems.add(f"{option} is {patterns!r}, wanted an object of module patterns")
+        return
+    for pattern, value in patterns.items():
+        _check_number(f"{option}[{pattern!r}]", value, problems, integer=integer)
+        why = _unsafe_regex(pattern)
+        if why:
+            problems.add(f"{option}[{pattern!r}] {why}; name the modules more plainly")
+
+
+def _unsafe_regex(pattern: str) -> str | None:
+    """Why not to match a stranger's pattern; many choices after each other can take years."""
+    plain = re.sub(r"\\.", "_", pattern).replace("(?", "(")
+    choices = len(re.findall(r"[*+?{(]", plain))
+    if len(pattern) > 256 or choices > 4 or re.search(r"\)[*+{]", plain):
+        return "has more than four groups and repeats, or repeats a group, and may match for years"
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError) as error:
+        return f"is no regular expression ({error})"
+    return None
+
+
+def _check_bdlora(options: object, problems: Problems) -> None:
+    if not isinstance(options, dict):
+        problems.add(f"use_bdlora is {options!r}, wanted null or an object")
+        return
+    lists = ("target_modules_bd_a", "target_modules_bd_b")
+    for option in lists:
+        value = options.get(option) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            problems.add(f"use_bdlora.{option} is {value!r}, wanted a list of strings")
+    _check_number("use_bdlora.nblocks", options.get("nblocks", 1), problems, integer=True)
+    if not isinstance(options.get("match_strict", True), bool):
+        problems.add(f"use_bdlora.match_strict is {options['match_strict']!r}, wanted a boolean")
+    for option in sorted(options.keys() - {*lists, "nblocks", "match_strict"}):
+        problems.add(f"use_bdlora has the unknown option {option!r}; if harmless, take it out")
+
+
+def _bdlora(options: Mapping[str, Any]) -> BDLoRAOptions:
+    def patterns(option: str) -> tuple[str, ...]:
+        listed: Sequence[str] = options.get(option) or ()
+        return tuple(listed)
+
+    return BDLoRAOptions(
+        num_blocks=options.get("nblocks", 1),
+        a_patterns=patterns("target_modules_bd_a"),
+        b_patterns=patterns("target_modules_bd_b"),
+        match_strict=options.get("match_strict", True),
+    )

@@ -1,0 +1,166 @@
+"""Writing an adapter as PEFT reads it, LoRA or BD-LoRA."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bdlora_megatron.blocks import BlockFactors
+from bdlora_megatron.convert.adapter.lazy import module_facts
+from bdlora_megatron.convert.adapter.neutral import (
+    MODULE_NAMES,
+    Adapter,
+    ModuleKey,
+    ModuleName,
+    blocked_factor,
+)
+from bdlora_megatron.convert.adapter.scale import choose_alphas, peft_scale, warn_inexact
+from bdlora_megatron.convert.peft.config import CONFIG_NAME
+from bdlora_megatron.convert.peft.tensors import SAFETENSORS_NAME
+from bdlora_megatron.convert.tensor_files import write_safetensors
+from bdlora_megatron.convert.write_options import WriteOptions
+from bdlora_megatron.errors import UnsupportedError
+
+__all__ = ["write_peft"]
+
+_CAUSAL_PREFIX = "base_model.model.model."
+
+
+def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        adapter: What to write.
+        folder: An empty folder.
+        options: `base_model` is used.
+
+    Raises:
+        UnsupportedError: If modules differ in their number of blocks, which PEFT has one of.
+    """
+    facts = module_facts(adapter)
+    prefix = adapter.metadata.get("peft_prefix", _CAUSAL_PREFIX)
+    config = _config(adapter, facts, prefix, options)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    # The largest type first, so that every tensor is aligned; one module after the other.
+    keys = sorted(facts, key=lambda key: (-facts[key].dtype.itemsize, key))
+    tensors: dict[str, Tensor] = {}
+    for key in keys:
+        tensors.update(_named(prefix, key, facts[key]))
+    with write_safetensors(folder / SAFETENSORS_NAME, tensors, {"format": "pt"}) as write:
+        for key in keys:
+            for name, tensor in _named(prefix, key, adapter.modules[key]).items():
+                write(name, tensor)
+
+
+def _named(prefix: str, key: ModuleKey, factors: BlockFactors) -> dict[str, Tensor]:
+    stem = f"{prefix}{key}.lora_"
+    return {f"{stem}A.weight": factors.A, f"{stem}B.weight": factors.B}
+
+
+def _config(
+    adapter: Adapter, facts: Mapping[ModuleKey, BlockFactors], prefix: str, options: WriteOptions
+) -> dict[str, Any]:
+    use_rslora, alphas = choose_alphas({(f.rank, f.scale) for f in facts.values()})
+    ranks = {key: factors.rank for key, factors in facts.items()}
+    alpha_of = {key: alphas[factors.rank, factors.scale] for key, factors in facts.items()}
+    missed = [
+        key
+        for key, factors in facts.items()
+        if peft_scale(alpha_of[key], factors.rank, use_rslora=use_rslora) != factors.scale
+    ]
+    warn_inexact(adapter.name, missed)
+    rank, rank_pattern = _patterns(ranks)
+    alpha, alpha_pattern = _patterns(alpha_of)
+    targets, layers = _targets(adapter, facts, prefix)
+    causal = "CAUSAL_LM" if prefix == _CAUSAL_PREFIX else None
+    return {
+        "peft_type": "LORA",
+        "task_type": adapter.metadata.get("task_type", causal),
+        "base_model_name_or_path": options.base_model
+        or adapter.metadata.get("base_model_name_or_path"),
+        "inference_mode": True,
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "lora_alpha": alpha,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": use_rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": targets,
+        "layers_to_transform": layers,
+        "use_bdlora": _bdlora(facts),
+    }
+
+
+def _patterns(values: Mapping[ModuleKey, Any]) -> tuple[Any, dict[str, Any]]:
+    """A default and what differs from it: by name of the projection, else module by module.
+
+    PEFT takes the first pattern that matches, so a single module comes before its name.
+    """
+    default = _most_common(values.values())
+    single, by_name = {}, {}
+    for name in MODULE_NAMES:
+        own = {key: value for key, value in values.items() if key.name == name}
+        usual = _most_common(own.values()) if own else default
+        single.update({str(key): value for key, value in own.items() if value != usual})
+        if usual != default:
+            by_name[name] = usual
+    return default, single | by_name
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _targets(
+    adapter: Adapter, facts: Mapping[ModuleKey, BlockFactors], prefix: str
+) -> tuple[list[str], list[int] | None]:
+    """`target_modules` and `layers_to_transform` that select these modules and no other."""
+    layers = sorted({key.layer for key in facts})
+    names = _names(facts)
+    complete = len(facts) == len(layers) * len(names)
+    if complete and len(layers) == adapter.base.num_layers:
+        return list(names), None
+    # PEFT finds a layer's number only below a parent module.
+    if complete and prefix != "base_model.model.":
+        return list(names), layers
+    return [str(key) for key in facts], None
+
+
+def _names(keys: Iterable[ModuleKey]) -> tuple[ModuleName, ...]:
+    present = {key.name for key in keys}
+    return tuple(name for name in MODULE_NAMES if name in present)
+
+
+def _bdlora(facts: Mapping[ModuleKey, BlockFactors]) -> dict[str, Any] | None:
+    counts = sorted({factors.num_blocks for factors in facts.values()} - {1})
+    if not counts:
+        return None
+    if len(counts) > 1:
+        raise UnsupportedError(
+            f"modules have {', '.join(map(str, counts))} blocks, and a PEFT config has one number "
+            "for all; reshard them to one number of blocks, or write vanilla LoRA "
+            "(WriteOptions(dense=True))"
+        )
+    patterns: dict[str, list[str]] = {"A": [], "B": []}
+    for name in _names(facts):
+        own = {key: factors.num_blocks > 1 for key, factors in facts.items() if key.name == name}
+        # Substrings of paths: a name stands for all of its modules, or each stands for itself.
+        listed = (
+            [name] if all(own.values()) else [str(key) for key, blocked in own.items() if blocked]
+        )
+        patterns[blocked_factor(name)] += listed
+    return {
+        "nblocks": counts[0],
+        "target_modules_bd_a": patterns["A"],
+        "target_modules_bd_b": patterns["B"],
+        "match_strict": all(factors.num_blocks > 1 for factors in facts.values()),
+    }

@@ -1,0 +1,215 @@
+"""Every adapter format by its name: what a folder holds, and its reader and writer.
+
+A reader makes the neutral adapter, a writer takes it, and nothing converts from one format to
+another directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from bdlora_megatron.convert.adapter import Adapter, BaseShape
+from bdlora_megatron.convert.adapter.lazy import in_memory
+from bdlora_megatron.convert.bridge.config import BRIDGE_SIGNS
+from bdlora_megatron.convert.bridge.format import open_bridge, write_bridge
+from bdlora_megatron.convert.folders import new_folder
+from bdlora_megatron.convert.megatron.format import MANIFEST_NAME, open_megatron, write_megatron
+from bdlora_megatron.convert.peft.config import CONFIG_NAME
+from bdlora_megatron.convert.peft.reader import open_peft
+from bdlora_megatron.convert.peft.writer import write_peft
+from bdlora_megatron.convert.slora.format import MANIFEST_NAME as SLORA_NAME
+from bdlora_megatron.convert.slora.format import adapter_name, open_slora, write_slora
+from bdlora_megatron.convert.write_options import WriteOptions, prepare
+from bdlora_megatron.errors import AdapterFormatError, ConfigError
+
+__all__ = [
+    "FORMATS",
+    "FormatName",
+    "detect_format",
+    "open_adapter",
+    "read_adapter",
+    "write_adapter",
+]
+
+FormatName: TypeAlias = Literal["peft", "megatron", "bridge", "slora"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reading:
+    """What a reader may be told."""
+
+    allow_pickle: bool
+    base: BaseShape | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Format:
+    """One format.
+
+    Attributes:
+        signs: Files that tell a folder of this format.
+        open: Opens a folder.
+        write: Fills an empty folder.
+    """
+
+    signs: tuple[str, ...]
+    open: Callable[[Path, _Reading], AbstractContextManager[Adapter]]
+    write: Callable[[Adapter, Path, WriteOptions], None]
+
+
+#: The first whose sign is there counts.
+FORMATS: Mapping[FormatName, _Format] = {
+    "peft": _Format(
+        signs=(CONFIG_NAME,),
+        open=lambda path, reading: open_peft(path, allow_pickle=reading.allow_pickle),
+        write=write_peft,
+    ),
+    "megatron": _Format(
+        signs=(MANIFEST_NAME,), open=lambda path, _: open_megatron(path), write=write_megatron
+    ),
+    "bridge": _Format(
+        signs=BRIDGE_SIGNS,
+        open=lambda path, reading: open_bridge(path, base=reading.base),
+        write=write_bridge,
+    ),
+    "slora": _Format(signs=(SLORA_NAME,), open=lambda path, _: open_slora(path), write=write_slora),
+}
+
+
+def detect_format(path: str | Path) -> FormatName:
+    """Tell an adapter's format from its files.
+
+    Args:
+        path: The adapter's folder.
+
+    Returns:
+        The format's name.
+
+    Raises:
+        AdapterFormatError: If the folder is missing or of no format that is known.
+    """
+    folder = Path(path)
+    if not folder.exists() and (folder.with_name(adapter_name(folder)) / SLORA_NAME).is_file():
+        # S-LoRA lists one adapter several times, told apart by a number at the end.
+        return "slora"
+    if not folder.is_dir():
+        raise AdapterFormatError(f"{folder} is no folder; pass the folder of an adapter")
+    for name, kind in FORMATS.items():
+        if any(next(folder.glob(sign), None) for sign in kind.signs):
+            return name
+    signs = ", ".join(f"{sign} ({n})" for n, kind in FORMATS.items() for sign in kind.signs)
+    raise AdapterFormatError(
+        f"{folder} is no adapter of a known format: looked for {signs}; pass the folder that holds "
+        "one of these"
+    )
+
+
+@contextmanager
+def open_adapter(
+    path: str | Path,
+    *,
+    allow_pickle: bool = False,
+    format: FormatName | None = None,
+    base: BaseShape | None = None,
+) -> Iterator[Adapter]:
+    """Open an adapter of any format, whatever its size.
+
+    Args:
+        path: The adapter's folder.
+        allow_pickle: Also read files that are pickles, tensors and plain values only.
+        format: Its format; told from its files when unset.
+        base: The base model's heads, for fused checkpoints that do not tell them (`bridge`).
+
+    Yields:
+        The adapter. A module is read each time it is looked up, as long as the adapter is open, so
+        that no more than that module is in memory. Shapes and scales are known without
+        (`module_facts`).
+
+    Raises:
+        AdapterFormatError: If the files are missing or broken, or hold what cannot be represented.
+            All such problems are listed, but for those that only a module's numbers tell: these
+            are raised by the look-up.
+        ConfigError: If there is no such format.
+    """
+    kind = _format(format or detect_format(path))
+    with kind.open(Path(path), _Reading(allow_pickle=allow_pickle, base=base)) as adapter:
+        yield adapter
+
+
+def read_adapter(
+    path: str | Path,
+    *,
+    allow_pickle: bool = False,
+    format: FormatName | None = None,
+    base: BaseShape | None = None,
+) -> Adapter:
+    """Read an adapter of any format.
+
+    Args:
+        path: The adapter's folder.
+        allow_pickle: Also read files that are pickles, tensors and plain values only.
+        format: Its format; told from its files when unset.
+        base: The base model's heads, for fused checkpoints that do not tell them (`bridge`).
+
+    Returns:
+        The adapter, in memory of its own.
+    """
+    with open_adapter(path, allow_pickle=allow_pickle, format=format, base=base) as adapter:
+        return in_memory(adapter)
+
+
+def write_adapter(
+    adapter: Adapter, path: str | Path, format: FormatName, *, options: WriteOptions | None = None
+) -> Path:
+    """Write an adapter, one module after the other.
+
+    The folder appears complete or not at all, also if the process is killed on the way.
+
+    Args:
+        adapter: Lazy or in memory.
+        path: The new folder.
+        format: Its format.
+        options: What else to do.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterFormatError: If there is nothing to write, or a module's numbers are not finite.
+        ConfigError: If the path is taken by something that is not to be replaced, or there is no
+            such format.
+    """
+    options = options or WriteOptions()
+    kind = _format(format)
+    path = Path(path).absolute()
+    if options.overwrite:
+        _check_replaceable(path)
+    ready = prepare(adapter, options)
+    with new_folder(path, overwrite=options.overwrite) as folder:
+        kind.write(ready, folder, options)
+    return path
+
+
+def _format(name: FormatName) -> _Format:
+    if name not in FORMATS:
+        raise ConfigError(f"format={name!r} is unknown; wanted one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _check_replaceable(path: Path) -> None:
+    """Replace adapters only: a mistyped path must not cost a home directory.
+
+    Raises:
+        ConfigError: If something else is there.
+    """
+    if path.is_symlink() or path.is_file():
+        raise ConfigError(f"{path} is no folder and is not replaced; pass another path")
+    if path.is_dir() and any(path.iterdir()):
+        try:
+            detect_format(path)
+        except AdapterFormatError as error:
+            raise ConfigError(f"{path} holds no adapter and is not replaced; {error}") from error

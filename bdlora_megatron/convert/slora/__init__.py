@@ -1,0 +1,1 @@
+"""S-LoRA's shards, one for each rank."""

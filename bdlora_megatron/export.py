@@ -1,0 +1,293 @@
+"""Writing the adapter that a model carries, from all ranks of a job into one folder.
+
+``save_adapter`` writes Megatron-Core's sharded format, in which training goes on at any parallel
+size; ``export_adapter`` writes Hugging Face PEFT's, which everybody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from bdlora_megatron.convert import WriteOptions, write_adapter
+from bdlora_megatron.convert.adapter import Adapter, BaseShape, ModuleKey
+from bdlora_megatron.convert.folders import new_folder
+from bdlora_megatron.convert.megatron.format import (
+    FORMAT,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    common_state,
+)
+from bdlora_megatron.convert.megatron.manifest import Manifest, ModuleEntry, write_manifest
+from bdlora_megatron.errors import BDLoRAError, ConfigError, TargetError
+from bdlora_megatron.layers import collect_adapter, lora_layers
+from bdlora_megatron.layers.load import decoder_keys
+from bdlora_megatron.runtime import refuse_together
+from bdlora_megatron.runtime.versions.checkpoint import save_distributed
+
+__all__ = [
+    "HF_ADAPTER",
+    "HF_ADAPTER_DENSE",
+    "export_adapter",
+    "export_asked_for",
+    "main_weights",
+    "save_adapter",
+    "write_peft_folders",
+]
+
+#: NeMo's name for the folder of an adapter in Hugging Face's format.
+HF_ADAPTER = "hf_adapter"
+HF_ADAPTER_DENSE = "hf_adapter-dense"
+
+_Entries = dict[ModuleKey, tuple[ModuleEntry, tuple[Any, ...]]]
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path:
+    """Save the adapter of a model in the format `megatron`.
+
+    Every rank of the job calls it with the same path, on a file system that all of them see. The
+    folder appears complete or not at all.
+
+    Args:
+        model: The model, or this rank's pipeline stage of it.
+        path: The new folder.
+        name: The adapter's name; the folder's when unset.
+
+    Returns:
+        The folder, which `convert.open_adapter` reads on one process, and from which
+        `dist_checkpointing.load` fills a model's adapter (see `docs/formats.md`).
+
+    Raises:
+        TargetError: The model has no adapter.
+        ConfigError: There is something at the path.
+
+    Collectives: over all ranks, those of `dist_checkpointing.save`, one all-gather of names and
+    settings, two small broadcasts and a barrier.
+    """
+    path = Path(path).absolute()
+    base, entries = _gather_entries(model)
+    layers = _stacked_layers(entries, base.num_layers)
+    common = common_state(layers)["content_metadata"]
+    # A copy: Megatron-Core adds its process groups to it.
+    state: Any = model.sharded_state_dict(metadata=dict(common))  # type: ignore[operator]
+    sharded = {key: value for key, value in state.items() if ".adapter." in key}
+    with _shared_folder(path) as folder:
+        weights = folder / WEIGHTS_NAME
+        save_distributed(sharded, weights, content_metadata=common)
+        if torch.distributed.get_rank() == 0:
+            manifest = Manifest(
+                format=FORMAT,
+                name=name or path.name,
+                base=base,
+                modules={key: entry for key, (entry, _) in sorted(entries.items())},
+            )
+            write_manifest(folder / MANIFEST_NAME, manifest)
+    return path
+
+
+def export_adapter(
+    model: nn.Module | Sequence[nn.Module],
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    dense: bool = False,
+) -> Path:
+    """Write a model's adapter as a folder that PEFT, vLLM and `bdlora` read.
+
+    Every rank of the job calls it with the same path. An adapter that is there is replaced; the
+    folder appears complete or not at all. In mixed precision it holds the optimizer's float32
+    copies, where a rank has them whole.
+
+    Args:
+        model: The model or the chunks of this pipeline stage, wrapped by the host or not.
+        folder: The adapter's folder.
+        name: The adapter's name; the folder's when unset.
+        base_model: Name or path of the base model, noted in the adapter's config.
+        dense: Write the same function as a vanilla LoRA, for engines without BD-LoRA.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TargetError: The model carries no adapter.
+        UnsupportedError: A layer has no place in PEFT's format, such as a fused one.
+        ConfigError: The first rank could not write, for the reason given; raised on every rank.
+
+    Collectives: those of `collect_adapter`, and one small broadcast over all ranks.
+    """
+    folder = Path(folder).absolute()
+    adapter = _collect(model, name or folder.name)
+    write_peft_folders(adapter, {folder: dense}, base_model=base_model)
+    return folder
+
+
+def export_asked_for(
+    settings: Any, model: nn.Module | Sequence[nn.Module], parent: str | Path
+) -> list[Path]:
+    """Write what ``export_peft`` and ``export_dense`` ask for into ``parent``.
+
+    Args:
+        settings: An integration's ``BDLoRA``.
+        model: As in `export_adapter`.
+        parent: The checkpoint's folder.
+
+    Returns:
+        The folders: ``hf_adapter``, ``hf_adapter-dense``, both or none.
+
+    Collectives: where anything is written, those of `export_adapter`, once.
+    """
+    wanted = {HF_ADAPTER: settings.exports_peft, HF_ADAPTER_DENSE: settings.export_dense}
+    folders = {
+        Path(parent).absolute() / name: name == HF_ADAPTER_DENSE
+        for name, asked in wanted.items()
+        if asked
+    }
+    if folders:
+        adapter = _collect(model, HF_ADAPTER)
+        write_peft_folders(adapter, folders, base_model=settings.base_model)
+    return list(folders)
+
+
+def _collect(model: nn.Module | Sequence[nn.Module], name: str) -> Adapter:
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    whole = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+    with main_weights(whole):
+        return collect_adapter(whole, name)
+
+
+def write_peft_folders(
+    adapter: Adapter, folders: Mapping[Path, bool], *, base_model: str | None = None
+) -> None:
+    """Let the first rank write an adapter, and every rank know what became of it.
+
+    Every rank of the job calls it with the same arguments. An adapter that is there is replaced;
+    each folder appears complete or not at all.
+
+    Args:
+        adapter: As `collect_adapter` gives it.
+        folders: The folders, each with whether it is to hold the same function as a vanilla LoRA,
+            for engines without BD-LoRA.
+        base_model: Name or path of the base model, noted in the adapter's config.
+
+    Raises:
+        ConfigError: The first rank could not write, for the reason given; raised on every rank.
+
+    Collectives: one small broadcast over all ranks.
+    """
+    refusal = None
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        for folder, dense in folders.items():
+            options = WriteOptions(overwrite=True, base_model=base_model, dense=dense)
+            try:
+                write_adapter(adapter, folder, "peft", options=options)
+            except (BDLoRAError, OSError) as error:
+                refusal = f"the adapter was not exported to {folder}: {error}"
+                break
+    refuse_together(refusal)
+
+
+@contextmanager
+def main_weights(model: nn.Module) -> Iterator[None]:
+    """Put the optimizer's float32 copies in the factors' places inside the ``with`` block.
+
+    A factor stays where there is no copy, or only this rank's share of one, as with Megatron's
+    distributed optimizer; it is then what the model computes with.
+
+    Args:
+        model: The model, wrapped or not.
+
+    Yields:
+        Nothing.
+    """
+    factors: list[Any] = list(model.parameters())
+    copies = [
+        (factor, factor.data, factor.main_param.data)
+        for factor in factors
+        if getattr(factor, "main_param", None) is not None
+        and not getattr(factor, "main_param_sharded", False)
+    ]
+    for factor, _, main in copies:
+        factor.data = main
+    try:
+        yield
+    finally:
+        for factor, own, _ in copies:
+            factor.data = own
+
+
+def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
+    """The base model, and the settings and shapes of the modules of all pipeline stages.
+
+    Raises:
+        TargetError: No stage has an adapter.
+    """
+    own: _Entries = {}
+    base = None
+    for full_name, layer in lora_layers(model):
+        base = _base_shape(layer.config)
+        if layer.adapter is None:
+            continue
+        for plan in layer.adapter.plans:
+            entry = ModuleEntry(num_blocks=plan.num_blocks, scale=plan.scale)
+            for key in decoder_keys(full_name, plan.projection.name):
+                own[key] = (entry, (plan.rank, plan.num_blocks, plan.projection))
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, (base, own))
+    entries = {key: value for _, some in everyone for key, value in some.items()}
+    if not entries:
+        raise TargetError("the model has no adapter to save; load or apply one first")
+    # A stage that holds none of the layers in question knows no base either.
+    return next(base for base, _ in everyone if base is not None), entries
+
+
+def _stacked_layers(entries: _Entries, num_layers: int | None) -> int | None:
+    """`num_layers` if every layer has the same modules and shapes, else None."""
+    by_layer: dict[int, list[Any]] = {}
+    for key, (_, shape) in sorted(entries.items()):
+        by_layer.setdefault(key.layer, []).append((key.name, shape))
+    same = all(shapes == next(iter(by_layer.values())) for shapes in by_layer.values())
+    return num_layers if same and len(by_layer) == num_layers else None
+
+
+@contextmanager
+def _shared_folder(path: Path) -> Iterator[Path]:
+    """A folder that rank 0 makes and renames, and all ranks fill.
+
+    Raises:
+        ConfigError: Rank 0 cannot make it.
+    """
+    with ExitStack() as stack:
+        box: list[Path | None] = [None]
+        refusal = None
+        if torch.distributed.get_rank() == 0:
+            try:
+                folder = stack.enter_context(new_folder(path, overwrite=False))
+                (folder / WEIGHTS_NAME).mkdir()
+                box = [folder]
+            except ConfigError as error:
+                refusal = str(error)
+        refuse_together(refusal)
+        torch.distributed.broadcast_object_list(box, src=0)
+        yield cast("Path", box[0])
+    # Only now has rank 0 renamed it.
+    torch.distributed.barrier()
+
+
+def _base_shape(config: Any) -> BaseShape:
+    groups = config.num_query_groups or config.num_attention_heads
+    return BaseShape(
+        hidden_size=config.hidden_size,
+        ffn_size=config.ffn_hidden_size,
+        q_size=config.num_attention_heads * config.kv_channels,
+        kv_size=groups * config.kv_channels,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=groups,
+        head_dim=config.kv_channels,
+        num_layers=config.num_layers,
+    )

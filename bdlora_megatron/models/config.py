@@ -1,0 +1,249 @@
+"""Reading the ``config.json`` of a Llama-family model, without the transformers library.
+
+Only what changes the weights or the mathematics is read. What Megatron-Core cannot compute the same
+way is refused here, before any weight is touched, and all of a file's problems are told at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bdlora_megatron.errors import ConfigError, UnsupportedError
+from bdlora_megatron.models.rope import RopeSettings, read_rope
+
+__all__ = ["HFConfig", "parse_hf_config", "read_hf_config"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HFConfig:
+    """What a Llama-family model is made of.
+
+    Attributes:
+        model_type: ``llama`` (SmolLM2 too), ``mistral``, ``qwen2`` or ``qwen3``.
+        num_layers: Decoder layers.
+        hidden_size: Width of the residual stream.
+        ffn_size: Width inside the MLP.
+        num_heads: Query heads.
+        num_kv_heads: Key-value heads; divides ``num_heads``.
+        head_dim: Width of a head; not always ``hidden_size / num_heads``.
+        vocab_size: Rows of the embedding as stored, without padding.
+        max_positions: Longest sequence the model was made for.
+        norm_eps: Epsilon of every RMSNorm.
+        rope: Rotary embedding.
+        qkv_bias: ``q_proj``, ``k_proj`` and ``v_proj`` have biases.
+        linear_bias: ``o_proj`` and the MLP's layers have biases too.
+        qk_norm: Queries and keys are normalised, head by head.
+        tied: The output layer uses the embedding's weight.
+        sliding_window: Positions that attention sees, where any layer limits them.
+        eos_token_ids: Tokens that end a sequence.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    rope: RopeSettings
+    qkv_bias: bool
+    linear_bias: bool
+    qk_norm: bool
+    tied: bool
+    sliding_window: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+def read_hf_config(folder: str | Path) -> HFConfig:
+    """Read ``config.json`` of a model folder.
+
+    Args:
+        folder: A folder as ``save_pretrained`` writes it. Nothing is downloaded.
+
+    Returns:
+        The model's facts.
+
+    Raises:
+        ConfigError: There is no such file, or it is malformed.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} does not exist; pass the folder of a downloaded Hugging Face model, which "
+            "holds config.json and *.safetensors"
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}; a JSON object was expected")
+    return parse_hf_config(raw, where=str(path))
+
+
+def parse_hf_config(raw: Mapping[str, Any], *, where: str = "config.json") -> HFConfig:
+    """Check a model's configuration and keep what matters.
+
+    Args:
+        raw: The object in ``config.json``, as transformers 4 or 5 writes it.
+        where: Its name in messages.
+
+    Returns:
+        The model's facts.
+
+    Raises:
+        ConfigError: A value is missing or impossible.
+        UnsupportedError: The model is of a kind that is not supported.
+    """
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise UnsupportedError(
+            f"{where}: model_type={family!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    reader = _Reader(raw)
+    config = _read(reader, family)
+    problems = [*reader.malformed, *reader.unsupported]
+    if problems:
+        kind = ConfigError if reader.malformed else UnsupportedError
+        raise kind(f"{where} ({family}):" + "".join(f"\n- {line}" for line in problems))
+    return config
+
+
+class _Reader:
+    """Typed look-ups that note a problem and go on with a harmless value."""
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self.raw = raw
+        self.malformed: list[str] = []
+        self.unsupported: list[str] = []
+
+    def positive(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        value = self.raw.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return value
+        kind = "a positive integer" if least else "an integer from 0 up"
+        self.malformed.append(f"{key}={value!r}; {kind} is needed")
+        return 1
+
+    def flag(self, key: str) -> bool:
+        value = self.raw.get(key, False)
+        if not isinstance(value, bool):
+            self.malformed.append(f"{key}={value!r}; true or false is needed")
+        return bool(value)
+
+
+def _read(reader: _Reader, family: str) -> HFConfig:
+    raw = reader.raw
+    num_heads = reader.positive("num_attention_heads")
+    hidden_size = reader.positive("hidden_size")
+    # Llama 1 has no key-value heads of its own; the other families always name theirs.
+    num_kv_heads = reader.positive("num_key_value_heads", num_heads if family == "llama" else None)
+    if num_heads % num_kv_heads:
+        reader.malformed.append(
+            f"num_attention_heads={num_heads} is not a multiple of "
+            f"num_key_value_heads={num_kv_heads}"
+        )
+    if raw.get("hidden_act") != "silu":
+        reader.unsupported.append(f"hidden_act={raw.get('hidden_act')!r}; only 'silu' is supported")
+    if raw.get("quantization_config") is not None:
+        reader.unsupported.append("quantization_config is set; use the model's unquantised weights")
+    num_layers = reader.positive("num_hidden_layers")
+    qkv_bias, linear_bias = _biases(reader, family)
+    return HFConfig(
+        model_type=family,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_size=reader.positive("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_head_dim(reader, family, hidden_size, num_heads),
+        vocab_size=reader.positive("vocab_size"),
+        max_positions=reader.positive("max_position_embeddings"),
+        norm_eps=_norm_eps(reader),
+        rope=read_rope(raw, reader.malformed, reader.unsupported),
+        qkv_bias=qkv_bias,
+        linear_bias=linear_bias,
+        qk_norm=family == "qwen3",
+        tied=reader.flag("tie_word_embeddings"),
+        sliding_window=_sliding_window(reader, family, num_layers),
+        eos_token_ids=_eos(reader),
+    )
+
+
+def _head_dim(reader: _Reader, family: str, hidden_size: int, num_heads: int) -> int:
+    # Qwen3's class says 128 where its file says nothing.
+    unsaid = 128 if family == "qwen3" and "head_dim" not in reader.raw else None
+    if unsaid is None and reader.raw.get("head_dim") is None and hidden_size % num_heads:
+        reader.malformed.append(
+            f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_heads}, and "
+            "there is no head_dim"
+        )
+    head_dim = reader.positive("head_dim", unsaid or max(hidden_size // num_heads, 1))
+    if head_dim % 2:
+        reader.malformed.append(f"head_dim={head_dim} is odd; rotary embeddings need pairs")
+    return head_dim
+
+
+def _norm_eps(reader: _Reader) -> float:
+    value = reader.raw.get("rms_norm_eps")
+    if isinstance(value, (int, float)) and value > 0:
+        return float(value)
+    reader.malformed.append(f"rms_norm_eps={value!r}; a positive number is needed")
+    return 1e-6
+
+
+def _biases(reader: _Reader, family: str) -> tuple[bool, bool]:
+    """Whether q, k, v have biases, and whether all other linear layers have."""
+    if family == "qwen2":
+        return True, False
+    if family == "mistral":
+        return False, False
+    attention = reader.flag("attention_bias")
+    mlp = reader.flag("mlp_bias") if family == "llama" else False
+    if attention != mlp:
+        # add_bias_linear, Megatron-Core's one switch for o_proj and the MLP together.
+        reader.unsupported.append(
+            f"attention_bias={attention} with mlp_bias={mlp}; Megatron-Core's attention output and "
+            "MLP either all have biases or none has"
+        )
+    return attention, attention and mlp
+
+
+def _sliding_window(reader: _Reader, family: str, num_layers: int) -> Literal[None] | int:
+    """The window of the layers that have one, by each family's own rule."""
+    raw = reader.raw
+    if family == "llama":
+        return None
+    kinds = raw.get("layer_types")
+    if kinds is not None:
+        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        if unknown:
+            reader.unsupported.append(f"layer_types {', '.join(unknown)} are not supported")
+        limited = "sliding_attention" in kinds
+    else:
+        limited = raw.get("sliding_window", 4096) is not None
+        if family != "mistral":
+            # Full attention comes first; 0 leaves none of it.
+            full = reader.positive("max_window_layers", 28, least=0)
+            limited = reader.flag("use_sliding_window") and full < num_layers and limited
+    return reader.positive("sliding_window", 4096) if limited else None
+
+
+def _eos(reader: _Reader) -> tuple[int, ...]:
+    value = reader.raw.get("eos_token_id")
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) for item in values):
+        reader.malformed.append(f"eos_token_id={value!r}; a number or a list of them is needed")
+        return ()
+    return tuple(values)

@@ -1,0 +1,162 @@
+"""Where each Megatron-Core parameter's numbers stand in Hugging Face's tensors.
+
+Every whole Megatron parameter is a stack of row ranges of Hugging Face tensors, in an order under
+which each tensor-parallel rank holds one contiguous part: rows of a column-parallel layer, columns
+of a row-parallel one. Plain names and numbers; no tensor and no process group.
+
+    linear_qkv   for each key-value head: its query heads' rows, its key's, its value's
+    linear_fc1   for each rank: its share of gate_proj, then its share of up_proj
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bdlora_megatron.models.config import HFConfig
+
+__all__ = ["RowRange", "Source", "hf_shapes", "layer_sources", "model_sources"]
+
+Split = Literal["rows", "columns", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows ``start`` to ``stop`` of the Hugging Face tensor ``name``."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A whole Megatron parameter.
+
+    Attributes:
+        parts: The stack, from the first row down; rows that no part reaches are zero.
+        split: What tensor-parallel ranks divide among themselves.
+    """
+
+    parts: tuple[RowRange, ...]
+    split: Split
+
+
+def hf_shapes(hf: HFConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that a complete checkpoint of this model holds, by name."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (hf.vocab_size, hf.hidden_size),
+        "model.norm.weight": (hf.hidden_size,),
+    }
+    if not hf.tied:
+        shapes["lm_head.weight"] = (hf.vocab_size, hf.hidden_size)
+    for layer in range(hf.num_layers):
+        shapes.update(_layer_shapes(hf, f"model.layers.{layer}."))
+    return shapes
+
+
+def model_sources(hf: HFConfig) -> dict[str, Source]:
+    """Sources of the parameters outside the layers, by the names ``GPTModel`` gives them."""
+    head = "model.embed_tokens.weight" if hf.tied else "lm_head.weight"
+    return {
+        "embedding.word_embeddings.weight": _whole(
+            "model.embed_tokens.weight", hf.vocab_size, "rows"
+        ),
+        "decoder.final_layernorm.weight": _whole("model.norm.weight", hf.hidden_size, "none"),
+        "output_layer.weight": _whole(head, hf.vocab_size, "rows"),
+    }
+
+
+def layer_sources(hf: HFConfig, layer: int, tp_size: int) -> dict[str, Source]:
+    """Sources of one decoder layer's parameters.
+
+    Args:
+        hf: The model.
+        layer: Number of the layer in the whole model, from 0.
+        tp_size: Tensor-parallel ranks.
+
+    Returns:
+        By name within the layer. A norm appears twice: under its own name, and under the name that
+        Transformer Engine's fused norm-and-linear layer gives it.
+    """
+    prefix = f"model.layers.{layer}."
+    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    input_norm = _whole(f"{prefix}input_layernorm.weight", hf.hidden_size, "none")
+    mlp_norm = _whole(f"{prefix}post_attention_layernorm.weight", hf.hidden_size, "none")
+    sources = {
+        "input_layernorm.weight": input_norm,
+        "self_attention.linear_qkv.layer_norm_weight": input_norm,
+        "pre_mlp_layernorm.weight": mlp_norm,
+        "mlp.linear_fc1.layer_norm_weight": mlp_norm,
+        "self_attention.linear_proj.weight": _whole(
+            f"{attention}o_proj.weight", hf.hidden_size, "columns"
+        ),
+        "mlp.linear_fc2.weight": _whole(f"{mlp}down_proj.weight", hf.hidden_size, "columns"),
+        "self_attention.linear_qkv.weight": _qkv(hf, attention, "weight"),
+        "mlp.linear_fc1.weight": _gate_and_up(hf, mlp, "weight", tp_size),
+    }
+    if hf.qkv_bias:
+        sources["self_attention.linear_qkv.bias"] = _qkv(hf, attention, "bias")
+    if hf.linear_bias:
+        sources["mlp.linear_fc1.bias"] = _gate_and_up(hf, mlp, "bias", tp_size)
+        # Added after the ranks' sum, so every rank holds the whole.
+        sources["self_attention.linear_proj.bias"] = _whole(
+            f"{attention}o_proj.bias", hf.hidden_size, "none"
+        )
+        sources["mlp.linear_fc2.bias"] = _whole(f"{mlp}down_proj.bias", hf.hidden_size, "none")
+    if hf.qk_norm:
+        for which in ("q", "k"):
+            sources[f"self_attention.{which}_layernorm.weight"] = _whole(
+                f"{attention}{which}_norm.weight", hf.head_dim, "none"
+            )
+    return sources
+
+
+def _layer_shapes(hf: HFConfig, prefix: str) -> dict[str, tuple[int, ...]]:
+    q, kv = hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
+    linears = {
+        "self_attn.q_proj": (q, hf.hidden_size),
+        "self_attn.k_proj": (kv, hf.hidden_size),
+        "self_attn.v_proj": (kv, hf.hidden_size),
+        "self_attn.o_proj": (hf.hidden_size, q),
+        "mlp.gate_proj": (hf.ffn_size, hf.hidden_size),
+        "mlp.up_proj": (hf.ffn_size, hf.hidden_size),
+        "mlp.down_proj": (hf.hidden_size, hf.ffn_size),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}input_layernorm.weight": (hf.hidden_size,),
+        f"{prefix}post_attention_layernorm.weight": (hf.hidden_size,),
+    }
+    for name, shape in linears.items():
+        shapes[f"{prefix}{name}.weight"] = shape
+        is_qkv = name.endswith(("q_proj", "k_proj", "v_proj"))
+        if hf.qkv_bias if is_qkv else hf.linear_bias:
+            shapes[f"{prefix}{name}.bias"] = shape[:1]
+    if hf.qk_norm:
+        shapes[f"{prefix}self_attn.q_norm.weight"] = (hf.head_dim,)
+        shapes[f"{prefix}self_attn.k_norm.weight"] = (hf.head_dim,)
+    return shapes
+
+
+def _whole(name: str, rows: int, split: Split) -> Source:
+    return Source((RowRange(name, 0, rows),), split)
+
+
+def _qkv(hf: HFConfig, attention: str, kind: str) -> Source:
+    queries = hf.num_heads // hf.num_kv_heads * hf.head_dim
+    parts = []
+    for group in range(hf.num_kv_heads):
+        for which, rows in (("q", queries), ("k", hf.head_dim), ("v", hf.head_dim)):
+            name = f"{attention}{which}_proj.{kind}"
+            parts.append(RowRange(name, group * rows, (group + 1) * rows))
+    return Source(tuple(parts), "rows")
+
+
+def _gate_and_up(hf: HFConfig, mlp: str, kind: str, tp_size: int) -> Source:
+    rows = hf.ffn_size // tp_size
+    parts = [
+        RowRange(f"{mlp}{which}_proj.{kind}", rank * rows, (rank + 1) * rows)
+        for rank in range(tp_size)
+        for which in ("gate", "up")
+    ]
+    return Source(tuple(parts), "rows")
