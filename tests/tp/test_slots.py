@@ -376,3 +376,42 @@ def test_settings():
         SlotRoom(target_modules=("linear_qkv", "q_proj"))
     with pytest.raises(ConfigError, match="wanted one at least"):
         SlotRoom(layouts=())
+
+
+# --- what was in a slot before, ranks that do not divide --------------------------------------
+
+
+def _reused(rank, world_size):
+    """An adapter of fewer modules and layers than the one whose slot it takes."""
+    with model_parallel(world_size):
+        small = make_adapter(6, rank=2, modules=("q_proj",), layers=(1,))
+        outputs = []
+        for before in (None, make_adapter(5, rank=8)):
+            model = serving_model(world_size)
+            slots = ModelSlots(model, SlotRoom(num_slots=1))
+            if before is not None:
+                slots.load("before", slots.share(before))
+            slot = slots.load("small", slots.share(small))
+            assert slot == 0
+            with slots.serving(slots.batch(slots_of_rows(slot, slot))):
+                outputs.append(logits(model))
+        assert torch.equal(*outputs)
+
+
+def test_nothing_of_the_adapter_before_is_left_in_a_slot():
+    run_ranks(2, _reused)
+
+
+def _odd_rank(rank, world_size):
+    """Three ranks' rows on two ranks: S-LoRA's layout pads, and computes the same."""
+    with model_parallel(world_size):
+        made = []
+        for layout in (Layout.HALF_SHARDED, Layout.SLORA):
+            model = serving_model(world_size)
+            load_adapter(model, make_adapter(7, rank=3), LoadOptions(layout=layout))
+            made.append(logits(model))
+        assert_close(made[1], made[0].double(), "S-LoRA's layout of an odd rank")
+
+
+def test_a_rank_that_the_ranks_do_not_divide_is_padded_in_the_layout_of_slora():
+    run_ranks(2, _odd_rank)

@@ -14,7 +14,7 @@ from bdlora_megatron.layers import LoadOptions, collect_adapter, load_adapter, l
 from bdlora_megatron.train.data import RowDataset, ShareOfBatch
 from bdlora_megatron.train.examples import load_tokenizer, read_examples
 from bdlora_megatron.train.model import build_model
-from bdlora_megatron.train.step import Stepper, forward_backward
+from bdlora_megatron.train.step import Stepper, forward_backward, mean_loss
 from benchmarks.step_collectives import measure_step
 from tests.harness import run_ranks
 from tests.tolerances import MODEL_GRADIENTS, assert_close
@@ -186,3 +186,56 @@ def test_a_step_of_bdlora_sends_what_the_base_sends(root, sequence_parallel):
     # Forward nothing; backward the gradient of four replicated factors.
     more = sum(counted["lora"].values()) - sum(counted["none"].values())
     assert more == 4 * layers * micro_batches
+
+
+def _norm(rank, world_size, config):
+    """The norm by which a step clips, of all ranks' gradients together."""
+    tp = config.model.tensor_model_parallel_size
+    with model_parallel(tp):
+        model, _ = build_model(config)
+        _load(model, config)
+        return Stepper(model, config).train_step(0, _share(config)).grad_norm
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_clipped_norm_is_that_of_pefts_gradients(root, scheme):
+    """Each replicated factor counts once, and each shard with those of the other ranks."""
+    wanted = torch.load(root / f"{scheme}.pt")["grads"].values()
+    norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in wanted])))
+    found = run_ranks(2, _norm, _config(root, scheme, tensor_model_parallel_size=2))
+    assert found == [pytest.approx(norm, rel=1e-5)] * 2
+
+
+def _dropout(rank, world_size, config):
+    """Losses with dropout: of two steps, of the first again, and of validation, twice."""
+    with model_parallel(1):
+        model, _ = build_model(config)
+        randomize_adapters(model)
+        stepper, batches = Stepper(model, config), _share(config)
+        trained = [stepper.train_step(step, batches).loss for step in (0, 1, 0)]
+        return trained, [mean_loss(stepper.model, batches, config) for _ in range(2)]
+
+
+def test_dropout_draws_anew_in_each_step_and_never_in_validation(root):
+    losses = {}
+    for dropout in (0.0, 0.5):
+        peft = {"scheme": "lora", "lora": {"rank": 6, "dropout": dropout}}
+        # A learning rate of nothing: whatever differs was drawn.
+        config = settings(
+            root,
+            root / "dropout",
+            model={"hf_path": str(root / "base"), "seq_length": 48, "dtype": "float32"},
+            peft=peft,
+            train={"train_iters": 1, "global_batch_size": 4, "micro_batch_size": 1},
+            scheduler={},
+            optimizer={"lr": 0.0},
+        )
+        ((trained, validated),) = run_ranks(1, _dropout, config)
+        assert validated[0] == validated[1]
+        losses[dropout] = trained, validated
+    (first, second, again), validated = losses[0.5]
+    assert first == again
+    assert first != second
+    # Without dropout every loss is the one of validation.
+    assert losses[0.0][0] == [losses[0.0][1][0]] * 3
+    assert validated == losses[0.0][1]

@@ -48,6 +48,8 @@ CASES = {
     "rslora": {"use_rslora": True},
     "rslora_blocks": {"use_rslora": True, "use_bdlora": blocks(4)},
     "patterns": PATTERNS,
+    # Alternatives without a group of their own: both are ends of a path.
+    "alternatives": {"rank_pattern": {"q_proj|v_proj": 4}, "alpha_pattern": {"up_proj|k_proj": 3}},
     "patterns_rslora_blocks": {**PATTERNS, "use_rslora": True, "use_bdlora": blocks(2)},
     "not_strict": {"use_bdlora": blocks(4, a=["down_proj"], b=["q_proj"], match_strict=False)},
     "by_substring": {
