@@ -25,6 +25,17 @@ MODEL_GRADIENTS = (1e-5, 1e-4)
 #: And in bfloat16: some dozen roundings of 2e-3 each, which softmax and norms magnify.
 MODEL_BFLOAT16 = (8e-2, 4e-1)
 
+#: Of attention: values are summed in float32 under weights that sum to one, so that it is the
+#: rounding of the weights and of the output to the type that shows, and in float32 the exponentials
+#: of logits whose own rounding they magnify.
+ATTENTION = {
+    torch.float32: (2e-6, 2e-5),
+    # 11 bits of mantissa: 2.4e-4 a rounding.
+    torch.float16: (1e-3, 1e-2),
+    # 8 bits of mantissa: 2e-3 a rounding, and twice that in Triton's interpreter, which cuts off.
+    torch.bfloat16: (1e-2, 1e-1),
+}
+
 
 def assert_close(
     actual: torch.Tensor,
