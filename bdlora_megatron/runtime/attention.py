@@ -195,7 +195,10 @@ def use_attention(choice: Attention, dtype: torch.dtype) -> None:
             return
         logger.warning("%s is for 16-bit types; Triton's kernels serve %s", choice.kernels, dtype)
     try:
-        from bdlora_megatron.ops import paged_attention
+        from bdlora_megatron.ops.paged_attention import (
+            flash_attn_varlen_func,
+            flash_attn_with_kvcache,
+        )
     except ImportError as error:
         raise MissingDependencyError(
             f"neither flash-attention nor triton is installed, and attention needs one: {_CURE}"
@@ -206,8 +209,8 @@ def use_attention(choice: Attention, dtype: torch.dtype) -> None:
         "HAVE_FA3": False,
         "HAVE_FA4": False,
         "is_fa_min_version": lambda *args, **kwargs: True,
-        "flash_attn_varlen_func": paged_attention.flash_attn_varlen_func,
-        "flash_attn_with_kvcache": paged_attention.flash_attn_with_kvcache,
+        "flash_attn_varlen_func": flash_attn_varlen_func,
+        "flash_attn_with_kvcache": flash_attn_with_kvcache,
     }.items():
         setattr(attention, name, value)
 
