@@ -123,9 +123,9 @@ class Server:
         command += ["--model", str(folder / "model"), "--tp", str(args.tp), "--port", "0"]
         command += [] if kind == "base" else ["--adapters", str(adapters)]
         command += ["--cpu"] if args.cpu else []
-        command += ["--set", f"layout={layout}", "max_length=1024", "max_queue=100000"]
-        command += ["block_tokens=16" if args.cpu else "block_tokens=256"]
-        command += [f"num_slots={args.slots}", f"max_rank={args.rank}", *args.more]
+        command += ["--set", f"layout={layout}", "max_model_len=1024", "max_queue=100000"]
+        command += ["block_size=16" if args.cpu else "block_size=256"]
+        command += [f"max_loras={args.slots}", f"max_lora_rank={args.rank}", *args.more]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stderr=log, start_new_session=True)
 

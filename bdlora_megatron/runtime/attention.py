@@ -82,14 +82,14 @@ class Attention:
 
 
 def choose_attention(
-    found: FlashAttention, *, capability: tuple[int, int], block_tokens: int
+    found: FlashAttention, *, capability: tuple[int, int], block_size: int
 ) -> Attention:
     """Choose among what is installed, for a GPU.
 
     Args:
         found: What is installed.
         capability: The GPU's compute capability, ``(8, 0)`` for A100.
-        block_tokens: Positions in a block of the key-value cache.
+        block_size: Positions in a block of the key-value cache.
 
     Returns:
         The choice.
@@ -105,10 +105,10 @@ def choose_attention(
             f"the GPU has compute capability {major}.{minor}; serving needs 8.0 (A100) or newer"
         )
     choice = _for_ampere(found) if capability < (9, 0) else _newest(found)
-    if choice.kernels == "flash-attn 2" and block_tokens % _FLASH_2_BLOCK:
+    if choice.kernels == "flash-attn 2" and block_size % _FLASH_2_BLOCK:
         raise ConfigError(
-            f"block_tokens={block_tokens}; flash-attn 2 reads the cache in blocks of a multiple of "
-            f"{_FLASH_2_BLOCK}: set block_tokens={_FLASH_2_BLOCK}"
+            f"block_size={block_size}; flash-attn 2 reads the cache in blocks of a multiple of "
+            f"{_FLASH_2_BLOCK}: set block_size={_FLASH_2_BLOCK}"
         )
     return choice
 
@@ -153,11 +153,11 @@ def _for_ampere(found: FlashAttention) -> Attention:
     )
 
 
-def find_attention(*, block_tokens: int) -> Attention:
+def find_attention(*, block_size: int) -> Attention:
     """Choose for this process's GPU and what is installed, and say so in the log.
 
     Args:
-        block_tokens: Positions in a block of the key-value cache.
+        block_size: Positions in a block of the key-value cache.
 
     Returns:
         The choice, for ``use_attention`` once the model is loaded with its settings.
@@ -168,7 +168,7 @@ def find_attention(*, block_tokens: int) -> Attention:
     choice = choose_attention(
         FlashAttention.installed(),
         capability=torch.cuda.get_device_capability(),
-        block_tokens=block_tokens,
+        block_size=block_size,
     )
     if choice.note is not None:
         logger.warning(choice.note)

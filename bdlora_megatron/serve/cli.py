@@ -62,7 +62,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|NAME=DIR",
         help="adapters: one by its name, or a folder whose folders are all adapters",
     )
-    parser.add_argument("--tp", type=int, metavar="P", help="tensor-parallel ranks (default: 1)")
+    parser.add_argument(
+        "--tensor-parallel-size",
+        "--tp",
+        type=int,
+        metavar="P",
+        help="tensor-parallel ranks (default: 1)",
+    )
     parser.add_argument("--cpu", action="store_true", default=None, help="run on the CPU")
     parser.add_argument("--interface", metavar="NAME", help=INTERFACE_HELP)
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML")
@@ -72,7 +78,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="more",
         metavar="NAME=VALUE",
-        help="any other setting, such as num_slots=64",
+        help="any other setting, such as max_loras=64",
     )
 
 

@@ -99,7 +99,7 @@ async def _answer_all(settings: ServeSettings, lines: IO[str], out: IO[str], tot
     failed = 0
     started: set[asyncio.Task[dict[str, Any]]] = set()
     ahead: asyncio.Queue[asyncio.Task[dict[str, Any]] | None] = asyncio.Queue(
-        settings.max_requests * _AHEAD
+        settings.max_num_seqs * _AHEAD
     )
 
     async def read(front: Front) -> None:

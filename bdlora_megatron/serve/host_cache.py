@@ -51,7 +51,7 @@ class HostCache(Generic[Value]):
         if num_bytes > self.capacity_bytes:
             raise CapacityError(
                 f"{key} may take {num_bytes} bytes of host memory, and the cache holds "
-                f"{self.capacity_bytes}; set host_bytes={num_bytes} or more"
+                f"{self.capacity_bytes}; set host_cache_bytes={num_bytes} or more"
             )
         going, room = [], self.capacity_bytes - self.used_bytes
         for other, (size, value) in self._entries.items():

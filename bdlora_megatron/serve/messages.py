@@ -307,9 +307,9 @@ class Ready:
     """The ranks have loaded the model.
 
     Attributes:
-        max_length: The longest prompt and answer together, in tokens.
+        max_model_len: The longest prompt and answer together, in tokens.
         vocab_size: Token ids end below this.
     """
 
-    max_length: int
+    max_model_len: int
     vocab_size: int

@@ -34,7 +34,9 @@ def prepare_ranks(settings: ServeSettings) -> None:
     """
     launch.bind_gloo(settings.interface, one_machine=True)
     if settings.cpu:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(_cores() // settings.tp, 1)))
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", str(max(_cores() // settings.tensor_parallel_size, 1))
+        )
     launch.prepare_ranks(_PRELOAD)
 
 
@@ -70,7 +72,7 @@ class Ranks:
         self._folder = tempfile.mkdtemp(prefix="bdlora-")
         self._links: list[Connection] = []
         self.processes: list[BaseProcess] = []
-        for rank in range(settings.tp):
+        for rank in range(settings.tensor_parallel_size):
             ours, theirs = context.Pipe()
             store = str(Path(self._folder, "store"))
             process = context.Process(

@@ -20,16 +20,16 @@ __all__ = ["AdapterShare", "SlotRoom"]
 class SlotRoom:
     """How many adapters a model holds on its device, and of what size."""
 
-    num_slots: int = 32
+    max_loras: int = 32
     """Adapters at once, at most."""
 
-    max_rank: int = 64
+    max_lora_rank: int = 64
     """The most rank rows that one rank holds of an adapter's module: R / P of a BD-LoRA whose
     blocks divide over the P ranks, R of a vanilla one or in the S-LoRA layout."""
 
     memory_bytes: int | None = None
     """Memory of all pools on one rank. Adapters then share the rows, and one of few ranks takes
-    few. Unset, there is room for ``num_slots`` adapters of ``max_rank``."""
+    few. Unset, there is room for ``max_loras`` adapters of ``max_lora_rank``."""
 
     layouts: tuple[Layout, ...] = (Layout.BDLORA, Layout.HALF_SHARDED)
     """Which layouts adapters may be held in. ``slora`` has pools of its own, about as large as
@@ -45,9 +45,10 @@ class SlotRoom:
     """Of the grouped product, instead of the device's own."""
 
     def __post_init__(self) -> None:
-        if min(self.num_slots, self.max_rank) < 1:
+        if min(self.max_loras, self.max_lora_rank) < 1:
             raise ConfigError(
-                f"num_slots={self.num_slots}, max_rank={self.max_rank}; both are at least 1"
+                f"max_loras={self.max_loras}, max_lora_rank={self.max_lora_rank}; both are at "
+                "least 1"
             )
         if not self.layouts:
             raise ConfigError("layouts=(); wanted one at least, 'bdlora' for most uses")

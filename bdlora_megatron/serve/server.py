@@ -178,8 +178,8 @@ class Server:
                     "url": f"http://{self.settings.host}:{self.port}",
                     "model": self.settings.base_name,
                     "adapters": len(self.front.adapters),
-                    "tensor_parallel": self.settings.tp,
-                    "max_length": ready.max_length,
+                    "tensor_parallel": self.settings.tensor_parallel_size,
+                    "max_model_len": ready.max_model_len,
                 },
             )
 

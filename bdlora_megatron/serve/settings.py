@@ -17,6 +17,18 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:-]{0,127}")
 _LAYOUTS = ("bdlora", "half_sharded", "slora")
 _LAYERS = ("megatron", "transformer_engine")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+#: Names of settings until 0.1, with what they are called now: as vLLM calls them.
+_RENAMED = {
+    "block_tokens": "block_size",
+    "cache_bytes": "kv_cache_memory_bytes",
+    "max_length": "max_model_len",
+    "max_rank": "max_lora_rank",
+    "max_requests": "max_num_seqs",
+    "num_slots": "max_loras",
+    "served_name": "served_model_name",
+    "step_tokens": "max_num_batched_tokens",
+    "tp": "tensor_parallel_size",
+}
 
 
 def check_adapter_name(name: str) -> str:
@@ -55,7 +67,7 @@ class ServeSettings:
     model: str
     """Folder of the base model in Hugging Face's form."""
 
-    served_name: str | None = None
+    served_model_name: str | None = None
     """What requests call the base model; the folder's name when unset."""
 
     adapters: Mapping[str, str] = field(default_factory=dict)
@@ -64,7 +76,7 @@ class ServeSettings:
     adapter_dirs: tuple[str, ...] = ()
     """Folders below which ``/v1/load_lora_adapter`` may find adapters; without any it is off."""
 
-    tp: int = 1
+    tensor_parallel_size: int = 1
     """Tensor-parallel ranks."""
 
     cpu: bool = False
@@ -86,28 +98,28 @@ class ServeSettings:
     layout: str = "bdlora"
     """How ranks hold adapters: ``bdlora`` (serves any), ``half_sharded`` or ``slora``."""
 
-    num_slots: int = 32
+    max_loras: int = 32
     """Adapters on the device at once."""
 
-    max_rank: int = 64
+    max_lora_rank: int = 64
     """The largest rank, per tensor-parallel rank, that a slot holds."""
 
     host_cache_bytes: int = 2**32
     """Memory of each rank's host for adapters that are in no slot."""
 
-    max_requests: int = 64
+    max_num_seqs: int = 64
     """Requests that run at once."""
 
-    step_tokens: int = 2048
+    max_num_batched_tokens: int = 2048
     """Tokens of one step; longer prompts are read in chunks."""
 
-    max_length: int = 4096
+    max_model_len: int = 4096
     """The longest prompt and answer together, in tokens."""
 
-    cache_bytes: int = 2**30
+    kv_cache_memory_bytes: int = 2**30
     """Key-value cache on each rank."""
 
-    block_tokens: int = 256
+    block_size: int = 256
     """Positions of a block of the cache."""
 
     max_queue: int = 256
@@ -158,9 +170,10 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         positive = (
-            "tp", "num_slots", "max_rank", "host_cache_bytes", "max_requests", "step_tokens",
-            "max_length", "cache_bytes", "block_tokens", "patience_steps", "max_body_bytes",
-            "request_timeout_s", "client_timeout_s", "rank_timeout_s",
+            "tensor_parallel_size", "max_loras", "max_lora_rank", "host_cache_bytes",
+            "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes",
+            "block_size", "patience_steps", "max_body_bytes", "request_timeout_s",
+            "client_timeout_s", "rank_timeout_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
@@ -182,7 +195,7 @@ class ServeSettings:
             if check_adapter_name(name) == self.base_name:
                 raise ConfigError(
                     f"an adapter is called {name!r}, as the base model is; name it otherwise, or "
-                    "set served_name"
+                    "set served_model_name"
                 )
 
     def _check_choices(self) -> None:
@@ -200,7 +213,7 @@ class ServeSettings:
     @property
     def base_name(self) -> str:
         """What requests call the base model."""
-        return self.served_name or Path(self.model).resolve().name
+        return self.served_model_name or Path(self.model).resolve().name
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ServeSettings:
@@ -213,10 +226,16 @@ class ServeSettings:
             The settings.
 
         Raises:
-            ConfigError: A name is unknown (the nearest known one is named), or a value is wrong.
+            ConfigError: A name is unknown (the nearest known one is named) or was changed (the new
+                one is named), or a value is wrong.
         """
         known = {f.name: f for f in fields(cls)}
         for name in values:
+            if name in _RENAMED:
+                raise ConfigError(
+                    f"setting {name!r} is now called {_RENAMED[name]!r}; rename it, its meaning "
+                    "is the same"
+                )
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}; {nearest(name, known)}")
         made = {name: _plain(name, value, str(known[name].type)) for name, value in values.items()}

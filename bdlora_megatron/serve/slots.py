@@ -75,11 +75,15 @@ class ModelSlots:
             row_bytes(layer, target.geometry, dtype, **pools) for layer, target, dtype in places
         )
         rows = self._rows()
-        self.ledger = SlotLedger(room.num_slots, rows=rows, max_rows=room.max_rank)
+        self.ledger = SlotLedger(room.max_loras, rows=rows, max_rows=room.max_lora_rank)
         self._layers: dict[str, LayerSlots] = {}
         for layer, target, dtype in places:
             layer_room = LayerRoom(
-                num_slots=room.num_slots, rows=rows, max_rank=room.max_rank, dtype=dtype, **pools
+                num_slots=room.max_loras,
+                rows=rows,
+                max_rank=room.max_lora_rank,
+                dtype=dtype,
+                **pools,
             )
             layer.slots = LayerSlots(layer, target.geometry, layer_room, self.step)
             self._layers[target.full_name] = layer.slots
@@ -94,7 +98,7 @@ class ModelSlots:
     @property
     def num_slots(self) -> int:
         """Slots N."""
-        return self.room.num_slots
+        return self.room.max_loras
 
     @property
     def memory_bytes(self) -> int:
@@ -104,7 +108,7 @@ class ModelSlots:
     @property
     def largest_bytes(self) -> int:
         """The most bytes that one adapter takes on this rank."""
-        return self.row_bytes * self.room.max_rank
+        return self.row_bytes * self.room.max_lora_rank
 
     def detach(self) -> None:
         """Put the plain layers back and drop the pools."""
@@ -119,14 +123,14 @@ class ModelSlots:
             CapacityError: ``memory_bytes`` does not hold one adapter of ``max_rank``.
         """
         room = self.room
-        most = room.num_slots * room.max_rank
+        most = room.max_loras * room.max_lora_rank
         if room.memory_bytes is None:
             return most
         rows = room.memory_bytes // self.row_bytes
-        if rows < room.max_rank:
+        if rows < room.max_lora_rank:
             raise CapacityError(
                 f"memory_bytes={room.memory_bytes} holds {rows} rank rows, and one adapter may "
-                f"take max_rank={room.max_rank}; set memory_bytes={self.largest_bytes} or more"
+                f"take max_rank={room.max_lora_rank}; set memory_bytes={self.largest_bytes} or more"
             )
         return min(rows, most)
 
@@ -180,12 +184,12 @@ class ModelSlots:
             share = slots.share(modules, layout)
         except BDLoRAError as error:
             raise type(error)(f"adapter {adapter.name!r}, {names}: {error}") from error
-        if share.rows > self.room.max_rank:
+        if share.rows > self.room.max_lora_rank:
             ranks = sorted({adapter.modules[key].rank for key in keys.values()})
             raise CapacityError(
                 f"adapter {adapter.name!r} takes {share.rows} rank rows on each rank ({names}, "
-                f"rank {ranks}), and slots have room for {self.room.max_rank}; set "
-                f"SlotRoom.max_rank={share.rows} or more"
+                f"rank {ranks}), and slots have room for {self.room.max_lora_rank}; set "
+                f"max_lora_rank={share.rows} or more"
             )
         return share.pin_memory() if self.device.type == "cuda" else share
 

@@ -83,10 +83,10 @@ class AdapterStore:
                 "the adapter store needs ranks that hold like shares, and pipeline stages do not; "
                 "use tensor parallelism alone"
             )
-        if options.host_bytes < slots.largest_bytes:
+        if options.host_cache_bytes < slots.largest_bytes:
             raise CapacityError(
-                f"host_bytes={options.host_bytes} is less than one adapter may take; set "
-                f"host_bytes={slots.largest_bytes} or more, or a smaller SlotRoom.max_rank"
+                f"host_cache_bytes={options.host_cache_bytes} is less than one adapter may take; "
+                f"set host_cache_bytes={slots.largest_bytes} or more, or a smaller max_lora_rank"
             )
         self.slots = slots
         self.options = options
@@ -94,7 +94,7 @@ class AdapterStore:
         self._group = group or parallel_state.get_tensor_model_parallel_group()
         nccl = torch.distributed.get_backend(self._group) == "nccl"
         self._agree_on = slots.device if nccl else torch.device("cpu")
-        self._host: HostCache[AdapterShare] = HostCache(options.host_bytes)
+        self._host: HostCache[AdapterShare] = HostCache(options.host_cache_bytes)
         self._threads = Threads(options.threads)
         self._entries: dict[AdapterKey, _Entry] = {}
         self._current: dict[str, AdapterKey] = {}

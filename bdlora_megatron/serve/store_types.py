@@ -29,7 +29,7 @@ class AdapterKey:
 class StoreOptions:
     """How much host memory there is, and how loads run."""
 
-    host_bytes: int
+    host_cache_bytes: int
     """Bytes of adapters kept in host memory, loads under way included, on each rank."""
 
     lead_steps: int = 1
@@ -43,7 +43,10 @@ class StoreOptions:
     """Loads at once, on each rank."""
 
     def __post_init__(self) -> None:
-        if min(self.lead_steps, self.threads) < 1 or min(self.timeout_s, self.host_bytes) <= 0:
+        if (
+            min(self.lead_steps, self.threads) < 1
+            or min(self.timeout_s, self.host_cache_bytes) <= 0
+        ):
             raise ConfigError(f"{self}: all of them must be positive")
 
 

@@ -52,12 +52,13 @@ def settings_for(settings: ServeSettings, environment: Mapping[str, str]) -> Ser
         ConfigError: ``restarts`` or another ``tp`` is set, which is torchrun's to decide.
     """
     world = int(environment["WORLD_SIZE"])
-    if settings.tp not in {1, world} or settings.restarts:
+    if settings.tensor_parallel_size not in {1, world} or settings.restarts:
         raise ConfigError(
-            f"tp={settings.tp}, restarts={settings.restarts} under torchrun with {world} ranks; "
+            f"tensor_parallel_size={settings.tensor_parallel_size}, "
+            f"restarts={settings.restarts} under torchrun with {world} ranks; "
             "leave both out: torchrun's --nproc-per-node and --max-restarts decide"
         )
-    return replace(settings, tp=world)
+    return replace(settings, tensor_parallel_size=world)
 
 
 def serve_rank(settings: ServeSettings, rank: int, link: Connection) -> int:

@@ -26,17 +26,17 @@ def main() -> None:
     names = {folder: f"adapter{number}" for number, folder in enumerate(folders)}
     settings = ServeSettings(
         model=job.base,
-        served_name="base",
+        served_model_name="base",
         adapters={name: folder for folder, name in names.items()},
-        tp=job.tp,
+        tensor_parallel_size=job.tp,
         cpu=True,
         dtype=job.dtype,
         layout=job.layout,
-        num_slots=max(job.slots, 1),
-        max_rank=job.max_rank,
-        max_requests=64,
-        max_length=512,
-        block_tokens=16,
+        max_loras=max(job.slots, 1),
+        max_lora_rank=job.max_rank,
+        max_num_seqs=64,
+        max_model_len=512,
+        block_size=16,
     )
     ranks = Ranks(settings)
     loop = asyncio.new_event_loop()

@@ -71,7 +71,7 @@ def _layout_of(kind, world_size):
 def _mix(rank, world_size, root):
     with model_parallel(world_size):
         model = load_hf_model(root / "base", dtype=torch.float32).eval()
-        room = SlotRoom(num_slots=len(KINDS) + 1, max_rank=16, layouts=tuple(Layout))
+        room = SlotRoom(max_loras=len(KINDS) + 1, max_lora_rank=16, layouts=tuple(Layout))
         slots = ModelSlots(model, room)
         slot_of = {None: -1}
         for kind in KINDS:

@@ -54,7 +54,7 @@ _CORE = tuple(map(int, importlib.metadata.version("megatron-core").split(".")[:2
     ],
 )
 def test_the_choice(found, capability, kernels, settings):
-    choice = choose_attention(found, capability=capability, block_tokens=256)
+    choice = choose_attention(found, capability=capability, block_size=256)
     assert (choice.kernels, dict(choice.settings)) == (kernels, settings)
     assert (choice.note is not None) == (kernels == "triton")
 
@@ -65,18 +65,18 @@ def test_what_is_missing_comes_with_its_cure():
         (FlashAttention(two="2.6.3"), r"2\.6\.3, older than 2\.7\.3"),
         (FlashAttention(four=True, can_pin=True), "flash-attn-4 .* and flash-attn 2 is not"),
     ):
-        choice = choose_attention(found, capability=A100, block_tokens=16)
+        choice = choose_attention(found, capability=A100, block_size=16)
         assert re.search(f"{said}.*{CURE}", choice.note), choice.note
 
 
 def test_what_cannot_work_is_refused():
     four = FlashAttention(four=True, two="2.8.3")
     with pytest.raises(UnsupportedError, match=r"pip uninstall flash-attn-4.*megatron-core 0\.19"):
-        choose_attention(four, capability=A100, block_tokens=256)
+        choose_attention(four, capability=A100, block_size=256)
     with pytest.raises(UnsupportedError, match=r"capability 7\.5; serving needs 8\.0"):
-        choose_attention(TWO, capability=(7, 5), block_tokens=256)
-    with pytest.raises(ConfigError, match=r"block_tokens=64; .*set block_tokens=256"):
-        choose_attention(TWO, capability=A100, block_tokens=64)
+        choose_attention(TWO, capability=(7, 5), block_size=256)
+    with pytest.raises(ConfigError, match=r"block_size=64; .*set block_size=256"):
+        choose_attention(TWO, capability=A100, block_size=64)
     with pytest.raises(ConfigError, match="dtype=float64 on a GPU"):
         use_attention(Attention(kernels="flash-attn 2"), torch.float64)
 

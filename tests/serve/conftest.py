@@ -8,9 +8,10 @@ from tests.serve import models, servers
 
 #: Small on purpose: prompts come in chunks, the cache is short, adapters change places.
 SIZES = (
-    "max_length=256", "block_tokens=8", "cache_bytes=600000", "step_tokens=48", "max_requests=8",
-    "max_rank=8", "num_slots=2", "host_cache_bytes=2000000", "patience_steps=8", "max_queue=40",
-    "rank_timeout_s=60", "dtype=float32",
+    "max_model_len=256", "block_size=8", "kv_cache_memory_bytes=600000",
+    "max_num_batched_tokens=48", "max_num_seqs=8", "max_lora_rank=8", "max_loras=2",
+    "host_cache_bytes=2000000", "patience_steps=8", "max_queue=40", "rank_timeout_s=60",
+    "dtype=float32",
 )  # fmt: skip
 
 

@@ -149,7 +149,9 @@ def test_a_rank_whose_front_is_killed_while_it_starts_waits_for_no_other(folder,
     """The second rank never comes: its front died before it was started."""
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
-    settings = ServeSettings(model=str(folder / "model"), tp=2, cpu=True, rank_timeout_s=60)
+    settings = ServeSettings(
+        model=str(folder / "model"), tensor_parallel_size=2, cpu=True, rank_timeout_s=60
+    )
     store = tmp_path / "meeting" / "store"
     store.parent.mkdir()
     rank = context.Process(target=enter_rank, args=(0, settings, str(store), theirs))
@@ -183,8 +185,8 @@ def test_torchrun_starts_the_ranks_too(folder, tmp_path, server):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--set", "num_slot=3"], "did you mean 'num_slots'"),
-        (["--set", "tp=0"], "tp=0"),
+        (["--set", "max_lora=3"], "did you mean 'max_loras'"),
+        (["--set", "tensor_parallel_size=0"], "tensor_parallel_size=0"),
         (["--adapters", "here=/nowhere"], "/nowhere"),
         (["--model", "/nowhere"], "config.json"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),

@@ -70,20 +70,22 @@ def engine_for(
     **options: Any,
 ) -> ServingEngine:
     model = wide_model(world) if model is None else model
-    room = SlotRoom(num_slots=num_slots, max_rank=8, implementation=implementation, layouts=layouts)
+    room = SlotRoom(
+        max_loras=num_slots, max_lora_rank=8, implementation=implementation, layouts=layouts
+    )
     slots = ModelSlots(model, room)
-    store = AdapterStore(slots, StoreOptions(host_bytes=3 * slots.largest_bytes))
+    store = AdapterStore(slots, StoreOptions(host_cache_bytes=3 * slots.largest_bytes))
     for name in ADAPTERS:
         store.register(name, partial(make, name))
     # Per position: keys and values, 2 layers, 24 / P numbers of 8 bytes; one block is Megatron's.
-    cache_bytes = (blocks + 1) * BLOCK * 2 * 2 * (24 // world) * 8
+    kv_cache_memory_bytes = (blocks + 1) * BLOCK * 2 * 2 * (24 // world) * 8
     sizes = {
-        "max_requests": 6,
-        "max_tokens": 10,
-        "max_length": LENGTH,
-        "block_tokens": BLOCK,
-        "cache_bytes": cache_bytes,
-        "patience": 4,
+        "max_num_seqs": 6,
+        "max_num_batched_tokens": 10,
+        "max_model_len": LENGTH,
+        "block_size": BLOCK,
+        "kv_cache_memory_bytes": kv_cache_memory_bytes,
+        "patience_steps": 4,
     }
     return ServingEngine(model, store, EngineOptions(**{**sizes, **options}))
 

@@ -153,7 +153,7 @@ def _slots(rank, world):
     with model_parallel(world):
         layouts = (Layout.BDLORA, Layout.SLORA)
         for held, exchange in ((layouts[:1], False), (layouts, True)):
-            slots = ModelSlots(serving_model(world), SlotRoom(num_slots=3, layouts=held))
+            slots = ModelSlots(serving_model(world), SlotRoom(max_loras=3, layouts=held))
             places = set()
             for token_slot in ([0, -1, 2, -1], [1, 1, -1, -1], [-1] * 4):
                 slots.set_captured_batch(torch.tensor(token_slot))

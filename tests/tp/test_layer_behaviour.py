@@ -376,7 +376,7 @@ def _inference_optimized(rank, world_size):
             apply_lora(model, LoRAConfig(rank=4, num_blocks=1))
         assert {name: type(module) for name, module in model.named_modules()} == before
         with pytest.raises(UnsupportedError, match="transformer_impl='inference_optimized'"):
-            ModelSlots(model, SlotRoom(num_slots=1))
+            ModelSlots(model, SlotRoom(max_loras=1))
 
 
 def test_layers_that_exchange_inside_the_product_are_refused():

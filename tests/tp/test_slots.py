@@ -50,7 +50,7 @@ def _rows(rank, world_size, sequence_parallel):
             load_adapter(model, adapter, LoadOptions())
             expected[name] = logits(model)
         remove_lora(model)
-        slots = ModelSlots(model, SlotRoom(num_slots=5, max_rank=16))
+        slots = ModelSlots(model, SlotRoom(max_loras=5, max_lora_rank=16))
         slot_of = {None: -1}
         for name, adapter in ADAPTERS.items():
             slot_of[name] = slots.load(name, slots.share(adapter))
@@ -85,7 +85,7 @@ def _bfloat16(rank, world_size):
         load_adapter(model, adapter)
         wanted, alone = logits(wide_model), logits(model)
         remove_lora(model)
-        slots = ModelSlots(model, SlotRoom(num_slots=1, max_rank=8))
+        slots = ModelSlots(model, SlotRoom(max_loras=1, max_lora_rank=8))
         slot = slots.load("bd4", slots.share(adapter))
         with slots.serving(slots.batch(slots_of_rows(slot, slot))):
             made = logits(model)
@@ -111,7 +111,7 @@ def _used(rank, world_size):
     """Told which slots a step uses, it runs their pools alone and computes the same."""
     with model_parallel(world_size):
         model = serving_model(world_size)
-        slots = ModelSlots(model, SlotRoom(num_slots=3, max_rank=8, layouts=tuple(Layout)))
+        slots = ModelSlots(model, SlotRoom(max_loras=3, max_lora_rank=8, layouts=tuple(Layout)))
         bd = slots.load("bd", slots.share(make_adapter(2, rank=8, num_blocks=4)))
         vanilla = slots.load("v", slots.share(make_adapter(1, rank=3), Layout.HALF_SHARDED))
         slora = slots.load("s", slots.share(make_adapter(5, rank=4), Layout.SLORA))
@@ -139,7 +139,7 @@ def _count(rank, world_size, sequence_parallel):
     with model_parallel(world_size):
         model = serving_model(world_size, sequence_parallel=sequence_parallel)
         base = _record(model)
-        slots = ModelSlots(model, SlotRoom(num_slots=3, max_rank=8, layouts=tuple(Layout)))
+        slots = ModelSlots(model, SlotRoom(max_loras=3, max_lora_rank=8, layouts=tuple(Layout)))
         bd = slots.load("bd", slots.share(make_adapter(2, rank=8, num_blocks=4)))
         vanilla = slots.load("v", slots.share(make_adapter(1, rank=3), Layout.HALF_SHARDED))
         with slots.serving(slots.batch(slots_of_rows(bd, vanilla))):
@@ -180,7 +180,7 @@ def _memory(rank, world_size):
         bd, vanilla = make_adapter(2, rank=8, num_blocks=4), make_adapter(1, rank=8)
         whole = sum(4 * factors.num_parameters for factors in bd.modules.values())
         model = serving_model(world_size)
-        slots = ModelSlots(model, SlotRoom(num_slots=4, max_rank=8))
+        slots = ModelSlots(model, SlotRoom(max_loras=4, max_lora_rank=8))
         share = slots.share(bd)
         blocks = 4 // world_size
         stored = sum(
@@ -201,7 +201,7 @@ def _memory(rank, world_size):
         assert sum(4 * pool.numel() for pool in pools.values()) == slots.memory_bytes
         slots.detach()
         # Rows for two vanilla adapters hold two of them, or as many BD-LoRAs as there are slots.
-        room = SlotRoom(num_slots=8, max_rank=8, memory_bytes=2 * slots.largest_bytes)
+        room = SlotRoom(max_loras=8, max_lora_rank=8, memory_bytes=2 * slots.largest_bytes)
         slots = ModelSlots(model, room)
         assert slots.memory_bytes == room.memory_bytes
         for name in "ab":
@@ -224,7 +224,7 @@ def _one_kind(rank, world_size):
         adapter = make_adapter(5, rank=4)
         taken, made = {}, {}
         for layouts in (tuple(Layout), (Layout.SLORA,), (Layout.BDLORA,)):
-            slots = ModelSlots(model, SlotRoom(num_slots=2, max_rank=8, layouts=layouts))
+            slots = ModelSlots(model, SlotRoom(max_loras=2, max_lora_rank=8, layouts=layouts))
             layout = Layout.SLORA if Layout.SLORA in layouts else Layout.BDLORA
             slot = slots.load("s", slots.share(adapter, layout))
             pools = {
@@ -265,7 +265,7 @@ def test_slots_hold_a_share_and_room_is_in_adapters_or_bytes(world_size):
 def _untouched(rank, world_size):
     with model_parallel(world_size):
         model = serving_model(world_size)
-        slots = ModelSlots(model, SlotRoom(num_slots=3, max_rank=8))
+        slots = ModelSlots(model, SlotRoom(max_loras=3, max_lora_rank=8))
         used = slots.load("used", slots.share(ADAPTERS["bd4"]))
         slots.acquire("used")
         batch = slots.batch(slots_of_rows(used, -1))
@@ -307,7 +307,7 @@ class _Copies(TorchDispatchMode):
 def _copies(rank, world_size):
     with model_parallel(world_size):
         model = serving_model(world_size)
-        slots = ModelSlots(model, SlotRoom(num_slots=1, max_rank=8))
+        slots = ModelSlots(model, SlotRoom(max_loras=1, max_lora_rank=8))
         shares = [slots.share(ADAPTERS[name]) for name in ("bd4", "vanilla")]
         found = []
         for number, share in enumerate(shares):
@@ -330,12 +330,14 @@ def _refuse(rank, world_size):
     with model_parallel(world_size):
         model = serving_model(world_size)
         with pytest.raises(CapacityError, match="set memory_bytes=120000 or more"):
-            ModelSlots(model, SlotRoom(max_rank=50, memory_bytes=1000))
+            ModelSlots(model, SlotRoom(max_lora_rank=50, memory_bytes=1000))
         assert not list(lora_layers(model)), "a refusal leaves the model as it was"
-        slots = ModelSlots(model, SlotRoom(num_slots=2, max_rank=4, target_modules=("linear_qkv",)))
+        slots = ModelSlots(
+            model, SlotRoom(max_loras=2, max_lora_rank=4, target_modules=("linear_qkv",))
+        )
         attention = ("q_proj", "k_proj", "v_proj")
         big = make_adapter(1, rank=6, modules=attention)
-        with pytest.raises(CapacityError, match=r"takes 6 rank rows.*set SlotRoom.max_rank=6"):
+        with pytest.raises(CapacityError, match=r"takes 6 rank rows.*set max_lora_rank=6"):
             slots.share(big)
         with pytest.raises(TargetError, match=r"no slots; add them to SlotRoom\.target_modules"):
             slots.share(make_adapter(1, rank=2))
@@ -370,8 +372,8 @@ def test_what_does_not_fit_is_refused_with_what_to_set():
 
 
 def test_settings():
-    with pytest.raises(ConfigError, match="num_slots=0"):
-        SlotRoom(num_slots=0)
+    with pytest.raises(ConfigError, match="max_loras=0"):
+        SlotRoom(max_loras=0)
     with pytest.raises(ConfigError, match="target_modules"):
         SlotRoom(target_modules=("linear_qkv", "q_proj"))
     with pytest.raises(ConfigError, match="wanted one at least"):
@@ -388,7 +390,7 @@ def _reused(rank, world_size):
         outputs = []
         for before in (None, make_adapter(5, rank=8)):
             model = serving_model(world_size)
-            slots = ModelSlots(model, SlotRoom(num_slots=1))
+            slots = ModelSlots(model, SlotRoom(max_loras=1))
             if before is not None:
                 slots.load("before", slots.share(before))
             slot = slots.load("small", slots.share(small))

@@ -34,10 +34,10 @@ SOON_S = 20.0
 
 def make_store(world_size, *, num_slots=3, max_rank=4, adapters=5, **options):
     """A store over the attention's output layers, with host memory for so many adapters."""
-    room = SlotRoom(num_slots=num_slots, max_rank=max_rank, target_modules=("linear_proj",))
+    room = SlotRoom(max_loras=num_slots, max_lora_rank=max_rank, target_modules=("linear_proj",))
     slots = ModelSlots(serving_model(world_size), room)
-    host_bytes = adapters * slots.largest_bytes
-    return AdapterStore(slots, StoreOptions(host_bytes=host_bytes, **options))
+    host_cache_bytes = adapters * slots.largest_bytes
+    return AdapterStore(slots, StoreOptions(host_cache_bytes=host_cache_bytes, **options))
 
 
 def source(seed, **changes):
@@ -168,7 +168,7 @@ def _failures(rank, world_size):
             store.acquire(bad)
         with pytest.raises(AdapterLoadError, match="different modules, ranks or scales"):
             store.acquire(torn)
-        with pytest.raises(AdapterLoadError, match=r"set SlotRoom.max_rank=9"):
+        with pytest.raises(AdapterLoadError, match=r"set max_lora_rank=9"):
             store.acquire(big)
         assert store.stats.failures == 3
         assert store.host_bytes_used == store._host._entries[good][0]
@@ -231,7 +231,7 @@ def _hang(rank, world_size):
             with pytest.raises(AdapterLoadError, match=r"rank 1: it was not read within 0\.2 s"):
                 store.acquire(key)
         key = store.register("a", source(1))
-        store.options = StoreOptions(host_bytes=store.options.host_bytes)
+        store.options = StoreOptions(host_cache_bytes=store.options.host_cache_bytes)
         assert ready(store, key) is not None
 
 
@@ -284,25 +284,25 @@ def test_room_on_the_host_and_in_slots():
 
 def _refuse(rank, world_size):
     with model_parallel(world_size):
-        slots = ModelSlots(serving_model(world_size), SlotRoom(num_slots=2, max_rank=4))
-        wanted = f"set host_bytes={slots.largest_bytes} or more"
+        slots = ModelSlots(serving_model(world_size), SlotRoom(max_loras=2, max_lora_rank=4))
+        wanted = f"set host_cache_bytes={slots.largest_bytes} or more"
         with pytest.raises(CapacityError, match=wanted):
-            AdapterStore(slots, StoreOptions(host_bytes=slots.largest_bytes - 1))
-        store = AdapterStore(slots, StoreOptions(host_bytes=slots.largest_bytes))
+            AdapterStore(slots, StoreOptions(host_cache_bytes=slots.largest_bytes - 1))
+        store = AdapterStore(slots, StoreOptions(host_cache_bytes=slots.largest_bytes))
         with pytest.raises(ConfigError, match=r"add it to SlotRoom.layouts"):
             store.register("a", source(1), layout=Layout.SLORA)
 
 
 def _refuse_stages(rank, world_size):
     with model_parallel(1, pp=2), pytest.raises(UnsupportedError, match="pipeline stages"):
-        AdapterStore(None, StoreOptions(host_bytes=1))
+        AdapterStore(None, StoreOptions(host_cache_bytes=1))
 
 
 def test_refusals():
     run_ranks(1, _refuse)
     run_ranks(2, _refuse_stages)
     with pytest.raises(ConfigError, match="all of them must be positive"):
-        StoreOptions(host_bytes=1, lead_steps=0)
+        StoreOptions(host_cache_bytes=1, lead_steps=0)
 
 
 # --- a thousand adapters ---------------------------------------------------------------------
@@ -325,7 +325,7 @@ def _thousand(rank, world_size):
                     break
             for key in wanted:
                 assert store.acquire(key) is not None
-            assert store.host_bytes_used <= store.options.host_bytes
+            assert store.host_bytes_used <= store.options.host_cache_bytes
             assert len(store.slots.ledger) <= 32
             for key in wanted:
                 store.release(key)
@@ -337,14 +337,14 @@ def _thousand(rank, world_size):
         stats = store.stats
         assert stats.host_evictions > 1000
         assert stats.slot_evictions > 1000
-        return seen, store.options.host_bytes, stats.host_loads
+        return seen, store.options.host_cache_bytes, stats.host_loads
 
 
 def test_memory_stays_in_bounds_over_ten_thousand_requests():
-    ((early, late), host_bytes, loads) = run_ranks(1, _thousand)[0]
+    ((early, late), host_cache_bytes, loads) = run_ranks(1, _thousand)[0]
     assert loads > 5 * 200, "far more was loaded than fits"
     # What the allocator leaves in pieces, and far less than the adapters loaded in between.
-    assert late - early < host_bytes
+    assert late - early < host_cache_bytes
 
 
 # --- from disk -------------------------------------------------------------------------------
@@ -354,8 +354,8 @@ def _overwritten(rank, world_size, root):
     """While one rank reads: the file gets other weights, of which some were read and some not."""
     with model_parallel(world_size):
         model = load_hf_model(root / "base", dtype=torch.float32).eval()
-        slots = ModelSlots(model, SlotRoom(num_slots=2, max_rank=8))
-        store = AdapterStore(slots, StoreOptions(host_bytes=2 * slots.largest_bytes))
+        slots = ModelSlots(model, SlotRoom(max_loras=2, max_lora_rank=8))
+        store = AdapterStore(slots, StoreOptions(host_cache_bytes=2 * slots.largest_bytes))
         folder = root / f"rank{rank}"
         files = AdapterFiles(folder, "busy")
         other = (root / "other" / "adapter_model.safetensors").read_bytes()
@@ -387,8 +387,8 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path):
 def _from_disk(rank, world_size, root):
     with model_parallel(world_size):
         model = load_hf_model(root / "base", dtype=torch.float32).eval()
-        slots = ModelSlots(model, SlotRoom(num_slots=2, max_rank=8))
-        store = AdapterStore(slots, StoreOptions(host_bytes=2 * slots.largest_bytes))
+        slots = ModelSlots(model, SlotRoom(max_loras=2, max_lora_rank=8))
+        store = AdapterStore(slots, StoreOptions(host_cache_bytes=2 * slots.largest_bytes))
         good = store.register("good", partial(read_peft, root / "good"))
         gone = store.register("gone", partial(read_peft, root / "gone"))
         assert ready(store, good) is not None

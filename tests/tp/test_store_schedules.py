@@ -76,11 +76,11 @@ class Schedule(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         room = SlotRoom(
-            num_slots=SLOTS, max_rank=4, target_modules=("linear_proj",), memory_bytes=4800
+            max_loras=SLOTS, max_lora_rank=4, target_modules=("linear_proj",), memory_bytes=4800
         )
         self.slots = ModelSlots(self.model, room)
         # A thread for every load that host memory could have under way.
-        options = StoreOptions(host_bytes=HOST * self.slots.largest_bytes, threads=4 * HOST)
+        options = StoreOptions(host_cache_bytes=HOST * self.slots.largest_bytes, threads=4 * HOST)
         self.store = AdapterStore(self.slots, options)
         self.seed = 0
         self.made = {}  # key -> (seed, rank, whether it will fail)
@@ -181,7 +181,7 @@ class Schedule(RuleBasedStateMachine):
         every = [None, None]
         torch.distributed.all_gather_object(every, state)
         assert every[0] == every[1]
-        assert store.host_bytes_used <= store.options.host_bytes
+        assert store.host_bytes_used <= store.options.host_cache_bytes
 
     def keys(self):
         return self.slots.ledger.keys

@@ -292,7 +292,7 @@ def _serve(rank, world_size, sequence_parallel):
         layouts = [Layout.HALF_SHARDED, Layout.BDLORA, Layout.BDLORA]
         results = []
         for model in (local, te):
-            slots = ModelSlots(model.eval(), SlotRoom(num_slots=4, max_rank=8))
+            slots = ModelSlots(model.eval(), SlotRoom(max_loras=4, max_lora_rank=8))
             for name, (adapter, layout) in enumerate(zip(adapters, layouts, strict=True)):
                 slots.load(name, slots.share(adapter, layout))
             count = tokens()["input_ids"].numel()

@@ -154,22 +154,22 @@ class SeamedContext(DynamicInferenceContext):
 def context_arguments(
     model: GPTModel,
     *,
-    max_length: int,
-    max_requests: int,
+    max_model_len: int,
+    max_num_seqs: int,
     max_tokens: int,
-    block_tokens: int,
-    cache_bytes: int,
+    block_size: int,
+    kv_cache_memory_bytes: int,
     cuda_graphs: int | None = None,
 ) -> dict[str, Any]:
     """What the constructor of a context takes.
 
     Args:
         model: The model.
-        max_length: Positions of one request, at most.
-        max_requests: Rows.
+        max_model_len: Positions of one request, at most.
+        max_num_seqs: Rows.
         max_tokens: Tokens of one step, at most.
-        block_tokens: Positions of a block of the cache.
-        cache_bytes: Memory of the cache.
+        block_size: Positions of a block of the cache.
+        kv_cache_memory_bytes: Memory of the cache.
         cuda_graphs: For how many numbers of requests a decoding step is captured; None for none.
 
     Returns:
@@ -177,11 +177,11 @@ def context_arguments(
     """
     config = model.config
     sizes = {
-        "max_sequence_length": max_length,
-        "buffer_size_gb": cache_bytes / 2**30,
-        "max_requests": max_requests,
+        "max_sequence_length": max_model_len,
+        "buffer_size_gb": kv_cache_memory_bytes / 2**30,
+        "max_requests": max_num_seqs,
         "max_tokens": max_tokens,
-        "block_size_tokens": block_tokens,
+        "block_size_tokens": block_size,
         "num_cuda_graphs": cuda_graphs,
         # Steps that read prompts are long, and of too many sizes.
         "use_cuda_graphs_for_non_decode_steps": False,
@@ -197,7 +197,7 @@ def context_arguments(
         }
     ranks = config.tensor_model_parallel_size
     # A number of rows that the ranks do not divide is refused.
-    sizes["max_requests"] = -(-max_requests // ranks) * ranks
+    sizes["max_requests"] = -(-max_num_seqs // ranks) * ranks
     settings = InferenceConfig(
         **sizes,
         enable_chunked_prefill=True,

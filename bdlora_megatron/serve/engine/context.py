@@ -162,29 +162,30 @@ def make_context(
         The context.
 
     Raises:
-        CapacityError: It does not hold one request of ``max_length``.
+        CapacityError: It does not hold one request of ``max_model_len``.
     """
     kind = UnpaddedContext if cpu_is_enabled() else AdapterContext
     context = kind(
         slot_of=slot_of,
         **context_arguments(
             model,
-            max_length=options.max_length,
-            max_requests=options.max_requests,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
             # A step is padded to whole tiles, up to this.
-            max_tokens=kind.round_up_tokens(options.max_tokens),
-            block_tokens=options.block_tokens,
-            cache_bytes=options.cache_bytes,
+            max_tokens=kind.round_up_tokens(options.max_num_batched_tokens),
+            block_size=options.block_size,
+            kv_cache_memory_bytes=options.kv_cache_memory_bytes,
             cuda_graphs=_GRAPHS if options.cuda_graphs else None,
         ),
     )
-    needed = -(-options.max_length // options.block_tokens)
+    needed = -(-options.max_model_len // options.block_size)
     if context.num_blocks < needed:
         block_bytes = context.block_size_bytes
         raise CapacityError(
-            f"cache_bytes={options.cache_bytes} holds {context.num_blocks} blocks of "
-            f"{options.block_tokens} tokens, and one request of max_length={options.max_length} "
-            f"takes {needed}; set cache_bytes={(needed + 1) * block_bytes} or more, or a smaller "
-            "max_length"
+            f"kv_cache_memory_bytes={options.kv_cache_memory_bytes} holds {context.num_blocks} "
+            f"blocks of {options.block_size} tokens, and one request of "
+            f"max_model_len={options.max_model_len} takes {needed}; set "
+            f"kv_cache_memory_bytes={(needed + 1) * block_bytes} or more, or a smaller "
+            "max_model_len"
         )
     return context

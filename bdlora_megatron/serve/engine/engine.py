@@ -52,16 +52,16 @@ class ServingEngine:
             options: Sizes.
 
         Raises:
-            CapacityError: ``cache_bytes`` does not hold one request of ``max_length``.
+            CapacityError: ``kv_cache_memory_bytes`` does not hold one request of ``max_model_len``.
             UnsupportedError: The installed Megatron-Core's engine is not known here.
         """
         require_engine()
         self.options = options or EngineOptions()
         self.store = store
         self.admission = Admission(
-            patience=self.options.patience,
+            patience=self.options.patience_steps,
             lookahead=1 if store is None else store.slots.num_slots,
-            per_adapter=self.options.per_adapter,
+            per_adapter=self.options.max_per_adapter,
         )
         self._sampler = Sampler()
         self._scores = PromptScores()
@@ -97,7 +97,7 @@ class ServingEngine:
             request: The request.
 
         Raises:
-            CapacityError: It could never run: prompt and answer are longer than ``max_length``.
+            CapacityError: It could never run: prompt and answer are longer than ``max_model_len``.
             ConfigError: The prompt is empty, or it or the settings hold what are no token ids.
         """
         sampling = request.sampling
@@ -111,11 +111,11 @@ class ServingEngine:
             raise ConfigError(
                 f"logit_bias or stop_token_ids has token ids beyond 0 to {self.vocab_size - 1}"
             )
-        if total > self.options.max_length:
+        if total > self.options.max_model_len:
             raise CapacityError(
                 f"{len(request.prompt)} tokens of prompt and max_tokens="
                 f"{sampling.max_tokens} are {total}, and requests have room for "
-                f"{self.options.max_length}; shorten the prompt or lower max_tokens"
+                f"{self.options.max_model_len}; shorten the prompt or lower max_tokens"
             )
         store, adapter = self.store, request.adapter
         if store is not None and adapter in store.names:
@@ -190,7 +190,7 @@ class ServingEngine:
         # Megatron's own queue holds what it has no cache for yet, and it goes first.
         room = 0
         if not self._engine.waiting_request_ids:
-            room = self.options.max_requests - len(self._running)
+            room = self.options.max_num_seqs - len(self._running)
         failed: list[Token | Failed] = []
         for left in self.admission.admit(room, self):
             request = self._waiting.pop(left.request_id)

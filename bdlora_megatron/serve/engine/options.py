@@ -13,36 +13,41 @@ __all__ = ["EngineOptions"]
 class EngineOptions:
     """How much the engine does at once."""
 
-    max_requests: int = 64
+    max_num_seqs: int = 64
     """Requests that run at once, at most."""
 
-    max_tokens: int = 2048
+    max_num_batched_tokens: int = 2048
     """Tokens of one step, at most; longer prompts are read in chunks."""
 
-    max_length: int = 4096
+    max_model_len: int = 4096
     """The longest prompt and answer together."""
 
-    cache_bytes: int = 2**30
+    kv_cache_memory_bytes: int = 2**30
     """Memory of the key-value cache on one rank."""
 
-    block_tokens: int = 256
+    block_size: int = 256
     """Positions of a block of the cache; flash-attention wants a multiple of 256."""
 
-    patience: int = 64
+    patience_steps: int = 64
     """Steps that a request waits before it closes an adapter to get its slot."""
 
     cuda_graphs: bool = False
     """Capture decoding steps in CUDA graphs; a model wants ``cuda_graph_impl="local"`` for that."""
 
-    per_adapter: int | None = None
+    max_per_adapter: int | None = None
     """Requests of one adapter that run at once, at most."""
 
     def __post_init__(self) -> None:
-        for name in ("max_requests", "max_tokens", "max_length", "cache_bytes", "block_tokens"):
+        sizes = (
+            "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes",
+            "block_size",
+        )  # fmt: skip
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; wanted at least 1")
-        if self.max_tokens < self.max_requests:
+        tokens, rows = self.max_num_batched_tokens, self.max_num_seqs
+        if tokens < rows:
             raise ConfigError(
-                f"max_tokens={self.max_tokens} is less than max_requests={self.max_requests}: a "
-                f"step has a token of every request; set max_tokens={self.max_requests} or more"
+                f"max_num_batched_tokens={tokens} is less than max_num_seqs={rows}: a step has a "
+                f"token of every request; set max_num_batched_tokens={rows} or more"
             )

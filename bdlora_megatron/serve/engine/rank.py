@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -89,7 +90,7 @@ def rank_main(rank: int, settings: ServeSettings, store: str, link: Connection) 
     try:
         join_ranks(
             rank,
-            settings.tp,
+            settings.tensor_parallel_size,
             store,
             cpu=settings.cpu,
             interface=settings.interface,
@@ -139,7 +140,7 @@ def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
     """
     if settings.cpu:
         enable_cpu_inference()
-    groups = runtime.model_parallel(settings.tp, cuda_graphs=settings.cuda_graphs)
+    groups = runtime.model_parallel(settings.tensor_parallel_size, cuda_graphs=settings.cuda_graphs)
     with groups, torch.inference_mode():
         control = torch.distributed.new_group(
             backend="gloo", timeout=timedelta(seconds=settings.rank_timeout_s)
@@ -154,7 +155,7 @@ def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
         chief = torch.distributed.get_rank() == 0
         torch.distributed.barrier(group=control)
         if chief:
-            link.send(Ready(max_length=settings.max_length, vocab_size=engine.vocab_size))
+            link.send(Ready(max_model_len=settings.max_model_len, vocab_size=engine.vocab_size))
         _Loop(engine, desk, control, inbox, link if chief else None).run()
 
 
@@ -169,7 +170,7 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
         The engine and the desk.
     """
     # Before the model, which takes minutes to load: it may be refused.
-    attention = None if settings.cpu else find_attention(block_tokens=settings.block_tokens)
+    attention = None if settings.cpu else find_attention(block_size=settings.block_size)
     model = _load_model(settings, {} if attention is None else attention.settings)
     if attention is not None:
         use_attention(attention, model.config.params_dtype)
@@ -178,19 +179,14 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
         layouts = (*layouts, Layout.SLORA)  # type: ignore[assignment]
     slots = ModelSlots(
         model.eval(),
-        SlotRoom(num_slots=settings.num_slots, max_rank=settings.max_rank, layouts=layouts),
+        SlotRoom(
+            max_loras=settings.max_loras, max_lora_rank=settings.max_lora_rank, layouts=layouts
+        ),
     )
-    store = AdapterStore(slots, StoreOptions(host_bytes=settings.host_cache_bytes), group=control)
-    options = EngineOptions(
-        max_requests=settings.max_requests,
-        max_tokens=settings.step_tokens,
-        max_length=settings.max_length,
-        cache_bytes=settings.cache_bytes,
-        block_tokens=settings.block_tokens,
-        patience=settings.patience_steps,
-        cuda_graphs=settings.cuda_graphs,
-        per_adapter=settings.max_per_adapter,
-    )
+    host = StoreOptions(host_cache_bytes=settings.host_cache_bytes)
+    store = AdapterStore(slots, host, group=control)
+    # Its fields are called as the settings are.
+    options = EngineOptions(**{f.name: getattr(settings, f.name) for f in fields(EngineOptions)})
     engine = ServingEngine(model, store, options)
     return engine, AdapterDesk(engine, store)
 
@@ -201,7 +197,7 @@ def _load_model(settings: ServeSettings, more: Mapping[str, Any]) -> GPTModel:
     return load_hf_model(
         settings.model,
         dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
-        max_sequence_length=settings.max_length,
+        max_sequence_length=settings.max_model_len,
         settings={**captured, **more},
         layer_spec=_layer_spec(settings),
     )

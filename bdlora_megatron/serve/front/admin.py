@@ -172,5 +172,5 @@ def _card(front: Front, name: str) -> dict[str, Any]:
         "owned_by": "bdlora-megatron",
         "root": str(front.settings.model if card is None else card.path),
         "parent": None if card is None else base,
-        "max_model_len": front.settings.max_length,
+        "max_model_len": front.settings.max_model_len,
     }

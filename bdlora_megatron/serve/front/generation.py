@@ -111,12 +111,12 @@ def plan(
         ConfigError: Likewise.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
-    room = front.settings.max_length - longest
+    room = front.settings.max_model_len - longest
     if min(len(prompt.ids) for prompt in prompts) == 0:
         raise BadRequestError("a prompt has no tokens; send at least one", param="prompt")
     if room < (max_tokens or 1):
         raise BadRequestError(
-            f"this model's longest prompt and answer together are {front.settings.max_length} "
+            f"this model's longest prompt and answer together are {front.settings.max_model_len} "
             f"tokens; the prompt has {longest} and max_tokens is {max_tokens or 1}: shorten one",
             code="context_length_exceeded",
             param="max_tokens",

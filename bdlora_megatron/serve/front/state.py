@@ -172,7 +172,7 @@ class Front:
             what = "is being stopped" if self.draining else "is not ready yet"
             raise APIError(503, f"the server {what}; try again later", headers={"Retry-After": "5"})
         settings, open_ = self.settings, self.open_answers
-        most = settings.max_requests + settings.max_queue
+        most = settings.max_num_seqs + settings.max_queue
         if count > most:
             raise APIError(
                 400, f"{count} answers at once, and this server takes {most}; send fewer"

@@ -84,5 +84,5 @@ TestHostCache.settings = settings(max_examples=60, stateful_step_count=30, deadl
 
 
 def test_what_would_never_fit_is_refused_with_what_to_set():
-    with pytest.raises(CapacityError, match="set host_bytes=21 or more"):
+    with pytest.raises(CapacityError, match="set host_cache_bytes=21 or more"):
         HostCache(CAPACITY).reserve("a", 21)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.serve import cli
+from bdlora_megatron.serve import SlotRoom, cli
+from bdlora_megatron.serve.engine.options import EngineOptions
 from bdlora_megatron.serve.settings import ApiKey, ServeSettings
 
 
@@ -32,13 +34,13 @@ def model(tmp_path):
 def test_arguments_win_over_the_file(model, tmp_path):
     config = tmp_path / "serve.yaml"
     config.write_text(
-        f"model: {model}\ntp: 4\nport: 9000\nnum_slots: 3\n"
+        f"model: {model}\ntensor_parallel_size: 4\nport: 9000\nmax_loras: 3\n"
         f"adapters: {{b: {tmp_path}/adapters/a, c: {tmp_path}/adapters/b}}\n"
         "api_keys: [longenough, {key: limited-key, models: [b]}]\n"
     )
-    made = parse("--config", config, "--tp", "2", "--set", "num_slots=5", "--adapters",
+    made = parse("--config", config, "--tp", "2", "--set", "max_loras=5", "--adapters",
                  tmp_path / "adapters")  # fmt: skip
-    assert (made.tp, made.port, made.num_slots) == (2, 9000, 5)
+    assert (made.tensor_parallel_size, made.port, made.max_loras) == (2, 9000, 5)
     assert set(made.adapters) == {"a", "b", "c"}
     assert made.adapters["b"] == str(tmp_path / "adapters" / "b")
     assert made.api_keys == (
@@ -77,15 +79,15 @@ def test_layers_are_megatrons_unless_transformer_engines_are_asked_for(model):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"num_slot": 3}, "did you mean 'num_slots'"),
-        ({"tp": "two"}, "tp='two'; wanted int"),
-        ({"tp": True}, "tp=True"),
+        ({"max_lora": 3}, "did you mean 'max_loras'"),
+        ({"tensor_parallel_size": "two"}, "tensor_parallel_size='two'; wanted int"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size=True"),
         ({"cpu": 1}, "cpu=1"),
         ({"port": -1}, "port=-1"),
         ({"layout": "diagonal"}, "layout='diagonal'"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"adapters": ["a"]}, "adapters="),
-        ({"adapters": {"base": "x"}, "served_name": "base"}, "as the base model is"),
+        ({"adapters": {"base": "x"}, "served_model_name": "base"}, "as the base model is"),
         ({"adapters": {"a b": "x"}}, "adapter name"),
         ({"api_keys": ["short"]}, "fewer than 8"),
         ({"api_keys": [{"key": "longenough", "model": 1}]}, "api_keys"),
@@ -123,3 +125,30 @@ def test_the_command_line_does_not_import_torch():
         "assert 'torch' not in sys.modules and 'megatron.core' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+OLD = {
+    "block_tokens": "block_size",
+    "cache_bytes": "kv_cache_memory_bytes",
+    "max_length": "max_model_len",
+    "max_rank": "max_lora_rank",
+    "max_requests": "max_num_seqs",
+    "num_slots": "max_loras",
+    "served_name": "served_model_name",
+    "step_tokens": "max_num_batched_tokens",
+    "tp": "tensor_parallel_size",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), OLD.items())
+def test_an_old_name_is_refused_with_the_new_one(old, new):
+    assert new in {field.name for field in fields(ServeSettings)}
+    with pytest.raises(ConfigError, match=rf"'{old}' is now called '{new}'"):
+        ServeSettings.from_dict({"model": "m", old: 1})
+
+
+def test_what_the_engine_is_told_has_the_settings_names():
+    """So that a message about a size names a setting that exists."""
+    named = {field.name for kind in (EngineOptions, SlotRoom) for field in fields(kind)}
+    own = {"memory_bytes", "layouts", "target_modules", "implementation", "dtype"}
+    assert named - own <= {field.name for field in fields(ServeSettings)}
