@@ -33,7 +33,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bdlora_megatron.ops import Columns, GroupedBatch, SlotFactors, SlotTable, gpu
+from bdlora_megatron.ops import GroupedBatch, SlotFactors, SlotTable, gpu
+from benchmarks.rank_layers import LAYERS, Layer
 
 OUT = Path(__file__).parent / "results" / "compiled_kernels"
 #: What the system keeps of each block's shared memory; since 9.0, `cuobjdump` counts it as used.
@@ -62,33 +63,6 @@ class Device:
 DEVICES = (
     Device("A100", 80, 164 * 1024, 163 * 1024),
     Device("H100", 90, 228 * 1024, 227 * 1024),
-)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One rank's share of a layer."""
-
-    name: str
-    in_features: int
-    columns: tuple[Columns, ...]
-
-    @property
-    def out_features(self) -> int:
-        """Output columns."""
-        return max(part.end for part in self.columns)
-
-
-#: Of Llama-3.1-8B at eight ranks: one key-value head and four query heads of 128 on each.
-LAYERS = (
-    Layer(
-        "qkv",
-        4096,
-        (Columns(width=512), Columns(width=128, offset=512), Columns(width=128, offset=640)),
-    ),
-    Layer("proj", 512, (Columns(width=4096),)),
-    Layer("gate, up", 4096, (Columns(width=1792), Columns(width=1792, offset=1792))),
-    Layer("down", 1792, (Columns(width=4096),)),
 )
 
 

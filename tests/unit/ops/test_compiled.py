@@ -17,7 +17,8 @@ _COMPILE = """
 import json, sys
 from dataclasses import asdict
 import torch
-from benchmarks.compiled_kernels import LAYERS, compile_all
+from benchmarks.compiled_kernels import compile_all
+from benchmarks.rank_layers import LAYERS
 dtypes = [getattr(torch, name) for name in sys.argv[1:]]
 found = compile_all(dtypes=dtypes, layers=LAYERS[:2], ranks=(16,))
 print(json.dumps([asdict(kernel) for kernel in found]))
