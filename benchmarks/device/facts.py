@@ -16,7 +16,7 @@ from benchmarks.device.task import Outcome, Task
 
 __all__ = ["commit", "run"]
 
-_PACKAGES = ("torch", "triton", "megatron-core", "transformers", "peft", "numpy")
+_PACKAGES = ("triton", "megatron-core", "transformers", "peft", "numpy")
 
 
 def run(task: Task) -> Outcome:
@@ -30,8 +30,8 @@ def run(task: Task) -> Outcome:
     """
     del task
     facts = {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit(), **_device()}
+    facts |= {"torch": torch.__version__, "CUDA of torch": str(torch.version.cuda)}
     facts |= {name: _version(name) for name in _PACKAGES}
-    facts["CUDA of torch"] = str(torch.version.cuda)
     return Outcome(state="passed", line=f"{facts['device']}, {facts['date']}", found=facts)
 
 

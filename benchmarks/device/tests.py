@@ -14,7 +14,7 @@ from benchmarks.device.task import Outcome, State, Task
 __all__ = ["run"]
 
 #: Processes, where pytest-xdist is there: kernels compile side by side, and a crash ends one only.
-_WORKERS = 6
+_WORKERS = 4
 
 
 def run(task: Task) -> Outcome:
@@ -104,6 +104,6 @@ _OUTCOMES = ("passed", "failed", "skipped")
 
 
 def _last_line(text: str) -> str:
-    """Of a traceback, what was raised."""
+    """Of a traceback, what was raised; of another text, its end."""
     raised = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
-    return (raised or text.strip().splitlines() or ["no reason given"])[0][:300]
+    return (raised or text.strip().splitlines()[-1:] or ["no reason given"])[0][:300]
