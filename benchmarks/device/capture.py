@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bdlora_megatron.ops import GroupedBatch, SlotFactors, add_grouped
-from benchmarks.device.task import Outcome, Task
+from benchmarks.device.task import Outcome, Task, judged
 from tests.fakes import cuda_graphs
 from tests.unit.ops.cases import RANKS, make_inputs, make_slots
 
@@ -111,6 +111,6 @@ def _outcome(found: dict[str, Any], *, unfinished: bool = False) -> Outcome:
     if found["skipped"]:
         line += f"; no time for {len(found['skipped'])} more captures"
     wrong = found["wrong"] or not found["replays"]
-    state = "unfinished" if unfinished else "failed" if wrong else "passed"
+    state = judged(unfinished=unfinished, wrong=bool(wrong))
     notes = [f"- {reason}" for reason in found["wrong"]]
     return Outcome(state=state, line=line, found={**found, "how": how}, notes=notes)

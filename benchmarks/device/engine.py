@@ -9,14 +9,17 @@ than rounding.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import random
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -26,7 +29,7 @@ from bdlora_megatron.serve.messages import Choice, Load, Sampling, Submit, Token
 from bdlora_megatron.serve.settings import ServeSettings
 from benchmarks.device.models import ADAPTERS, VOCAB, Reference, make_adapter, make_base
 from benchmarks.device.session import one_rank
-from benchmarks.device.task import Outcome, Task
+from benchmarks.device.task import Outcome, Task, judged
 
 __all__ = ["Variant", "run"]
 
@@ -59,7 +62,6 @@ class Variant:
 
 
 _EAGER = (Variant(dtype="float32"), Variant(dtype="bfloat16"))
-#: Last: a capture that fails may leave nothing that works.
 _CAPTURED = (
     Variant(dtype="float32", cuda_graphs=True, scored=False),
     Variant(dtype="bfloat16", cuda_graphs=True, scored=False),
@@ -88,12 +90,19 @@ def run(task: Task) -> Outcome:
             if task.is_short:
                 break
             try:
-                found[variant.name] = _check(variant, base, adapters)
+                check = _check_apart if variant.cuda_graphs else _check
+                found[variant.name] = check(variant, base, adapters)
             except Exception:
                 traceback.print_exc()
                 found[variant.name] = {"wrong": traceback.format_exc()}
             task.keep(_outcome(found, len(variants), unfinished=True))
     return _outcome(found, len(variants))
+
+
+def _check_apart(variant: Variant, base: Path, adapters: dict[str, Path]) -> dict[str, Any]:
+    """In a process of its own: a capture that fails may leave nothing that works."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_check, variant, base, adapters).result()
 
 
 def _check(variant: Variant, base: Path, adapters: dict[str, Path]) -> dict[str, Any]:
@@ -123,11 +132,8 @@ def _counted_replays() -> Iterator[list[Any]]:
         seen.append(None)
         return original(graph)
 
-    torch.cuda.CUDAGraph.replay = replay
-    try:
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", replay):
         yield seen
-    finally:
-        torch.cuda.CUDAGraph.replay = original
 
 
 def _settings(variant: Variant, base: Path) -> ServeSettings:
@@ -291,7 +297,7 @@ def _outcome(found: dict[str, Any], wanted: int, *, unfinished: bool = False) ->
     for name, result in found.items():
         if name not in wrong:
             line += f"; {name}: off by {result['log_probabilities_off']:.1e}"
-    state = "unfinished" if unfinished else "failed" if wrong or not found else "passed"
+    state = judged(unfinished=unfinished, wrong=bool(wrong) or not found)
     return Outcome(state=state, line=line, found=found, notes=_notes(found))
 
 

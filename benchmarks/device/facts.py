@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,9 @@ from benchmarks.device.task import Outcome, Task
 
 __all__ = ["commit", "run"]
 
-_PACKAGES = ("triton", "megatron-core", "transformers", "peft", "numpy")
+#: What attention and layers may come from.
+_OPTIONAL = ("flash-attn", "transformer-engine")
+_PACKAGES = ("triton", "megatron-core", "transformers", "peft", "numpy", *_OPTIONAL)
 
 
 def run(task: Task) -> Outcome:
@@ -67,7 +68,8 @@ def _version(package: str) -> str:
 
 
 def _said(*command: str) -> str:
-    if shutil.which(command[0]) is None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    done = subprocess.run(command, capture_output=True, text=True, timeout=15)
     return done.stdout.strip() or "unknown"

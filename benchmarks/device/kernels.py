@@ -22,10 +22,10 @@ from torch import Tensor
 
 from bdlora_megatron.ops import GroupedBatch, SlotFactors, add_grouped
 from benchmarks.device.random_cases import Bounds, Setup, batches, draw_setup
-from benchmarks.device.task import Outcome, Task
+from benchmarks.device.task import Outcome, Task, judged
 from tests.unit.ops.cases import make_inputs, make_slots
 
-__all__ = ["Product", "check_setup", "run"]
+__all__ = ["Product", "all_cases", "check_setup", "run"]
 
 #: Adds to outputs, in place.
 Product: TypeAlias = Callable[[Tensor, Tensor, SlotFactors, GroupedBatch], Any]
@@ -60,7 +60,8 @@ def run(task: Task) -> Outcome:
     setups, per_setup = _COUNTS_ON_GPU if torch.cuda.is_available() else _COUNTS_ON_CPU
     wanted = setups * per_setup * len(_WALKS)
     cases: list[dict[str, Any]] = []
-    for done in _all(range(setups), per_setup):
+    workers = min(_WORKERS, (os.cpu_count() or 2) // 2) if torch.cuda.is_available() else 0
+    for done in all_cases(range(setups), per_setup, workers):
         cases += done
         if task.is_short:
             break
@@ -68,12 +69,20 @@ def run(task: Task) -> Outcome:
     return _outcome(cases, wanted)
 
 
-def _all(seeds: Sequence[int], per_setup: int) -> Iterator[list[dict[str, Any]]]:
-    """The cases of each setup, as they are done; several processes on a GPU."""
-    if not torch.cuda.is_available():
+def all_cases(seeds: Sequence[int], per_setup: int, workers: int) -> Iterator[list[dict[str, Any]]]:
+    """The cases of each setup, as they are done.
+
+    Args:
+        seeds: Of the setups.
+        per_setup: Batches of each.
+        workers: Processes that take setups in turn; 0 for this one.
+
+    Yields:
+        Records, as ``check_setup`` gives them.
+    """
+    if not workers:
         yield from (_check_seed(seed, per_setup) for seed in seeds)
         return
-    workers = min(_WORKERS, max(1, (os.cpu_count() or 2) // 2))
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         for future in as_completed([pool.submit(_check_seed, seed, per_setup) for seed in seeds]):
@@ -246,6 +255,6 @@ def _outcome(cases: Sequence[dict[str, Any]], wanted: int, *, unfinished: bool =
         "by": dict(Counter(case["by"] for case in cases)),
         "popularity": dict(Counter(case["popularity"] for case in cases)),
     }
-    state = "unfinished" if unfinished else "failed" if wrong or not cases else "passed"
+    state = judged(unfinished=unfinished, wrong=bool(wrong) or not cases)
     notes = [f"- {case['wrong']}: {case}" for case in wrong[:10]]
     return Outcome(state=state, line=line, found=found, notes=notes)

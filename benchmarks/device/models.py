@@ -135,7 +135,7 @@ class Reference:
         """
         ids = torch.tensor([tokens], device=self._device)
         with self._only(adapter):
-            logits = self._model(ids).logits[0, :-1]
+            logits: Tensor = self._model(ids).logits[0, :-1]
         return logits.double().log_softmax(-1).cpu()
 
     @contextmanager

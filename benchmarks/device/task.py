@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["Outcome", "State", "Task", "write_json"]
+__all__ = ["Outcome", "State", "Task", "judged", "write_json"]
 
 State: TypeAlias = Literal["passed", "failed", "nothing ran", "unfinished", "time box over"]
 
@@ -29,6 +29,21 @@ class Outcome:
     line: str
     found: dict[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+
+def judged(*, unfinished: bool, wrong: bool) -> State:
+    """The state of a part that runs pieces of work.
+
+    Args:
+        unfinished: More are to come.
+        wrong: Some gave wrong answers, or none has run.
+
+    Returns:
+        The state.
+    """
+    if unfinished:
+        return "unfinished"
+    return "failed" if wrong else "passed"
 
 
 class Task:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdlora_megatron.ops import Columns, GroupedBatch, SlotFactors, SlotTable, add_grouped
 from benchmarks.device.clocks import CpuClock, CudaClock
-from benchmarks.device.task import Outcome, Task
+from benchmarks.device.task import Outcome, Task, judged
 from benchmarks.rank_layers import LAYERS, Layer
 
 __all__ = ["Size", "run"]
@@ -155,10 +155,10 @@ class _Problem:
         self._out = self._base.clone()
         order = torch.randperm(size.tokens, generator=self._generator, device=device)
         # A decoding step's tokens stand in the order in which requests came, a prefill's together.
-        slot = torch.arange(size.tokens, device=device) * size.adapters // size.tokens
-        slot = slot if size.tokens > 256 else slot[order]
-        self._batch = GroupedBatch(slot, num_slots=size.adapters)
-        self._rows = [torch.nonzero(slot == n)[:, 0] for n in range(size.adapters)]
+        token_slot = torch.arange(size.tokens, device=device) * size.adapters // size.tokens
+        token_slot = token_slot if size.tokens > 256 else token_slot[order]
+        self._batch = GroupedBatch(token_slot, num_slots=size.adapters)
+        self._rows = [torch.nonzero(token_slot == n)[:, 0] for n in range(size.adapters)]
 
     def _draw(self, *shape: int) -> Tensor:
         drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device)
@@ -205,7 +205,7 @@ def _outcome(found: dict[str, Any], wanted: int, *, unfinished: bool = False) ->
         line += f"; {wrong} sizes gave wrong answers"
     if not torch.cuda.is_available():
         line += " (CPU, tiny: to show that it runs)"
-    state = "unfinished" if unfinished else "failed" if wrong or not rows else "passed"
+    state = judged(unfinished=unfinished, wrong=bool(wrong) or not rows)
     return Outcome(state=state, line=line, found=found, notes=[*_table(found)])
 
 

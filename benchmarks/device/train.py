@@ -29,7 +29,7 @@ from bdlora_megatron.train.schema import TrainConfig
 from bdlora_megatron.train.step import Stepper, forward_backward
 from benchmarks.device.models import ADAPTERS, VOCAB, make_adapter, make_base
 from benchmarks.device.session import one_rank
-from benchmarks.device.task import Outcome, Task
+from benchmarks.device.task import Outcome, Task, judged
 from tests.tolerances import MODEL_GRADIENTS
 
 __all__ = ["run"]
@@ -249,7 +249,7 @@ def _outcome(found: dict[str, Any], *, unfinished: bool = False) -> Outcome:
     for name, result in found.items():
         if name not in wrong:
             line += f"; {name}: gradients off by {result['gradients_off']:.1e}"
-    state = "unfinished" if unfinished else "failed" if wrong or not found else "passed"
+    state = judged(unfinished=unfinished, wrong=bool(wrong) or not found)
     notes = [
         f"- {name} is wrong: {result['wrong'].strip().splitlines()[-1]}"
         for name, result in wrong.items()
