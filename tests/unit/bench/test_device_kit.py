@@ -106,16 +106,18 @@ def test_the_script_installs_beside_what_is_there_and_passes_its_options_on(tmp_
 
 def _machine():
     """A Python 3.12 with what a GPU machine has."""
-    python = os.environ.get("PYTHON312") or shutil.which("python3.12")
+    own = sys.executable if sys.version_info[:2] == (3, 12) else None
+    python = os.environ.get("PYTHON312") or own or shutil.which("python3.12")
     if python is None:
         pytest.skip("needs Python 3.12: on the PATH, or named by PYTHON312")
     imports = "import torch, triton, transformers, peft, einops, psutil, pytest, hypothesis"
     has = subprocess.run([python, "-c", imports], capture_output=True, text=True)
     if has.returncode:
-        pytest.skip(f"{python} lacks what a GPU machine has: {has.stderr.splitlines()[-1]}")
+        pytest.skip(f"{python} lacks what a GPU machine has: {has.stderr.strip()[-200:]}")
     return python
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="sees that the kit runs on a CPU")
 def test_the_kit_runs_by_what_it_brings(tmp_path):
     if not OUT.exists():
