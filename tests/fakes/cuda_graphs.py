@@ -84,15 +84,18 @@ class _Launches:
         return launch
 
 
-class _Graph:
-    """One layer at one size."""
+class Recording:
+    """What a call does to its tensors, done again by ``replay``; in the place of a graph."""
 
-    def __init__(self, layer: Any, x: Tensor) -> None:
+    def __init__(self, call: Any) -> None:
+        """Call twice: as before a capture, so that what is made once is made, and recorded.
+
+        Args:
+            call: Without arguments.
+        """
         from bdlora_megatron.ops import gpu, kernels
 
-        self.x = x.clone()
-        # As Megatron-Core does before it captures, so that what is made once is made.
-        type(layer).forward(layer, self.x)
+        call()
         tape = _Tape()
         names = [name for name in dir(kernels) if "_by_" in name]
         with ExitStack() as stack:
@@ -100,14 +103,25 @@ class _Graph:
                 proxy = _Launches(getattr(kernels, name), tape)
                 stack.enter_context(mock.patch.object(gpu.kernels, name, proxy))
             stack.enter_context(tape)
-            self.out = type(layer).forward(layer, self.x)
+            self.made = call()
         self._calls = tape.calls
+
+    def replay(self) -> None:
+        for call in self._calls:
+            call()
+
+
+class _Graph:
+    """One layer at one size."""
+
+    def __init__(self, layer: Any, x: Tensor) -> None:
+        self.x = x.clone()
+        self._recording = Recording(lambda: type(layer).forward(layer, self.x))
 
     def replay(self, x: Tensor) -> Any:
         self.x.copy_(x)
-        for call in self._calls:
-            call()
-        out, bias = self.out
+        self._recording.replay()
+        out, bias = self._recording.made
         return out.clone(), bias
 
 

@@ -62,10 +62,15 @@ def implementations():
     ]
 
 
+def _geometry(layer):
+    """In features, columns and output columns of a layer, which may be given by its name."""
+    return LAYERS[layer] if isinstance(layer, str) else layer
+
+
 def make_slots(layer="one", *, ranks=RANKS, dtype=torch.float32, device="cpu", seed=0):
     """Slots of those ranks in shuffled pools, with NaN in every row that no slot holds."""
     generator = torch.Generator().manual_seed(seed)
-    in_features, columns, _ = LAYERS[layer]
+    in_features, columns, _ = _geometry(layer)
     table = SlotTable.empty(len(ranks), len(columns), max_rank=max(max(ranks), 1), device=device)
     # A slot that holds anything leaves out its last slice if its rank is odd.
     held = [[rank if rank % 2 == 0 or j == 0 else 0 for j in range(len(columns))] for rank in ranks]
@@ -108,7 +113,7 @@ def make_slots(layer="one", *, ranks=RANKS, dtype=torch.float32, device="cpu", s
 def make_inputs(layer, num_tokens, *, dtype=torch.float32, device="cpu", seed=0):
     """Base outputs and inputs of so many tokens."""
     generator = torch.Generator().manual_seed(seed + 100)
-    in_features, _, out_features = LAYERS[layer]
+    in_features, _, out_features = _geometry(layer)
     x = torch.randn(num_tokens, in_features, generator=generator).to(dtype).to(device)
     out = torch.randn(num_tokens, out_features, generator=generator).to(dtype).to(device)
     return out, x

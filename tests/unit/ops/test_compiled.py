@@ -17,7 +17,8 @@ _COMPILE = """
 import json, sys
 from dataclasses import asdict
 import torch
-from benchmarks.compiled_kernels import LAYERS, compile_all
+from benchmarks.compiled_kernels import compile_all
+from benchmarks.rank_layers import LAYERS
 dtypes = [getattr(torch, name) for name in sys.argv[1:]]
 found = compile_all(dtypes=dtypes, layers=LAYERS[:2], ranks=(16,))
 print(json.dumps([asdict(kernel) for kernel in found]))
@@ -67,8 +68,23 @@ def test_factors_are_read_sixteen_bytes_at_once(compiled):
     assert {kernel["narrowest_read"] for kernel in tiles} == {4}
 
 
-def test_tiles_use_the_tensor_cores(compiled):
+def test_each_device_has_code_of_its_own(compiled):
+    """As the code says itself: Triton keeps a compiler for each device number, not for each GPU."""
+    assert {(k["device"], k["target"]) for k in compiled} == {("A100", "sm_80"), ("H100", "sm_90a")}
+    made = {device: [k for k in compiled if k["device"] == device] for device in ("A100", "H100")}
+    launches = ("dtype", "layer", "rank", "tokens", "kernel")
+    found = ("registers", "shared_bytes", "tensor_core")
+    for old, new in zip(made["A100"], made["H100"], strict=True):
+        assert [old[name] for name in launches] == [new[name] for name in launches]
+        if old["tensor_core"] != "none":
+            assert [old[name] for name in found] != [new[name] for name in found], new
+
+
+def test_tiles_use_the_tensor_cores_of_their_device(compiled):
+    instructions = {"A100": "mma.sync", "H100": "wgmma"}
     for kernel in compiled:
         tile = kernel["kernel"].endswith("tile")
         # A float32 product is exact unless torch allows TF32: no tensor core does that.
-        assert kernel["tensor_cores"] == (tile and kernel["dtype"] != "float32"), kernel
+        exact = kernel["dtype"] == "float32"
+        wanted = instructions[kernel["device"]] if tile and not exact else "none"
+        assert kernel["tensor_core"] == wanted, kernel

@@ -1,0 +1,1 @@
+"""Parts for ``benchmarks.device`` that fail, crash and hang."""
