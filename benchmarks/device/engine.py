@@ -143,14 +143,14 @@ def _settings(variant: Variant, base: Path) -> ServeSettings:
         cpu=not gpu,
         dtype=variant.dtype,
         cuda_graphs=variant.cuda_graphs,
-        num_slots=len(ADAPTERS),
-        max_rank=32,
-        max_requests=16,
+        max_loras=len(ADAPTERS),
+        max_lora_rank=32,
+        max_num_seqs=16,
         # Less than the prompts together: some are read in chunks.
-        step_tokens=256 if gpu else 64,
-        max_length=512 if gpu else 128,
-        block_tokens=256 if gpu else 16,
-        cache_bytes=2**28 if gpu else 2**25,
+        max_num_batched_tokens=256 if gpu else 64,
+        max_model_len=512 if gpu else 128,
+        block_size=256 if gpu else 16,
+        kv_cache_memory_bytes=2**28 if gpu else 2**25,
     )
 
 
