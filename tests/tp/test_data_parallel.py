@@ -60,7 +60,7 @@ def _build(tp, run, *, dtype, **changes):
     config = tiny_config(tp, params_dtype=dtype, pipeline_dtype=dtype, **changes)
     model = tiny_model(config).to(dtype)
     blocks = 4 if run.layout is Layout.BDLORA else None
-    apply_lora(model, LoRAConfig(rank=8, layout=run.layout, num_blocks=blocks))
+    apply_lora(model, LoRAConfig(rank=8, alpha=32, layout=run.layout, num_blocks=blocks))
     if run.train_base:
         model.decoder.requires_grad_(True)
     randomize_adapters(model)
