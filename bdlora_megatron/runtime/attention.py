@@ -28,6 +28,8 @@ Kernels: TypeAlias = Literal["flash-attn 2", "flash-attn 3", "flash-attn 4", "tr
 #: The oldest flash-attn that Megatron-Core's dynamic engine takes, and how to get it.
 _OLDEST = (2, 7, 3)
 _CURE = "pip install 'flash-attn>=2.7.3,<3' --no-build-isolation"
+#: Where it was built for another torch, and its symbols are not found.
+_REBUILD = f"{_CURE} --no-deps --force-reinstall --no-cache-dir --no-binary flash-attn"
 #: flash-attn 2 reads a paged cache in blocks of so many positions, or a multiple.
 _FLASH_2_BLOCK = 256
 
@@ -37,13 +39,15 @@ class FlashAttention:
     """What of flash-attention Megatron-Core has found.
 
     Attributes:
-        two: The version of flash-attn 2; None where there is none.
+        two: The version of flash-attn 2; None where there is none, or none that can be imported.
+        broken: Which version of it is installed and why it can't be imported, if that is so.
         three: Whether flash-attn 3, for Hopper, can be imported.
         four: Whether flash-attn-4 can be imported, by a Megatron-Core that looks for it.
         can_pin: Whether this Megatron-Core can be told which to take (since 0.19).
     """
 
     two: str | None = None
+    broken: str | None = None
     three: bool = False
     four: bool = False
     can_pin: bool = False
@@ -53,8 +57,11 @@ class FlashAttention:
         """What the installed Megatron-Core has found on import."""
         from megatron.core.transformer import TransformerConfig, attention
 
+        # Megatron-Core takes whatever goes wrong on importing it for its absence.
+        there = attention.flash_attn_varlen_func is not None
         return cls(
-            two=None if attention.flash_attn_varlen_func is None else _flash_2_version(),
+            two=_flash_2_version() if there else None,
+            broken=None if there else _why_broken(),
             three=attention.HAVE_FA3,
             four=getattr(attention, "HAVE_FA4", False),
             can_pin="flash_attention_version" in TransformerConfig.__dataclass_fields__,
@@ -121,11 +128,16 @@ def _newest(found: FlashAttention) -> Attention:
         return Attention(kernels="flash-attn 3")
     if found.two_will_do:
         return Attention(kernels="flash-attn 2")
-    there = "not installed" if found.two is None else f"{found.two}, older than 2.7.3"
+    if found.broken is not None:
+        wrong, cure = f"flash-attn {found.broken}", _REBUILD
+    elif found.two is not None:
+        wrong, cure = f"flash-attn is {found.two}, older than 2.7.3", _CURE
+    else:
+        wrong, cure = "flash-attention is not installed", _CURE
     return Attention(
         kernels="triton",
-        note=f"flash-attention is {there}; attention runs in this package's own Triton kernels, "
-        f"which are slower. To get it: {_CURE}",
+        note=f"{wrong}; attention runs in this package's own Triton kernels, which are slower. "
+        f"To get it: {cure}",
     )
 
 
@@ -221,6 +233,19 @@ def _flash_2_version() -> str:
         return version("flash-attn")
     except PackageNotFoundError:
         return str(importlib.import_module("flash_attn").__version__)
+
+
+def _why_broken() -> str | None:
+    """The version that is installed and the error on importing it; None where there is none."""
+    try:
+        installed = version("flash-attn")
+    except PackageNotFoundError:
+        return None
+    try:
+        importlib.import_module("flash_attn").flash_attn_varlen_func  # noqa: B018
+    except Exception as error:
+        return f"{installed} is installed and cannot be imported ({error})"
+    return f"{installed} is installed, and Megatron-Core has not found it"
 
 
 def _numbers(text: str) -> tuple[int, ...]:

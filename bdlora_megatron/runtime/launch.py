@@ -195,11 +195,15 @@ def bind_gloo(interface: str | None, *, one_machine: bool = False) -> None:
         ConfigError: There is no such interface.
     """
     if interface is not None:
-        known = [name for _, name in socket.if_nameindex()]
-        if interface not in known:
-            raise ConfigError(
-                f"network interface {interface!r} is not on this machine; it has {', '.join(known)}"
-            )
         os.environ[_GLOO_INTERFACE] = interface
     elif one_machine:
         os.environ.setdefault(_GLOO_INTERFACE, "lo0" if sys.platform == "darwin" else "lo")
+    source = _GLOO_INTERFACE if interface is None else "interface"
+    known = [name for _, name in socket.if_nameindex()]
+    # Gloo takes several, with commas between them.
+    for name in filter(None, os.environ.get(_GLOO_INTERFACE, "").split(",")):
+        if name not in known:
+            raise ConfigError(
+                f"{source}: network interface {name!r} is not on this machine; it has "
+                f"{', '.join(known)}: name one of them"
+            )

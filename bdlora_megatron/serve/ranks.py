@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
@@ -13,10 +16,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from bdlora_megatron.runtime import launch
+from bdlora_megatron.serve.logs import configure_logging
 from bdlora_megatron.serve.messages import Stop
 from bdlora_megatron.serve.settings import ServeSettings
 
 __all__ = ["Ranks", "enter_rank", "prepare_ranks"]
+
+logger = logging.getLogger(__name__)
 
 _PRELOAD = ("bdlora_megatron.serve.preload",)
 
@@ -49,8 +55,18 @@ def enter_rank(rank: int, settings: ServeSettings, store: str, link: Connection)
         store: A file through which the ranks find each other.
         link: To the front.
     """
-    from bdlora_megatron.serve.engine.rank import rank_main
-
+    try:
+        from bdlora_megatron.serve.engine.rank import rank_main
+    except Exception:
+        configure_logging(rank=rank)
+        said = traceback.format_exc()
+        hint = (
+            "; flash-attn-4 is broken here: pip uninstall flash-attn-4"
+            if "flash_attn" in said and "cute" in said
+            else ""
+        )
+        logger.critical("rank %d cannot import what it serves with%s\n%s", rank, hint, said)
+        sys.exit(1)
     rank_main(rank, settings, store, link)
 
 

@@ -63,6 +63,7 @@ def test_what_is_missing_comes_with_its_cure():
     for found, said in (
         (FlashAttention(), "not installed"),
         (FlashAttention(two="2.6.3"), r"2\.6\.3, older than 2\.7\.3"),
+        (FlashAttention(broken="2.8.3 is installed and cannot be imported (x)"), r"2\.8\.3 is"),
         (FlashAttention(four=True, can_pin=True), "flash-attn-4 .* and flash-attn 2 is not"),
     ):
         choice = choose_attention(found, capability=A100, block_size=16)
@@ -81,12 +82,14 @@ def test_what_cannot_work_is_refused():
         use_attention(Attention(kernels="flash-attn 2"), torch.float64)
 
 
-def _package(folder, *, two=None, four=None):
+def _package(folder, *, two=None, four=None, broken=None):
     """What pip leaves of flash-attn and flash-attn-4, as far as Megatron-Core looks."""
     package = folder / "flash_attn"
     package.mkdir()
     if two is not None:
         functions = "flash_attn_varlen_func = flash_attn_with_kvcache = print\n"
+        if broken is not None:
+            functions = f"raise ImportError({broken!r})\n"
         (package / "__init__.py").write_text(f"__version__ = {two!r}\n{functions}")
         _metadata(folder, "flash_attn", "flash-attn", two)
     if four is not None:
@@ -114,6 +117,13 @@ print(FlashAttention.installed())
     [
         pytest.param({}, None, False, id="none"),
         pytest.param({"two": "2.8.3"}, "2.8.3", False, id="two"),
+        # Built for another torch: the commonest trouble that people report.
+        pytest.param(
+            {"two": "2.8.3", "broken": "flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda"},
+            None,
+            False,
+            id="two, broken",
+        ),
         # Its folder has no __init__.py of its own: flash_attn can be imported, and holds nothing.
         pytest.param({"four": "4.0.0b23"}, None, _CORE >= (0, 18), id="four alone"),
         pytest.param({"two": "2.8.3", "four": "4.0.0b23"}, "2.8.3", _CORE >= (0, 18), id="both"),
@@ -130,8 +140,43 @@ def test_what_the_installed_megatron_finds(tmp_path, packages, two, four):
         text=True,
         check=False,
     )
-    wanted = FlashAttention(two=two, four=four, can_pin=_CORE >= (0, 19))
+    why = packages.get("broken")
+    wanted = FlashAttention(
+        two=two,
+        broken=why and f"2.8.3 is installed and cannot be imported ({why})",
+        four=four,
+        can_pin=_CORE >= (0, 19),
+    )
     assert done.stdout.strip() == str(wanted), done.stderr
+
+
+_START = """
+import sys
+from bdlora_megatron.serve.ranks import Ranks
+from bdlora_megatron.serve.settings import ServeSettings
+if __name__ == "__main__":
+    ranks = Ranks(ServeSettings(model="m", cpu=True))
+    ranks.processes[0].join(100)
+    sys.exit(ranks.processes[0].exitcode)
+"""
+
+
+@pytest.mark.skipif(_CORE < (0, 18), reason="this Megatron-Core does not look for flash-attn-4")
+def test_a_broken_flash_attn_4_is_named(tmp_path):
+    """Importing it fails otherwise than Megatron-Core expects, and takes Megatron-Core along."""
+    _package(tmp_path, four="4.0.0b23")
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("raise AttributeError('dsl')\n")
+    (tmp_path / "start.py").write_text(_START)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "start.py")],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cannot import what it serves with; flash-attn-4 is broken here" in done.stderr
+    assert "AttributeError: dsl" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to serve from")

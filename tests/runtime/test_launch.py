@@ -206,9 +206,13 @@ def test_the_interface_is_the_users(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     launch.bind_gloo(None)
     assert "GLOO_SOCKET_IFNAME" not in os.environ, "several machines: gloo's own choice"
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    # What a launcher's environment says, such as a cluster's, is checked too.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", f"{LOOPBACK},eth7")
+    with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME: network interface 'eth7' is not on"):
+        launch.bind_gloo(None)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", f"{LOOPBACK},{LOOPBACK}")
     launch.bind_gloo(None, one_machine=True)
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == f"{LOOPBACK},{LOOPBACK}"
     launch.bind_gloo(LOOPBACK, one_machine=True)
     assert os.environ["GLOO_SOCKET_IFNAME"] == LOOPBACK
     with pytest.raises(ConfigError, match=rf"'eth99' is not on this machine; it has .*{LOOPBACK}"):
@@ -217,3 +221,12 @@ def test_the_interface_is_the_users(monkeypatch):
         Ranks(ServeSettings(model="m", cpu=True, interface="eth99"))
     with pytest.raises(ConfigError, match="'eth99'"):
         measure(BenchPlan(), interface="eth99")
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch, tmp_path):
+    """As where CUDA_VISIBLE_DEVICES names fewer than the machine has."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="2 ranks on 1 GPUs"):
+        launch.join_ranks(0, 2, str(tmp_path / "store"))
