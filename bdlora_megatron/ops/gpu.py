@@ -29,7 +29,15 @@ except ImportError as error:
         "or pass implementation='reference'"
     ) from error
 
-__all__ = ["add", "expand", "shrink", "tf32_is_allowed"]
+__all__ = [
+    "add",
+    "dot_type",
+    "expand",
+    "interpreted",
+    "on_device_of",
+    "shrink",
+    "tf32_is_allowed",
+]
 
 #: Programs that fill a large GPU a few times over (A100: 108 multiprocessors, H100: 132).
 ENOUGH_PROGRAMS = 512
@@ -116,7 +124,7 @@ def _shrink(x: Tensor, slots: SlotFactors, batch: GroupedBatch, z: Tensor) -> No
     table, sizes = slots.table, _sizes(z, slots)
     x = x if x.stride(1) == 1 else x.contiguous()
     where = (table.a_start, table.a_rank, table.row, z, len(x), slots.in_features)
-    with _on(x):
+    with on_device_of(x):
         if batch.by == "token":
             grid = _shrink_grid(len(x), z, 16)
             kernels.shrink_by_token[grid](
@@ -157,7 +165,7 @@ def _expand(out: Tensor, z: Tensor, slots: SlotFactors, batch: GroupedBatch) -> 
         "ALIGN": blocks.align,
     }
     first = (out, out.stride(0), z, *pools, blocks.table)
-    with _on(out):
+    with on_device_of(out):
         if batch.by == "token":
             grid = (len(out), len(blocks.table))
             kernels.expand_by_token[grid](*first, batch.token_slot, *held, **sizes)
@@ -227,10 +235,7 @@ def _cut(columns: tuple[Columns, ...], device: torch.device) -> _Blocks:
 
 def _dot(slots: SlotFactors) -> dict[str, Any]:
     """What tensor cores are given; for float32 factors torch's own switch decides."""
-    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    # The interpreter multiplies the bits of bfloat16 as integers. In float32, where products of
-    # bfloat16 are exact, it computes what tensor cores do.
-    own = tl.float32 if _interpreted() else types.get(slots.A.dtype, tl.float32)
+    own = dot_type(slots.A.dtype)
     tf32 = own is tl.float32 and tf32_is_allowed()
     return {"DOT": own, "PRECISION": "tf32" if tf32 else "ieee"}
 
@@ -245,11 +250,20 @@ def tf32_is_allowed() -> bool:
     return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
 
 
-def _interpreted() -> bool:
+def dot_type(dtype: torch.dtype) -> Any:
+    """What tensor cores are given for factors, or a cache, of this type."""
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    # The interpreter multiplies the bits of bfloat16 as integers. In float32, where products of
+    # bfloat16 are exact, it computes what tensor cores do.
+    return tl.float32 if interpreted() else types.get(dtype, tl.float32)
+
+
+def interpreted() -> bool:
+    """Whether Triton steps through kernels on a CPU, as was settled when it was imported."""
     return not isinstance(kernels.shrink_by_token, triton.runtime.JITFunction)
 
 
-def _on(tensor: Tensor) -> Any:
+def on_device_of(tensor: Tensor) -> Any:
     """Launches go to the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
@@ -261,7 +275,7 @@ def _check(tensor: Tensor, slots: SlotFactors) -> None:
         ConfigError: The tensors are on a CPU, and Triton's interpreter is off.
         UnsupportedError: fp64, or more slices than the kernels know.
     """
-    if not (tensor.is_cuda or _interpreted()):
+    if not (tensor.is_cuda or interpreted()):
         raise ConfigError(
             f"implementation='triton' for tensors on {tensor.device}; use None, or set "
             "TRITON_INTERPRET=1 before triton is imported to run the kernels step by step"

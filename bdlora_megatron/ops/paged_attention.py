@@ -30,9 +30,9 @@ from bdlora_megatron.errors import (
 
 try:
     import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     from bdlora_megatron.ops import attention_kernels as kernels
+    from bdlora_megatron.ops.gpu import dot_type, interpreted, on_device_of
 except ImportError as error:
     raise MissingDependencyError(
         "attention over a cache in blocks on a GPU needs triton, which is not installed: "
@@ -265,7 +265,7 @@ def _attend(call: _Call) -> tuple[Tensor, Tensor | None]:
         shares = out.new_empty((splits, *out.shape), dtype=torch.float32)
         share_lse = out.new_empty((splits, tokens, heads), dtype=torch.float32)
     sizes = _sizes(call, splits)
-    with _on(out):
+    with on_device_of(out):
         kernels.attend[(*grid, splits)](
             *(q, call.keys, call.values, call.table, call.query_starts, call.kv_lengths),
             *(shares, share_lse),
@@ -352,7 +352,6 @@ def _sizes(call: _Call, splits: int) -> dict[str, Any]:
 
 def _rest(call: _Call, tile: _Tile) -> dict[str, Any]:
     """What the first is compiled for besides."""
-    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     return {
         "G": call.heads_each,
         "HEADS": min(call.heads_each, tile.rows),
@@ -361,23 +360,12 @@ def _rest(call: _Call, tile: _Tile) -> dict[str, Any]:
         "BLOCK_N": tile.positions,
         "WINDOW": call.left >= 0,
         "PRECISION": "ieee",
-        # The interpreter multiplies the bits of bfloat16 as integers. In float32, where products of
-        # bfloat16 are exact, it computes what tensor cores do.
-        "DOT": tl.float32 if _interpreted() else types.get(call.q.dtype, tl.float32),
+        "DOT": dot_type(call.q.dtype),
     }
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _interpreted() -> bool:
-    return not isinstance(kernels.attend, triton.runtime.JITFunction)
-
-
-def _on(tensor: Tensor) -> Any:
-    """Launches go to the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
 def _check_request(*, causal: bool, block_table: Tensor | None, others: dict[str, Any]) -> Tensor:
@@ -410,7 +398,7 @@ def _check(call: _Call) -> None:
         ConfigError: The tensors are on a CPU, and Triton's interpreter is off.
         ShapeError: The shapes do not fit together.
     """
-    if not (call.q.is_cuda or _interpreted()):
+    if not (call.q.is_cuda or interpreted()):
         raise ConfigError(
             f"attention by Triton kernels for tensors on {call.q.device}; on a CPU, use "
             "runtime.cpu_inference, or set TRITON_INTERPRET=1 before triton is imported to run the "

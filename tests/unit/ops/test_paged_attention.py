@@ -550,6 +550,6 @@ def test_refused_tensors(device):
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     from bdlora_megatron.ops import paged_attention
 
-    monkeypatch.setattr(paged_attention, "_interpreted", lambda: False)
+    monkeypatch.setattr(paged_attention, "interpreted", lambda: False)
     with pytest.raises(ConfigError, match=r"runtime\.cpu_inference"):
         Case(counts=[1], lengths=[1]).varlen()
