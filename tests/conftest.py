@@ -22,8 +22,39 @@ def pytest_sessionstart(session):
     start_fork_server()
 
 
-def pytest_collection_modifyitems(items):
-    """Skip what runs an engine that is refused; tests/runtime sees that it is."""
+#: What starts servers, trainings or commands, has many ranks meet, or steps through many kernels:
+#: left out by `make test-fast`.
+SLOW = (
+    "tests/docs",
+    "tests/golden/test_peft_logits.py",
+    "tests/hosts",
+    "tests/runtime/test_attention.py",
+    "tests/runtime/test_launch.py",
+    "tests/runtime/test_versions.py",
+    "tests/serve",
+    "tests/tp/test_bridge_format.py",
+    "tests/tp/test_collectives.py",
+    "tests/tp/test_cuda_graphs.py",
+    "tests/tp/test_data_parallel.py",
+    "tests/tp/test_engine.py",
+    "tests/tp/test_local_plan.py",
+    "tests/tp/test_peers.py",
+    "tests/tp/test_pipeline.py",
+    "tests/tp/test_te_",
+    "tests/tp/test_training_plan.py",
+    "tests/tp/test_triton_attention.py",
+    "tests/train",
+    "tests/unit/bench/test_device",
+    "tests/unit/cli",
+    "tests/unit/ops",
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Mark what is slow, and skip what runs an engine that is refused (as tests/runtime sees)."""
+    for item in items:
+        if item.path.relative_to(config.rootpath).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
     try:
         require_engine()
     except UnsupportedError as error:

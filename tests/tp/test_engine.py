@@ -161,7 +161,7 @@ def cancel_body(rank: int, world: int) -> None:
             for i, (n, a) in enumerate([(3, None), (4, "two"), (20, "two"), (2, None)])
         ]
         expected = all_alone(world, made)
-        engine = engine_for(world, blocks=8, max_tokens=6)
+        engine = engine_for(world, blocks=8, max_num_batched_tokens=6)
         for victims in ([2], [0], [0, 1], [1, 2], [0, 1, 2], [3]):
             for after in range(1, 9):
                 for request in made:
