@@ -2,15 +2,13 @@
 
 `BlockFactors` holds one module's update `s * B A`; everything else here reads it or makes another.
 Exact operations move, repeat or zero-fill numbers and never round them: `reshard`, `compact`,
-`pad_rank`, `shard`, `unshard`. One operation is lossy, and reports by how much: `truncate`.
+`pad_rank`. One operation is lossy, and reports by how much: `truncate`.
 """
 
 from bdlora_megatron.blocks.counts import ModuleShape, matching_rank, num_parameters, rank_within
 from bdlora_megatron.blocks.factors import Blocked, BlockFactors
 from bdlora_megatron.blocks.finite import all_finite
 from bdlora_megatron.blocks.norms import output_distances, output_norms, subtract, update_norm
-from bdlora_megatron.blocks.partition import shard, unshard
-from bdlora_megatron.blocks.product import dense_update, forward
 from bdlora_megatron.blocks.reshard import compact, pad_rank, reshard, resharded_rank
 from bdlora_megatron.blocks.truncate import singular_values, truncate
 
@@ -20,8 +18,6 @@ __all__ = [
     "ModuleShape",
     "all_finite",
     "compact",
-    "dense_update",
-    "forward",
     "matching_rank",
     "num_parameters",
     "output_distances",
@@ -30,10 +26,8 @@ __all__ = [
     "rank_within",
     "reshard",
     "resharded_rank",
-    "shard",
     "singular_values",
     "subtract",
     "truncate",
-    "unshard",
     "update_norm",
 ]

@@ -13,18 +13,15 @@ from bdlora_megatron.blocks import (
     BlockFactors,
     ModuleShape,
     compact,
-    dense_update,
-    forward,
     matching_rank,
     num_parameters,
     pad_rank,
     reshard,
     resharded_rank,
-    shard,
     truncate,
-    unshard,
 )
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
+from tests.reference import dense_update, forward, shard, unshard
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 # fp64 sums of at most a few hundred products of numbers of order one.

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bdlora_megatron.blocks import dense_update
 from bdlora_megatron.cli.jobs import Job
 from bdlora_megatron.cli.pool import run_jobs
 from bdlora_megatron.cli.records import locked
 from bdlora_megatron.convert import read_adapter
 from bdlora_megatron.convert.pipeline import Conversion
+from tests.reference import dense_update
 from tests.unit.cli.adapters import assert_same_files, make_adapters, run, run_json, visible
 from tests.unit.convert.peft_files import vanilla_tensors
 

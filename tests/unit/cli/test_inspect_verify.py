@@ -7,8 +7,8 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-from bdlora_megatron.blocks import dense_update
 from bdlora_megatron.convert import read_adapter
+from tests.reference import dense_update
 from tests.unit.cli.adapters import make_adapters, run, run_json
 from tests.unit.convert.peft_files import COLUMN, ROW, vanilla_tensors, write
 

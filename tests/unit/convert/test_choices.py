@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 
-from bdlora_megatron.blocks import pad_rank, reshard, shard
+from bdlora_megatron.blocks import pad_rank, reshard
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import Adapter, ModuleKey
 from bdlora_megatron.convert.structure import Structure, choices_for_tp, plot_choices, restructure
 from bdlora_megatron.errors import ConfigError, MissingDependencyError, ShapeError
+from tests.reference import shard
 from tests.unit.convert.random_adapters import adapter, factors
 from tests.unit.convert.test_structure import vanilla
 

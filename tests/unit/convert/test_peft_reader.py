@@ -13,9 +13,9 @@ from peft.tuners.lora.config import VeloraConfig
 from peft.tuners.lora.variants import BdLoraLinearVariant
 from transformers import LlamaModel
 
-from bdlora_megatron.blocks import dense_update
 from bdlora_megatron.convert import BaseShape, ModuleKey, read_peft
 from bdlora_megatron.convert.peft.config import _HARMLESS, _READ, _REFUSED
+from tests.reference import dense_update
 from tests.tolerances import assert_close
 from tests.unit.convert.peft_files import (
     COLUMN,

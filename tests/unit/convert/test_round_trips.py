@@ -9,7 +9,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bdlora_megatron.blocks import dense_update
 from bdlora_megatron.convert import (
     LazyModules,
     ModuleKey,
@@ -19,6 +18,7 @@ from bdlora_megatron.convert import (
     read_adapter,
     write_adapter,
 )
+from tests.reference import dense_update
 from tests.unit.convert.random_adapters import DTYPES, adapter, adapters, assert_same, factors
 
 FORMATS = ["peft", "megatron", "bridge", "slora"]

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdlora_megatron.blocks import BlockFactors, dense_update, pad_rank, reshard
+from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
 from bdlora_megatron.convert import Adapter, LazyModules, ModuleKey, module_facts
 from bdlora_megatron.convert.structure import Structure, restructure
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
+from tests.reference import dense_update
 from tests.unit.convert.random_adapters import adapter, adapters, factors
 
 quick = settings(max_examples=40, deadline=None)
