@@ -55,13 +55,13 @@ format: .venv/installed.stamp ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-test-bridge: .venv-bridge/installed.stamp ## the tests of the plug in Megatron-Bridge 0.3
+test-bridge: .venv-bridge/installed.stamp ## the tests of the integration with Megatron-Bridge 0.3
 	.venv-bridge/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_tutorials.py
 
 test-bridge-new: .venv-bridge-new/installed.stamp ## the same in Megatron-Bridge 0.6, on Python 3.12
 	.venv-bridge-new/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_tutorials.py
 
-test-nemo: .venv-nemo/installed.stamp ## the tests of the plug in the real NeMo
+test-nemo: .venv-nemo/installed.stamp ## the tests of the integration with NeMo
 	.venv-nemo/bin/python -m pytest tests/hosts/test_nemo.py tests/hosts/test_tutorials.py
 
 bench-bridge: .venv-bridge/installed.stamp ## what a step communicates, next to Bridge's own LoRA
@@ -81,7 +81,7 @@ clean: ## remove the environment, the demo's files and every cache
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/installed.stamp: pyproject.toml constraints-dev.txt
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv  # what another interpreter left would be mixed in
 	$(PIP) install -c constraints-dev.txt -e '.[dev,demo,docs,serve]'
 	touch $@
 

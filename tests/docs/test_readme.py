@@ -51,7 +51,7 @@ def test_command_is_right(command):
 @pytest.mark.parametrize("target", ["demo", "test", "check"])
 def test_make_target_sets_itself_up(target):
     recipe = dry_run(target)
-    environment = recipe.index("-m venv .venv")
+    environment = recipe.index("-m venv --clear .venv")
     dependencies = recipe.index("install -c constraints-dev.txt")
     used = recipe.rindex(".venv/bin/")
     assert environment < dependencies < used
