@@ -37,7 +37,9 @@ SLOW = (
     "tests/tp/test_cuda_graphs.py",
     "tests/tp/test_data_parallel.py",
     "tests/tp/test_engine.py",
+    "tests/tp/test_hf_base.py",
     "tests/tp/test_local_plan.py",
+    "tests/tp/test_mixed_precision.py",
     "tests/tp/test_peers.py",
     "tests/tp/test_pipeline.py",
     "tests/tp/test_te_",
@@ -46,6 +48,7 @@ SLOW = (
     "tests/train",
     "tests/unit/bench/test_device",
     "tests/unit/cli",
+    "tests/unit/convert/test_fuzz.py",
     "tests/unit/ops",
 )
 
