@@ -10,7 +10,6 @@ from bdlora_megatron.convert.adapter.lazy import module_facts
 from bdlora_megatron.errors import ShapeError
 
 if TYPE_CHECKING:
-    # Its package imports Megatron-Core, which takes seconds.
     from bdlora_megatron.models import HFConfig
 
 __all__ = ["base_shape", "check_base"]
