@@ -26,13 +26,19 @@ from bdlora_megatron.convert.megatron.format import (
 from bdlora_megatron.convert.megatron.manifest import Manifest, ModuleEntry, write_manifest
 from bdlora_megatron.errors import BDLoRAError, ConfigError, TargetError
 from bdlora_megatron.layers import collect_adapter, lora_layers
-from bdlora_megatron.layers.load import decoder_keys
+from bdlora_megatron.layers.anatomy import (
+    decoder_keys,
+    hybrid_numbers,
+    model_class,
+    num_decoder_layers,
+)
 from bdlora_megatron.runtime import refuse_together
-from bdlora_megatron.runtime.versions.checkpoint import save_distributed
+from bdlora_megatron.runtime.versions.checkpoint import renumber_layers, save_distributed
 
 __all__ = [
     "HF_ADAPTER",
     "HF_ADAPTER_DENSE",
+    "adapter_state",
     "export_adapter",
     "export_asked_for",
     "main_weights",
@@ -73,9 +79,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
     base, entries = _gather_entries(model)
     layers = _stacked_layers(entries, base.num_layers)
     common = common_state(layers)["content_metadata"]
-    # A copy: Megatron-Core adds its process groups to it.
-    state: Any = model.sharded_state_dict(metadata=dict(common))  # type: ignore[operator]
-    sharded = {key: value for key, value in state.items() if ".adapter." in key}
+    sharded = adapter_state(model, common)
     with _shared_folder(path) as folder:
         weights = folder / WEIGHTS_NAME
         save_distributed(sharded, weights, content_metadata=common)
@@ -84,10 +88,36 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
                 format=FORMAT,
                 name=name or path.name,
                 base=base,
+                metadata={"model_class": model_class(model)},
                 modules={key: entry for key, (entry, _) in sorted(entries.items())},
             )
             write_manifest(folder / MANIFEST_NAME, manifest)
     return path
+
+
+def adapter_state(model: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a model's adapter to ``megatron.core.dist_checkpointing``.
+
+    Layers have a ``GPTModel``'s names in the checkpoint whatever the model's class, so that either
+    class loads what the other saved.
+
+    Args:
+        model: This rank's pipeline stage, not wrapped.
+        metadata: As for Megatron-Core's ``sharded_state_dict``; ``non_homogeneous_layers`` decides
+            whether each layer has tensors of its own.
+
+    Returns:
+        Sharded tensors by the model's own names, to save, or to load and pass to
+        ``model.load_state_dict(..., strict=False)``.
+    """
+    # A copy: Megatron-Core adds its process groups to it.
+    state: Any = model.sharded_state_dict(metadata=dict(metadata))  # type: ignore[operator]
+    sharded = {key: value for key, value in state.items() if ".adapter." in key}
+    numbers = hybrid_numbers(model)
+    if numbers:
+        stacked = not metadata.get("non_homogeneous_layers", False)
+        renumber_layers(sharded, numbers, num_decoder_layers(model) if stacked else None)
+    return sharded
 
 
 def export_adapter(
@@ -230,7 +260,7 @@ def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
     own: _Entries = {}
     base = None
     for full_name, layer in lora_layers(model):
-        base = _base_shape(layer.config)
+        base = _base_shape(layer.config, num_decoder_layers(model))
         if layer.adapter is None:
             continue
         for plan in layer.adapter.plans:
@@ -279,7 +309,7 @@ def _shared_folder(path: Path) -> Iterator[Path]:
     torch.distributed.barrier()
 
 
-def _base_shape(config: Any) -> BaseShape:
+def _base_shape(config: Any, num_layers: int) -> BaseShape:
     groups = config.num_query_groups or config.num_attention_heads
     return BaseShape(
         hidden_size=config.hidden_size,
@@ -289,5 +319,5 @@ def _base_shape(config: Any) -> BaseShape:
         num_heads=config.num_attention_heads,
         num_kv_heads=groups,
         head_dim=config.kv_channels,
-        num_layers=config.num_layers,
+        num_layers=num_layers,
     )

@@ -14,7 +14,7 @@ from bdlora_megatron.bench.slots import SlotAdapters
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.errors import MissingDependencyError
 from bdlora_megatron.layers import apply_lora, lora_layers
-from bdlora_megatron.models import HFConfig, build_gpt_model, transformer_config
+from bdlora_megatron.models import HFConfig, build_model, transformer_config
 from bdlora_megatron.models.rope import RopeSettings
 from bdlora_megatron.plan.model import ModelShape
 from bdlora_megatron.runtime import device
@@ -188,7 +188,7 @@ def _bridge_lora() -> Any:
 def _random_model(plan: BenchPlan, where: torch.device) -> Any:
     hf = _hf_config(plan.shape, plan)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    model = build_gpt_model(hf, transformer_config(hf, dtype=dtype))
+    model = build_model(hf, transformer_config(hf, dtype=dtype))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     # A frozen model's input wants no gradient by itself, and the base model alone would have no

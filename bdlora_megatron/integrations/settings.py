@@ -12,7 +12,7 @@ from torch import nn
 from bdlora_megatron.blocks import ModuleShape, matching_rank
 from bdlora_megatron.config import DEFAULT_TARGETS, LoRAConfig, resolve
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.layers.apply import named_modules_global
+from bdlora_megatron.layers.anatomy import named_modules_global
 from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.targets import TargetMatcher
 

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.layers.anatomy import check_place, named_modules_global
 from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.lora_linear import LoRALinear
 from bdlora_megatron.layers.targets import TargetMatcher
+from bdlora_megatron.runtime.versions.layers import decoder_classes
 
 __all__ = [
     "adapters_disabled",
@@ -24,11 +25,12 @@ __all__ = [
     "freeze_base",
     "lora_layers",
     "merge_adapters",
-    "named_modules_global",
     "remove_lora",
     "replace_module",
     "unmerge_adapters",
 ]
+
+_STACKS = decoder_classes()
 
 
 def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list[str]:
@@ -39,8 +41,8 @@ def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list
     parameters.
 
     Args:
-        model: A ``GPTModel``, or any module that holds Megatron-Core linear layers; or the list of
-            model chunks of this pipeline stage.
+        model: A ``GPTModel``, a ``HybridModel``, or any module that holds Megatron-Core linear
+            layers; or the list of model chunks of this pipeline stage.
         lora: What the adapters look like and which layers get one.
 
     Returns:
@@ -49,7 +51,8 @@ def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list
 
     Raises:
         ConfigError: The model is wrapped already, has adapters already, or does not divide.
-        TargetError: A target pattern matches no layer on any pipeline stage.
+        TargetError: A target pattern matches no layer on any pipeline stage, or matches one of a
+            decoder's model for whose adapter no file format has a name, such as ``output_layer``.
         UnsupportedError: A matched layer is an expert, is quantised, or would split a key-value
             head.
 
@@ -70,6 +73,9 @@ def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list
     matcher.check_all_used(candidates, _unused_on_every_stage(matcher.unused))
     # All layers are made before the first is exchanged: a refusal leaves the model as it was.
     made = {name: _with_adapter(module, lora, name) for name, module in chosen.items()}
+    if any(isinstance(module, _STACKS) for chunk in chunks for module in chunk.modules()):
+        for name in chosen:
+            check_place(name)
     for chunk in chunks:
         for name, module in chosen.items():
             replace_module(chunk, module, made[name])
@@ -92,21 +98,6 @@ def _with_adapter(module: nn.Module, lora: LoRAConfig, name: str) -> LoRALinear:
     layer = lora_layer(module)
     layer.attach_config(lora, name.rpartition(".")[2])
     return layer
-
-
-def named_modules_global(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` with decoder layers numbered over the whole pipeline.
-
-    Megatron-Core numbers ``decoder.layers`` from 0 on every stage; each layer knows its own place.
-    """
-    names: dict[str, str] = {"": ""}
-    for name, module in model.named_modules():
-        parent, _, own = name.rpartition(".")
-        number = getattr(module, "layer_number", None)
-        if own.isdigit() and isinstance(number, int):
-            own = str(number - 1)
-        names[name] = f"{names[parent]}.{own}" if names[parent] else own
-        yield names[name], module
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -139,7 +130,7 @@ def freeze_base(model: nn.Module) -> None:
     """Leave only adapter parameters trainable.
 
     Also makes the decoder's input require a gradient, where activation recompute would otherwise
-    cut the adapters off: a checkpointed layer whose inputs need no gradient records no backward.
+    cut the adapters off: a checkpointed part whose inputs need no gradient records no backward.
     """
     for parameter in model.parameters():
         parameter.requires_grad = False
@@ -147,7 +138,8 @@ def freeze_base(model: nn.Module) -> None:
         if layer.adapter is not None:
             layer.adapter.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, TransformerBlock) and module.config.recompute_granularity == "full":
+        config: Any = getattr(module, "config", None)
+        if isinstance(module, _STACKS) and config.recompute_granularity is not None:
             _hook_once(module)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.convert.adapter.neutral import Adapter, BaseShape, ModuleKey, blocked_factor
 from bdlora_megatron.errors import TargetError, UnsupportedError
+from bdlora_megatron.layers.anatomy import check_place, model_class
 from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.factors import Factor
-from bdlora_megatron.layers.load import HF_NAMES, decoder_layer
 
 __all__ = ["collect_adapter"]
 
@@ -34,9 +34,10 @@ def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) 
         The adapter; what the model computes with it is what the adapter says.
 
     Raises:
-        TargetError: The model carries no adapter.
-        UnsupportedError: A layer trains one pair of factors for a fused projection, or is no
-            projection of a decoder layer, and no file format has a name for it.
+        TargetError: The model carries no adapter, or one in a layer for which no file format has a
+            name.
+        UnsupportedError: A layer trains one pair of factors for a fused projection, or two decoders
+            are adapted.
 
     Collectives:
         One all-gather per factor over tensor-parallel ranks; one of all factors over pipeline
@@ -48,6 +49,11 @@ def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) 
             continue
         for plan in layer.adapter.plans:
             key = _key(full_name, plan.projection.name)
+            if key in modules:
+                raise UnsupportedError(
+                    f"{full_name}: {key} is adapted in two decoders of this model, and an adapter "
+                    "has one; choose one of them by full names in target_modules"
+                )
             A, B = (_whole(factor) for factor in layer.adapter.factors(plan))
             modules[key] = BlockFactors(
                 A=A,
@@ -59,18 +65,22 @@ def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) 
     modules = _from_all_stages(modules)
     if not modules:
         raise TargetError("the model carries no adapter; put one in with apply_lora() first")
-    return Adapter(name=name, modules=dict(sorted(modules.items())), base=base or BaseShape())
+    return Adapter(
+        name=name,
+        modules=dict(sorted(modules.items())),
+        base=base or BaseShape(),
+        metadata={"model_class": model_class(model)},
+    )
 
 
 def _key(full_name: str, projection: str) -> ModuleKey:
-    place = decoder_layer(full_name)
-    own = HF_NAMES.get(place[1], {}) if place else {}
-    if place is None or projection not in own:
+    number, hf_names = check_place(full_name)
+    if projection not in hf_names:
         raise UnsupportedError(
-            f"the adapter of {full_name} belongs to no single projection of a decoder layer, so no "
-            "adapter format can hold it; train with LoRAConfig(fused=False) and without such layers"
+            f"the adapter of {full_name} is one pair of factors for several projections, for which "
+            "this format has no place; train with LoRAConfig(fused=False)"
         )
-    return ModuleKey(layer=place[0], name=own[projection])
+    return ModuleKey(layer=number, name=hf_names[projection])
 
 
 def _whole(factor: Factor) -> Tensor:

@@ -6,7 +6,6 @@ its own share out of the whole factors.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,40 +16,29 @@ from torch import nn
 from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.adapter.neutral import Adapter as NeutralAdapter
-from bdlora_megatron.convert.adapter.neutral import ModuleKey, ModuleName
+from bdlora_megatron.convert.adapter.neutral import ModuleKey
 from bdlora_megatron.errors import ShapeError, TargetError
 from bdlora_megatron.layers.adapters import ProjectionPlan
-from bdlora_megatron.layers.apply import (
-    freeze_base,
-    lora_layers,
+from bdlora_megatron.layers.anatomy import (
+    HF_NAMES,
+    decoder_layer,
     named_modules_global,
-    replace_module,
+    num_decoder_layers,
 )
+from bdlora_megatron.layers.apply import freeze_base, lora_layers, replace_module
 from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.lora_linear import LoRALinear
 
 __all__ = [
-    "HF_NAMES",
     "DecoderLinear",
     "LoadOptions",
     "check_covered",
     "check_shapes",
-    "decoder_keys",
-    "decoder_layer",
     "decoder_linears",
     "fit",
     "load_adapter",
 ]
-
-#: Hugging Face's name of each projection of a Megatron-Core layer.
-HF_NAMES: Mapping[str, Mapping[str, ModuleName]] = {
-    "linear_qkv": {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
-    "linear_proj": {"": "o_proj"},
-    "linear_fc1": {"gate": "gate_proj", "up": "up_proj"},
-    "linear_fc2": {"": "down_proj"},
-}
-_DECODER_LAYER = re.compile(r"(?:.*\.)?decoder\.layers\.(\d+)\..*?([^.]+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +70,7 @@ def load_adapter(
     tensor-parallel size: resharding is exact.
 
     Args:
-        model: A ``GPTModel``, or any module that holds Megatron-Core decoder layers.
+        model: A ``GPTModel``, a ``HybridModel``, or any module that holds their decoder layers.
         adapter: What to load, as the readers in ``bdlora_megatron.convert`` return it.
         options: Layout, trainability, dropout, type.
 
@@ -122,30 +110,6 @@ def load_adapter(
     return loaded
 
 
-def decoder_keys(full_name: str, projection: str) -> list[ModuleKey]:
-    """The modules that one pair of factors of a decoder layer updates.
-
-    Args:
-        full_name: The Megatron-Core layer's name, its decoder layer numbered over the whole model.
-        projection: The pair's projection; empty for the only one, or for all of a fused layer.
-
-    Returns:
-        One module, or every one of a fused layer.
-
-    Raises:
-        TargetError: The layer is none of a decoder's four.
-    """
-    place = decoder_layer(full_name)
-    hf_names = HF_NAMES.get(place[1]) if place else None
-    if place is None or hf_names is None:
-        raise TargetError(
-            f"{full_name} carries an adapter and is none of a decoder layer's "
-            f"{', '.join(HF_NAMES)}; no adapter format has a place for it: remove_lora it first"
-        )
-    names = [hf_names[projection]] if projection in hf_names else list(hf_names.values())
-    return [ModuleKey(layer=place[0], name=name) for name in names]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderLinear:
     """One linear layer of the decoder and the adapter modules that belong into it."""
@@ -157,19 +121,6 @@ class DecoderLinear:
     keys: Mapping[str, ModuleKey]
 
 
-def decoder_layer(full_name: str) -> tuple[int, str] | None:
-    """A linear layer's decoder layer, counted over the pipeline, and its own name there.
-
-    Args:
-        full_name: Such as ``decoder.layers.3.mlp.linear_fc1``.
-
-    Returns:
-        Such as ``(3, "linear_fc1")``; None outside a decoder.
-    """
-    found = _DECODER_LAYER.fullmatch(full_name)
-    return (int(found.group(1)), found.group(2)) if found else None
-
-
 def decoder_linears(model: nn.Module) -> list[DecoderLinear]:
     """The linear layers of a model's decoder that an adapter may change, on this pipeline stage."""
     targets = []
@@ -177,12 +128,12 @@ def decoder_linears(model: nn.Module) -> list[DecoderLinear]:
         place = decoder_layer(name)
         if place is None or not isinstance(module, LINEAR_CLASSES):
             continue
-        number, own = place
-        hf_names = HF_NAMES.get(own)
+        number, path = place
+        hf_names = HF_NAMES.get(path)
         if hf_names is None or getattr(module, "is_expert", False):
             continue
         layer = module if isinstance(module, LoRALinear) else lora_layer(module)
-        geometry = layer.geometry(own, fused=False)
+        geometry = layer.geometry(path.rpartition(".")[2], fused=False)
         keys = {
             projection.name: ModuleKey(layer=number, name=hf_names[projection.name])
             for projection in geometry.projections
@@ -197,7 +148,19 @@ def decoder_linears(model: nn.Module) -> list[DecoderLinear]:
                 keys=keys,
             )
         )
+    _check_one_decoder(targets)
     return targets
+
+
+def _check_one_decoder(targets: list[DecoderLinear]) -> None:
+    owners: dict[ModuleKey, str] = {}
+    for target in targets:
+        for key in target.keys.values():
+            if owners.setdefault(key, target.full_name) != target.full_name:
+                raise TargetError(
+                    f"the model has two decoders: {key} is in {owners[key]} and in "
+                    f"{target.full_name}; pass the one that the adapter is for"
+                )
 
 
 def check_covered(model: nn.Module, adapter: NeutralAdapter, linears: list[DecoderLinear]) -> None:
@@ -208,7 +171,7 @@ def check_covered(model: nn.Module, adapter: NeutralAdapter, linears: list[Decod
     """
     known = {key for target in linears for key in target.keys.values()}
     here = {key.layer for key in known}
-    total = _num_layers(model)
+    total = num_decoder_layers(model)
     # On a pipeline stage, other stages' layers are absent for a good reason.
     strange = [
         k for k in adapter.modules if k not in known and (k.layer in here or k.layer >= total)
@@ -218,14 +181,6 @@ def check_covered(model: nn.Module, adapter: NeutralAdapter, linears: list[Decod
             f"adapter {adapter.name!r} has {len(strange)} modules that this model of {total} "
             f"layers does not have: {_some(strange)}; is it an adapter for another base model?"
         )
-
-
-def _num_layers(model: nn.Module) -> int:
-    for module in model.modules():
-        layers = getattr(getattr(module, "config", None), "num_layers", None)
-        if isinstance(layers, int):
-            return layers
-    raise TargetError("the model has no TransformerConfig to tell its number of layers")
 
 
 def check_shapes(adapter: NeutralAdapter, linears: list[DecoderLinear]) -> None:

@@ -1,4 +1,4 @@
-"""Base models: a Hugging Face Llama-family checkpoint as a Megatron-Core ``GPTModel``.
+"""Base models: a Hugging Face Llama-family checkpoint as a Megatron-Core model.
 
 ``config``, ``rope`` and ``files`` read what is stored, ``check`` holds adapters to a base's shapes,
 both without Megatron-Core. ``build``, ``layout`` and ``load`` make the model.
@@ -15,7 +15,7 @@ from bdlora_megatron.models.rope import RopeSettings
 
 if TYPE_CHECKING:
     from bdlora_megatron.models.build import (
-        build_gpt_model,
+        build_model,
         default_layer_spec,
         padded_vocab_size,
         transformer_config,
@@ -27,7 +27,7 @@ __all__ = [
     "HFConfig",
     "RopeSettings",
     "TensorFiles",
-    "build_gpt_model",
+    "build_model",
     "default_layer_spec",
     "load_hf_model",
     "load_hf_weights",

@@ -1,29 +1,38 @@
-"""Building an empty ``GPTModel`` of a Hugging Face model's shape."""
+"""Building an empty ``HybridModel`` or ``GPTModel`` of a Hugging Face model's shape."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
 from torch import Tensor, nn
 
+from bdlora_megatron.decoder import ModelClass
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.models.config import HFConfig
 from bdlora_megatron.runtime import device
-from bdlora_megatron.runtime.versions.layers import shares_kv_heads
+from bdlora_megatron.runtime.versions.layers import (
+    has_hybrid_model,
+    hybrid_norms,
+    shares_kv_heads,
+)
 
 __all__ = [
-    "build_gpt_model",
+    "build_model",
     "default_layer_spec",
+    "hybrid_stack_spec",
     "padded_vocab_size",
     "transformer_config",
     "without_padding",
@@ -31,7 +40,11 @@ __all__ = [
 
 
 def transformer_config(
-    hf: HFConfig, *, dtype: torch.dtype, settings: Mapping[str, Any] | None = None
+    hf: HFConfig,
+    *,
+    dtype: torch.dtype,
+    settings: Mapping[str, Any] | None = None,
+    model_class: ModelClass = "auto",
 ) -> TransformerConfig:
     """Megatron-Core's configuration of the model, for the parallel sizes now in force.
 
@@ -40,17 +53,21 @@ def transformer_config(
         dtype: Type of the parameters.
         settings: Further fields of ``TransformerConfig``, such as ``sequence_parallel`` or
             ``recompute_granularity``. Dropout is 0 unless it is set here.
+        model_class: The class that ``build_model`` then builds.
 
     Returns:
-        The configuration.
+        The configuration. A ``HybridModel``'s counts attention and MLP as a layer each.
 
     Raises:
+        UnsupportedError: This release has no ``HybridModel`` to take ``GPTModel``'s place.
         ConfigError: ``settings`` would change what the weights or the process groups decide.
         ShapeError: The model cannot be divided over this many tensor-parallel ranks.
     """
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     _check_division(hf, tp_size)
     fixed = _fixed_fields(hf, dtype)
+    if _is_hybrid(model_class):
+        fixed |= {"num_layers": 2 * hf.num_layers, "is_hybrid_model": True}
     clashing = sorted(fixed.keys() & (settings or {}).keys())
     if clashing:
         raise ConfigError(
@@ -98,30 +115,33 @@ def without_padding(logits: Tensor, hf: HFConfig) -> Tensor:
     return logits[..., : hf.vocab_size]
 
 
-def build_gpt_model(
+def build_model(
     hf: HFConfig,
     config: TransformerConfig,
     *,
     max_sequence_length: int | None = None,
     layer_spec: ModuleSpec | None = None,
-) -> GPTModel:
+) -> Any:
     """This rank's part of the model, its weights not yet set.
 
     Logits of padding, where the vocabulary was rounded up, are minus infinity.
 
     Args:
         hf: The model.
-        config: From ``transformer_config``.
+        config: From ``transformer_config``, which decides the model's class.
         max_sequence_length: Longest sequence that will be used; what the model was made for by
             default.
-        layer_spec: From ``default_layer_spec`` unless given.
+        layer_spec: Of one decoder layer, attention and MLP; from ``default_layer_spec`` unless
+            given.
 
     Returns:
-        The model, on this rank's device.
+        The ``HybridModel`` or ``GPTModel``, on this rank's device.
 
     Raises:
+        ShapeError: The layers cannot be divided over the pipeline's stages.
         UnsupportedError: Attention would see less than ``max_sequence_length`` positions.
     """
+    _check_stages(hf, config.pipeline_model_parallel_size)
     length = max_sequence_length or hf.max_positions
     if hf.sliding_window is not None and hf.sliding_window < length:
         raise UnsupportedError(
@@ -131,20 +151,22 @@ def build_gpt_model(
         )
     # Random numbers that the checkpoint overwrites would take longer than reading it.
     config.perform_initialization = False
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=layer_spec or default_layer_spec(hf),
-        vocab_size=padded_vocab_size(hf, config.tensor_model_parallel_size),
-        max_sequence_length=length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=hf.tied,
-        position_embedding_type="rope",
-        rotary_base=hf.rope.theta,
-        rope_scaling=hf.rope.kind == "llama3",
-        rope_scaling_factor=hf.rope.factor,
-        seq_len_interpolation_factor=hf.rope.factor if hf.rope.kind == "linear" else None,
-    )
+    spec = layer_spec or default_layer_spec(hf)
+    settings = {
+        "vocab_size": padded_vocab_size(hf, config.tensor_model_parallel_size),
+        "max_sequence_length": length,
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+        "share_embeddings_and_output_weights": hf.tied,
+        "position_embedding_type": "rope",
+        "rotary_base": hf.rope.theta,
+        "seq_len_interpolation_factor": hf.rope.factor if hf.rope.kind == "linear" else None,
+    }
+    scaling = {"rope_scaling": hf.rope.kind == "llama3", "rope_scaling_factor": hf.rope.factor}
+    if getattr(config, "is_hybrid_model", False):
+        model = _hybrid_model(hf, config, spec, settings, scaling)
+    else:
+        model = GPTModel(config=config, transformer_layer_spec=spec, **settings, **scaling)
     config.perform_initialization = True
     # Norms outside Transformer Engine are made in float32, whatever params_dtype says.
     model.to(device=device(), dtype=config.params_dtype)
@@ -153,6 +175,94 @@ def build_gpt_model(
     ):
         model.output_layer.register_forward_hook(_PaddingLogits(hf.vocab_size))
     return model
+
+
+def _is_hybrid(model_class: ModelClass) -> bool:
+    if model_class == "hybrid" and not has_hybrid_model():
+        raise UnsupportedError(
+            "model_class='hybrid' needs Megatron-Core 0.19 or newer, whose HybridModel takes "
+            "GPTModel's place; use model_class='auto', or pip install 'megatron-core>=0.19'"
+        )
+    return model_class != "gpt" and has_hybrid_model()
+
+
+def _hybrid_model(
+    hf: HFConfig,
+    config: TransformerConfig,
+    spec: ModuleSpec,
+    settings: Mapping[str, Any],
+    scaling: Mapping[str, Any],
+) -> Any:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    stages = config.pipeline_model_parallel_size
+    segment = "*-" * (hf.num_layers // stages)
+    with hybrid_norms():
+        model = HybridModel(
+            config=config,
+            hybrid_stack_spec=hybrid_stack_spec(spec),
+            hybrid_layer_pattern="|".join([segment] * stages),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            **settings,
+        )
+    if scaling["rope_scaling"]:
+        # HybridModel passes no scaling on.
+        model.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=settings["rotary_base"],
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=model.pg_collection.cp,
+            **scaling,
+        )
+    return model
+
+
+def hybrid_stack_spec(spec: ModuleSpec) -> ModuleSpec:
+    """A hybrid stack whose attention and MLP are those of a decoder layer's specification.
+
+    Args:
+        spec: Of one ``TransformerLayer``, such as ``default_layer_spec`` returns, or
+            ``layers.lora_spec`` of one.
+
+    Returns:
+        What ``HybridModel`` takes as ``hybrid_stack_spec``.
+
+    Raises:
+        ConfigError: It is no decoder layer's.
+    """
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+
+    if not isinstance(spec, ModuleSpec) or spec.module is not TransformerLayer:
+        raise ConfigError(
+            "layer_spec is not the ModuleSpec of one TransformerLayer, which is what a HybridModel "
+            "takes its attention and MLP from; pass such a one, or model_class='gpt'"
+        )
+    layer = spec.submodules
+    no_mlp = {"pre_mlp_layernorm": IdentityOp, "mlp": IdentityOp, "mlp_bda": IdentityFuncOp}
+    no_attention = {
+        "input_layernorm": IdentityOp,
+        "self_attention": IdentityOp,
+        "self_attn_bda": IdentityFuncOp,
+    }
+    return ModuleSpec(
+        module=HybridStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=replace(spec, submodules=replace(layer, **no_mlp)),
+            mlp_layer=replace(spec, module=MLPLayer, submodules=replace(layer, **no_attention)),
+        ),
+    )
+
+
+def _check_stages(hf: HFConfig, stages: int) -> None:
+    if hf.num_layers % stages:
+        fit = [size for size in range(1, hf.num_layers + 1) if hf.num_layers % size == 0]
+        raise ShapeError(
+            f"num_hidden_layers={hf.num_layers} cannot be divided over {stages} pipeline stages; "
+            f"use one of {fit}"
+        )
 
 
 def _fixed_fields(hf: HFConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -56,13 +56,15 @@ def hf_shapes(hf: HFConfig) -> dict[str, tuple[int, ...]]:
 
 
 def model_sources(hf: HFConfig) -> dict[str, Source]:
-    """Sources of the parameters outside the layers, by the names ``GPTModel`` gives them."""
+    """Sources of the parameters outside the layers, by both model classes' names for them."""
+    norm = _whole("model.norm.weight", hf.hidden_size, "none")
     head = "model.embed_tokens.weight" if hf.tied else "lm_head.weight"
     return {
         "embedding.word_embeddings.weight": _whole(
             "model.embed_tokens.weight", hf.vocab_size, "rows"
         ),
-        "decoder.final_layernorm.weight": _whole("model.norm.weight", hf.hidden_size, "none"),
+        "decoder.final_layernorm.weight": norm,
+        "decoder.final_norm.weight": norm,
         "output_layer.weight": _whole(head, hf.vocab_size, "rows"),
     }
 

@@ -1,4 +1,4 @@
-"""Filling a ``GPTModel`` from a Hugging Face checkpoint, one slice at a time."""
+"""Filling a Megatron-Core model from a Hugging Face checkpoint, one slice at a time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import ModuleSpec
-from torch import Tensor
+from torch import Tensor, nn
 
+from bdlora_megatron.decoder import ModelClass
 from bdlora_megatron.errors import ShapeError
-from bdlora_megatron.models.build import build_gpt_model, transformer_config
+from bdlora_megatron.layers.anatomy import named_modules_global
+from bdlora_megatron.models.build import build_model, transformer_config
 from bdlora_megatron.models.config import HFConfig, read_hf_config
 from bdlora_megatron.models.files import TensorFiles
 from bdlora_megatron.models.layout import (
@@ -41,7 +42,8 @@ def load_hf_model(
     max_sequence_length: int | None = None,
     settings: Mapping[str, Any] | None = None,
     layer_spec: ModuleSpec | None = None,
-) -> GPTModel:
+    model_class: ModelClass = "auto",
+) -> Any:
     """Load a Llama-family model at the tensor- and pipeline-parallel size now in force.
 
     Every rank calls this inside ``bdlora_megatron.runtime.model_parallel`` and reads its own rows
@@ -55,6 +57,8 @@ def load_hf_model(
         settings: Further fields of ``TransformerConfig``, such as ``sequence_parallel``.
         layer_spec: The layers' specification, for example from ``layers.lora_spec``. Transformer
             Engine's where it and CUDA are present and Megatron-Core's own elsewhere by default.
+        model_class: ``hybrid`` for a ``HybridModel`` (Megatron-Core 0.19 and newer), ``gpt`` for a
+            ``GPTModel``; the first where the release has it by default.
 
     Returns:
         This rank's part of the model, in training mode. Where the vocabulary was rounded up to a
@@ -74,8 +78,10 @@ def load_hf_model(
     with TensorFiles(folder) as files:
         _check_tensors(hf, files, str(folder))
         stored = files.rows("model.embed_tokens.weight", 0, 1).dtype
-        config = transformer_config(hf, dtype=dtype or stored, settings=settings)
-        model = build_gpt_model(
+        config = transformer_config(
+            hf, dtype=dtype or stored, settings=settings, model_class=model_class
+        )
+        model = build_model(
             hf, config, max_sequence_length=max_sequence_length, layer_spec=layer_spec
         )
         load_hf_weights(model, hf, files)
@@ -83,8 +89,8 @@ def load_hf_model(
 
 
 @torch.no_grad()
-def load_hf_weights(model: GPTModel, hf: HFConfig, files: TensorFiles) -> None:
-    """Copy this rank's share of every tensor into a model from ``build_gpt_model``.
+def load_hf_weights(model: nn.Module, hf: HFConfig, files: TensorFiles) -> None:
+    """Copy this rank's share of every tensor into a model from ``build_model``.
 
     Args:
         model: The model; adapters in it are left alone.
@@ -104,13 +110,13 @@ def load_hf_weights(model: GPTModel, hf: HFConfig, files: TensorFiles) -> None:
         if source is None:
             raise ShapeError(
                 f"{name} {list(parameter.shape)} has no counterpart in a {hf.model_type} "
-                "checkpoint; build the model with build_gpt_model"
+                "checkpoint; build the model with build_model"
             )
         share = _share(source, files, size)
         if tuple(parameter.shape) != share:
             raise ShapeError(
                 f"{name} is {list(parameter.shape)}; a share of {list(share)} was expected at "
-                f"{size} tensor-parallel ranks: build the model with build_gpt_model"
+                f"{size} tensor-parallel ranks: build the model with build_model"
             )
         if source.split == "columns":
             _fill_columns(parameter, source, files, rank)
@@ -119,17 +125,18 @@ def load_hf_weights(model: GPTModel, hf: HFConfig, files: TensorFiles) -> None:
 
 
 def _parameters(
-    model: GPTModel, hf: HFConfig, tp_size: int
+    model: nn.Module, hf: HFConfig, tp_size: int
 ) -> Iterator[tuple[str, Tensor, Source | None]]:
     outside = model_sources(hf)
-    # A pipeline stage numbers its layers from 0; layer_number counts from 1 in the whole model.
-    layers = [layer_sources(hf, layer.layer_number - 1, tp_size) for layer in model.decoder.layers]
-    for name, parameter in model.named_parameters():
-        if _ADAPTER in name:
-            continue
-        inside = _LAYER.fullmatch(name)
-        source = layers[int(inside[1])].get(inside[2]) if inside else outside.get(name)
-        yield name, parameter, source
+    layers = [layer_sources(hf, layer, tp_size) for layer in range(hf.num_layers)]
+    for module_name, module in named_modules_global(model):
+        for own, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{own}"
+            if _ADAPTER in name:
+                continue
+            inside = _LAYER.fullmatch(name)
+            source = layers[int(inside[1])].get(inside[2]) if inside else outside.get(name)
+            yield name, parameter, source
 
 
 def _share(source: Source, files: TensorFiles, tp_size: int) -> tuple[int, ...]:

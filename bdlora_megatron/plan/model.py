@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bdlora_megatron.blocks import Blocked, ModuleShape
+from bdlora_megatron.decoder import LINEARS
 from bdlora_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ class Linear:
         column = self.blocked == "B"
         outputs = sum(self.out_features)
         return self.in_features // (1 if column else tp), outputs // (tp if column else 1)
+
+    def module_shapes(self) -> list[ModuleShape]:
+        """Its projections one by one."""
+        return [
+            ModuleShape(in_features=self.in_features, out_features=out, blocked=self.blocked)
+            for out in self.out_features
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,22 +93,25 @@ class ModelShape:
 
     def linears(self) -> tuple[Linear, ...]:
         """The four adapted layers of one decoder layer."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        hidden, ffn = self.hidden_size, self.ffn_size
-        return (
-            Linear(name="linear_qkv", in_features=hidden, out_features=(q, kv, kv), blocked="B"),
-            Linear(name="linear_proj", in_features=q, out_features=(hidden,), blocked="A"),
-            Linear(name="linear_fc1", in_features=hidden, out_features=(ffn, ffn), blocked="B"),
-            Linear(name="linear_fc2", in_features=ffn, out_features=(hidden,), blocked="A"),
+        sizes = {
+            "hidden_size": self.hidden_size,
+            "ffn_size": self.ffn_size,
+            "q_size": self.num_heads * self.head_dim,
+            "kv_size": self.num_kv_heads * self.head_dim,
+        }
+        return tuple(
+            Linear(
+                name=linear.name,
+                in_features=sizes[linear.in_size],
+                out_features=tuple(sizes[part.out_size] for part in linear.projections),
+                blocked=linear.blocked,
+            )
+            for linear in LINEARS
         )
 
     def module_shapes(self) -> list[ModuleShape]:
         """The seven projections, for ``matching_rank``."""
-        return [
-            ModuleShape(in_features=linear.in_features, out_features=out, blocked=linear.blocked)
-            for linear in self.linears()
-            for out in linear.out_features
-        ]
+        return [shape for linear in self.linears() for shape in linear.module_shapes()]
 
     def num_parameters(self) -> int:
         """Weights of all layers, embedding and output; norms and biases are left out."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from bdlora_megatron.decoder import MODEL_CLASSES
 from bdlora_megatron.errors import ConfigError, nearest
 
 __all__ = ["ApiKey", "ServeSettings", "check_adapter_name"]
@@ -88,6 +89,9 @@ class ServeSettings:
 
     dtype: str | None = None
     """The model's type; as stored when unset."""
+
+    model_class: str = "auto"
+    """Megatron-Core's class of models: ``hybrid``, ``gpt``, or the first where 0.19 has it."""
 
     layers: str = "megatron"
     """Whose linear layers the model has: ``megatron``, or on GPUs ``transformer_engine``."""
@@ -204,7 +208,12 @@ class ServeSettings:
         Raises:
             ConfigError: There is one.
         """
-        choices = {"layout": _LAYOUTS, "layers": _LAYERS, "dtype": _DTYPES}
+        choices = {
+            "model_class": MODEL_CLASSES,
+            "layout": _LAYOUTS,
+            "layers": _LAYERS,
+            "dtype": _DTYPES,
+        }
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known and not (name == "dtype" and value is None):

@@ -19,6 +19,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.export import adapter_state
 from bdlora_megatron.runtime.versions.checkpoint import save_distributed
 from bdlora_megatron.train.step import Stepper
 
@@ -122,8 +123,7 @@ def load_checkpoint(path: Path, stepper: Stepper) -> int:
 
 
 def _sharded_state(stepper: Stepper, *, is_loading: bool) -> dict[str, Any]:
-    model = stepper.model.module.sharded_state_dict(metadata=_METADATA)
-    adapter = {key: value for key, value in model.items() if ".adapter." in key}
+    adapter = adapter_state(stepper.model.module, _METADATA)
     optimizer = stepper.optimizer.sharded_state_dict(adapter, is_loading=is_loading)
     return {
         "model": adapter,

@@ -6,8 +6,8 @@ import zlib
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from torch import nn
 
 from bdlora_megatron.layers import apply_lora, lora_layers
 from bdlora_megatron.layers.factors import kaiming_uniform
@@ -20,7 +20,7 @@ __all__ = ["build_model"]
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_model(config: TrainConfig) -> tuple[GPTModel, HFConfig]:
+def build_model(config: TrainConfig) -> tuple[Any, HFConfig]:
     """Load the base model at the parallel sizes now in force and put the adapters in.
 
     Args:
@@ -39,6 +39,7 @@ def build_model(config: TrainConfig) -> tuple[GPTModel, HFConfig]:
         settings=_settings(config.model),
         # Transformer Engine's attention would not see the mask that keeps packed examples apart.
         layer_spec=get_gpt_layer_local_spec(qk_layernorm=hf.qk_norm, normalization="RMSNorm"),
+        model_class=config.model.model_class,
     )
     if lora is None:
         model.requires_grad_(False)
@@ -49,7 +50,7 @@ def build_model(config: TrainConfig) -> tuple[GPTModel, HFConfig]:
 
 
 @torch.no_grad()
-def _draw_factors(model: GPTModel, seed: int) -> None:
+def _draw_factors(model: nn.Module, seed: int) -> None:
     """Draw each A from the seed and its layer's name: the same start at any parallel size."""
     for name, layer in lora_layers(model):
         if layer.adapter is None:

@@ -8,8 +8,10 @@ import torch
 
 from bdlora_megatron.blocks import ModuleShape, matching_rank
 from bdlora_megatron.config import Layout, LoRAConfig, resolve
+from bdlora_megatron.decoder import LINEARS
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers.targets import TargetMatcher
+from bdlora_megatron.plan import ModelShape
 from bdlora_megatron.train.schema import BDLoRASection, PeftSection
 
 if TYPE_CHECKING:
@@ -80,25 +82,12 @@ def _blocked_rank(section: BDLoRASection, hf: HFConfig) -> int | None:
 def _target_shapes(section: BDLoRASection, hf: HFConfig) -> list[ModuleShape]:
     """Every projection of every layer that the targets choose."""
     matcher = TargetMatcher(section.target_modules, section.exclude_modules)
-    hidden, ffn = hf.hidden_size, hf.ffn_size
-    q, kv = hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
-    columns = {
-        "self_attention.linear_qkv": [(hidden, q), (hidden, kv), (hidden, kv)],
-        "mlp.linear_fc1": [(hidden, ffn), (hidden, ffn)],
-    }
-    rows = {"self_attention.linear_proj": [(q, hidden)], "mlp.linear_fc2": [(ffn, hidden)]}
     shapes, names = [], []
+    linears = ModelShape.from_hf(hf).linears()
     for layer in range(hf.num_layers):
-        for path, sizes in (columns | rows).items():
-            names.append(f"decoder.layers.{layer}.{path}")
+        for facts, linear in zip(LINEARS, linears, strict=True):
+            names.append(f"decoder.layers.{layer}.{facts.path}")
             if matcher.matches(names[-1]):
-                shapes += [
-                    ModuleShape(
-                        in_features=in_features,
-                        out_features=out_features,
-                        blocked="B" if path in columns else "A",
-                    )
-                    for in_features, out_features in sizes
-                ]
+                shapes += linear.module_shapes()
     matcher.check_all_used(names)
     return shapes

@@ -17,6 +17,7 @@ __all__ = ["check_resumable", "run_facts"]
 #: Settings that change nothing about what is learnt: where, how fast, and what is told of it.
 _FREE = (
     "model.hf_path",
+    "model.model_class",
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
     "model.sequence_parallel",

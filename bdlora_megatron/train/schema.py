@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bdlora_megatron.config import DEFAULT_TARGETS
+from bdlora_megatron.decoder import ModelClass
 
 __all__ = [
     "BDLoRASection",
@@ -30,6 +31,8 @@ class ModelSection:
 
     hf_path: str
     """Folder of a Hugging Face Llama-family model, with its tokenizer."""
+    model_class: ModelClass = "auto"
+    """Megatron-Core's class of models; ``hybrid`` where it is 0.19 or newer by default."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the frozen base; that of the stored weights by default. See ``train.precision``."""
     seq_length: int = 1024

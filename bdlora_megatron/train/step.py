@@ -19,7 +19,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -65,7 +64,7 @@ class Stepper:
         scheduler: Megatron-Core's schedule, counted in steps.
     """
 
-    def __init__(self, model: GPTModel, config: TrainConfig) -> None:
+    def __init__(self, model: Any, config: TrainConfig) -> None:
         """Wrap a model whose adapters are in place.
 
         Args:

@@ -12,7 +12,7 @@ from bdlora_megatron.config import Layout
 from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
 from bdlora_megatron.serve.engine import EngineOptions, ServingEngine
 from bdlora_megatron.serve.messages import Choice, Sampling, Submit, Token
-from tests.tp.models import VOCAB
+from tests.tp.models import MODEL_CLASSES, VOCAB
 from tests.tp.serving_cases import make_adapter, serving_model
 
 ADAPTERS = {
@@ -67,9 +67,10 @@ def engine_for(
     model: Any = None,
     implementation: Any = None,
     layouts: tuple[Layout, ...] = (Layout.BDLORA, Layout.HALF_SHARDED),
+    model_class: str = MODEL_CLASSES[-1],
     **options: Any,
 ) -> ServingEngine:
-    model = wide_model(world) if model is None else model
+    model = wide_model(world, model_class) if model is None else model
     room = SlotRoom(
         max_loras=num_slots, max_lora_rank=8, implementation=implementation, layouts=layouts
     )
@@ -90,9 +91,10 @@ def engine_for(
     return ServingEngine(model, store, EngineOptions(**{**sizes, **options}))
 
 
-def wide_model(world: int) -> Any:
+def wide_model(world: int, model_class: str = "gpt") -> Any:
     """In fp64, so that two ways to the same logits choose the same tokens."""
-    return serving_model(world, params_dtype=torch.float64, pipeline_dtype=torch.float64).double()
+    wide = {"params_dtype": torch.float64, "pipeline_dtype": torch.float64}
+    return serving_model(world, **wide, model_class=model_class).double()
 
 
 def run(engine: ServingEngine, arrivals: dict[int, list[Submit]], cancels: dict[int, list[int]]):

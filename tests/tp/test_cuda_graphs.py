@@ -21,7 +21,7 @@ from bdlora_megatron.serve.messages import Sampling, Submit
 from tests.fakes import cuda_graphs
 from tests.harness import run_ranks
 from tests.tp import engine_cases
-from tests.tp.models import VOCAB
+from tests.tp.models import MODEL_CLASSES, VOCAB
 from tests.tp.serving_cases import serving_model
 from tests.tp.session import model_parallel
 
@@ -44,17 +44,18 @@ def _requests():
     ]
 
 
-def _engine(*, graphs):
-    model = serving_model(1, **({"cuda_graph_impl": "local"} if graphs else {}))
+def _engine(*, graphs, model_class=MODEL_CLASSES[-1]):
+    captured = {"cuda_graph_impl": "local"} if graphs else {}
+    model = serving_model(1, **captured, model_class=model_class)
     kernels = "triton" if graphs else None
     return engine_cases.engine_for(
         1, blocks=30, model=model, implementation=kernels, cuda_graphs=graphs
     )
 
 
-def _outcome(*, graphs):
+def _outcome(*, graphs, model_class):
     """What the engine gives, with the Triton kernels in captured steps or the CPU's without."""
-    engine = _engine(graphs=graphs)
+    engine = _engine(graphs=graphs, model_class=model_class)
     made = _requests()
     with torch.inference_mode():
         got, ends = engine_cases.run(engine, {0: made[:3], 3: made[3:]}, {})
@@ -62,19 +63,20 @@ def _outcome(*, graphs):
     return {i: [choice.token for choice in choices] for i, choices in got.items()}, ends
 
 
-def _serve(rank, world):
+def _serve(rank, world, model_class):
     cuda_graphs.install()
     enable_cpu_inference()
     with runtime.model_parallel(world, cuda_graphs=True):
-        wanted = _outcome(graphs=False)
+        wanted = _outcome(graphs=False, model_class=model_class)
         assert not cuda_graphs.COUNTS
-        found = _outcome(graphs=True)
+        found = _outcome(graphs=True, model_class=model_class)
         assert found == wanted
         return dict(cuda_graphs.COUNTS)
 
 
-def test_replayed_steps_give_the_tokens_of_steps_that_are_not():
-    (counts,) = run_ranks(1, _serve)
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_replayed_steps_give_the_tokens_of_steps_that_are_not(model_class):
+    (counts,) = run_ranks(1, _serve, model_class)
     # Of each size: four linear layers of two decoder layers, each with two launches. Until 0.18
     # there is one size, as asked for; 0.19 halves it until there is one request.
     sizes, rest = divmod(counts["recorded"], 8)

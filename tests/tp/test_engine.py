@@ -36,6 +36,7 @@ from bdlora_megatron.serve.messages import (
 )
 from tests.harness import run_ranks
 from tests.tp.engine_cases import ADAPTERS, engine_for, make, requests, run, wide_model
+from tests.tp.models import MODEL_CLASSES
 from tests.tp.serving_cases import make_adapter
 from tests.unit.serve.test_penalties import by_hand as by_formula
 
@@ -106,7 +107,7 @@ def check_equal(got: list[Choice], expected: list[Choice], *, whole: bool, label
             assert [x for _, x in mine.top] == pytest.approx([x for _, x in theirs.top], abs=1e-5)
 
 
-def mixed_body(rank: int, world: int) -> dict[str, Any]:
+def mixed_body(rank: int, world: int, model_class: str) -> dict[str, Any]:
     enable_cpu_inference()
     with runtime.model_parallel(world):
         made = requests(40, seed=1)
@@ -121,7 +122,7 @@ def mixed_body(rank: int, world: int) -> dict[str, Any]:
             cancels.setdefault(when + rng.randint(1, 12), []).append(request_id)
         # First: since 0.18 an engine turns the whole process to inference.
         expected = all_alone(world, made)
-        engine = engine_for(world, blocks=15)
+        engine = engine_for(world, blocks=15, model_class=model_class)
         got, ends = run(engine, arrivals, cancels)
         after = engine.snapshot()
         for request in made:
@@ -141,10 +142,13 @@ def mixed_body(rank: int, world: int) -> dict[str, Any]:
         return {"got": got, "ends": ends, "after": after, "cut": len(cut)}
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_a_mixed_batch_gives_each_request_what_it_gets_alone(world):
+@pytest.mark.parametrize(
+    ("world", "model_class"),
+    [(1, "gpt"), *((world, MODEL_CLASSES[-1]) for world in (1, 2, 4))],
+)
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone(world, model_class):
     """Chunks of prompts, preemption, more adapters than slots, several blocks, cancellations."""
-    first, *others = run_ranks(world, mixed_body)
+    first, *others = run_ranks(world, mixed_body, model_class)
     assert first["cut"] >= 2, "too few cancellations met a request in flight"
     for other in others:
         # Also what ranks decided without asking each other: order, slots, evictions.

@@ -15,7 +15,7 @@ from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.layers import lora_layers, lora_spec
 from bdlora_megatron.models import (
     TensorFiles,
-    build_gpt_model,
+    build_model,
     default_layer_spec,
     load_hf_model,
     load_hf_weights,
@@ -180,7 +180,7 @@ class _CountingFiles(TensorFiles):
 def _read_sizes(rank, world_size, folder):
     with model_parallel(world_size):
         hf = read_hf_config(folder)
-        model = build_gpt_model(hf, transformer_config(hf, dtype=torch.bfloat16))
+        model = build_model(hf, transformer_config(hf, dtype=torch.bfloat16))
         for parameter in model.parameters():
             parameter.data.fill_(float("nan"))
         with _CountingFiles(folder) as files:
@@ -321,12 +321,12 @@ def _other_shape(rank, world_size, folder, other):
     with model_parallel(world_size):
         hf, different = read_hf_config(folder), read_hf_config(other)
         config = transformer_config(different, dtype=torch.float32)
-        model = build_gpt_model(different, config)
+        model = build_model(different, config)
         with TensorFiles(folder) as files, pytest.raises(ShapeError, match="a share of"):
             load_hf_weights(model, hf, files)
         config = transformer_config(hf, dtype=torch.float32, settings={})
         config.add_qkv_bias = True
-        model = build_gpt_model(hf, config)
+        model = build_model(hf, config)
         with TensorFiles(folder) as files, pytest.raises(ShapeError, match="has no counterpart"):
             load_hf_weights(model, hf, files)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
 
 from bdlora_megatron.blocks import Blocked, BlockFactors
+from bdlora_megatron.decoder import MODULE_NAMES, ModuleName, facts_of
 from bdlora_megatron.errors import ShapeError
 
 __all__ = [
@@ -23,22 +23,6 @@ __all__ = [
     "blocked_factor",
     "infer_base_shape",
 ]
-
-ModuleName: TypeAlias = Literal[
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
-]
-MODULE_NAMES: tuple[ModuleName, ...] = get_args(ModuleName)
-
-#: Field of `BaseShape` that each module's I and O are.
-_SIDES: Mapping[ModuleName, tuple[str, str]] = {
-    "q_proj": ("hidden_size", "q_size"),
-    "k_proj": ("hidden_size", "kv_size"),
-    "v_proj": ("hidden_size", "kv_size"),
-    "o_proj": ("q_size", "hidden_size"),
-    "gate_proj": ("hidden_size", "ffn_size"),
-    "up_proj": ("hidden_size", "ffn_size"),
-    "down_proj": ("ffn_size", "hidden_size"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -54,8 +38,7 @@ class ModuleKey:
     name: ModuleName
 
     def __str__(self) -> str:
-        parent = "self_attn" if self.name[0] in "qkvo" else "mlp"
-        return f"layers.{self.layer}.{parent}.{self.name}"
+        return f"layers.{self.layer}.{facts_of(self.name)[0].parent}.{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +95,7 @@ def blocked_factor(name: ModuleName) -> Blocked:
     Returns:
         `"A"` for the row-parallel `o_proj` and `down_proj`, `"B"` for the column-parallel others.
     """
-    return "A" if name in ("o_proj", "down_proj") else "B"
+    return facts_of(name)[0].blocked
 
 
 def infer_base_shape(features: Iterable[tuple[ModuleKey, int, int]]) -> BaseShape:
@@ -129,7 +112,8 @@ def infer_base_shape(features: Iterable[tuple[ModuleKey, int, int]]) -> BaseShap
     """
     seen: dict[str, dict[int, ModuleKey]] = {}
     for key, in_features, out_features in features:
-        for side, width in zip(_SIDES[key.name], (in_features, out_features), strict=True):
+        linear, projection = facts_of(key.name)
+        for side, width in ((linear.in_size, in_features), (projection.out_size, out_features)):
             seen.setdefault(side, {}).setdefault(width, key)
     torn = [
         f"{side} is " + " but ".join(f"{width} by {key}" for width, key in widths.items())

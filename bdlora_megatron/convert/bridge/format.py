@@ -41,21 +41,12 @@ from bdlora_megatron.convert.megatron.format import (
 from bdlora_megatron.convert.megatron.names import LINEARS, fuse, linear_of, stem
 from bdlora_megatron.convert.megatron.reader import Pair, PairSettings, find_pairs, pair_modules
 from bdlora_megatron.convert.write_options import WriteOptions
+from bdlora_megatron.decoder import facts_of
 from bdlora_megatron.errors import UnsupportedError
 
 __all__ = ["open_bridge", "write_bridge"]
 
 _GATED = "mlp.linear_fc1"
-#: Canonical LoRA's names of its targets.
-_TARGETS = {
-    "q_proj": "linear_q",
-    "k_proj": "linear_k",
-    "v_proj": "linear_v",
-    "o_proj": "linear_proj",
-    "gate_proj": "linear_fc1_gate",
-    "up_proj": "linear_fc1_up",
-    "down_proj": "linear_fc2",
-}
 
 
 @contextmanager
@@ -141,7 +132,8 @@ def write_bridge(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         metadata={},
     )
     names = [name for name in MODULE_NAMES if any(key.name == name for key in facts)]
-    targets = [linear_of(n)[0].rpartition(".")[2] if options.fused else _TARGETS[n] for n in names]
+    places = [facts_of(name) for name in names]
+    targets = [linear.name if options.fused else part.bridge for linear, part in places]
     write_settings(
         iteration / RUN_CONFIG_NAME,
         settings,

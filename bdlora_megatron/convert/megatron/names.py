@@ -16,23 +16,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from bdlora_megatron.blocks import BlockFactors
-from bdlora_megatron.convert.adapter.neutral import BaseShape, ModuleKey, ModuleName
+from bdlora_megatron.convert.adapter.neutral import BaseShape, ModuleKey
+from bdlora_megatron.decoder import FUSED, ModuleName, facts_of
+from bdlora_megatron.decoder import LINEARS as ANATOMY
 from bdlora_megatron.errors import AdapterFormatError
 
 __all__ = ["FUSED", "FactorName", "fuse", "linear_of", "parse_factor", "split_fused", "stem"]
 
 #: The projections of each Megatron-Core layer, in order, by what an adapter calls them.
-LINEARS: Mapping[str, Mapping[str, ModuleName]] = {
-    "self_attention.linear_qkv": {"q": "q_proj", "k": "k_proj", "v": "v_proj"},
-    "self_attention.linear_proj": {"": "o_proj"},
-    "mlp.linear_fc1": {"gate": "gate_proj", "up": "up_proj"},
-    "mlp.linear_fc2": {"": "down_proj"},
-}
-#: The layers that hold several projections.
-FUSED = frozenset(linear for linear, parts in LINEARS.items() if "" not in parts)
-_PLACES = {
-    name: (linear, part) for linear, parts in LINEARS.items() for part, name in parts.items()
-}
+LINEARS: Mapping[str, Mapping[str, ModuleName]] = {linear.path: linear.parts for linear in ANATOMY}
 _FACTOR = re.compile(
     r"(?P<prefix>(?:[^.]+\.)*?)decoder\.layers\.(?:(?P<layer>0|[1-9][0-9]{0,4})\.)?"
     r"(?P<linear>self_attention\.linear_(?:qkv|proj)|mlp\.linear_fc[12])\.adapter\."
@@ -86,7 +78,8 @@ def parse_factor(name: str) -> FactorName | None:
 
 def linear_of(name: ModuleName) -> tuple[str, str]:
     """The Megatron-Core layer that holds a projection, and the projection's name in it."""
-    return _PLACES[name]
+    linear, projection = facts_of(name)
+    return linear.path, projection.part
 
 
 def stem(linear: str, part: str, layer: int | None, *, prefix: str = "") -> str:

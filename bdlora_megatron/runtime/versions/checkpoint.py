@@ -1,4 +1,4 @@
-"""Saving a distributed checkpoint in this process alone.
+"""Saving a distributed checkpoint in this process alone, under names that all model classes share.
 
 Until 0.16, Megatron-Core forks a process for each file of a checkpoint, also where nobody asked for
 an asynchronous save. Such a process outlives a rank that is killed meanwhile: it waits for ever for
@@ -9,6 +9,7 @@ write. On all releases, a further server process would take in the results.
 from __future__ import annotations
 
 import queue
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,34 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-__all__ = ["save_distributed"]
+__all__ = ["renumber_layers", "save_distributed"]
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def renumber_layers(
+    sharded: Mapping[str, Any], numbers: Mapping[int, int], num_layers: int | None
+) -> None:
+    """Store a ``HybridModel``'s layers under the names that a ``GPTModel`` gives them.
+
+    Args:
+        sharded: What the model's ``sharded_state_dict`` gave; changed in place.
+        numbers: The layer of each position.
+        num_layers: Of the whole model, to stack each tensor over all layers; None where each layer
+            has tensors of its own.
+    """
+    if num_layers is not None:
+        from megatron.core.dist_checkpointing import gpt_checkpoint_interop as interop
+
+        # It knows attention from MLP by the map alone, and asks both for every position.
+        maps = interop.GPTCompatLayerMaps(numbers, {}, frozenset(), num_layers)
+        interop.retarget_sharded_state_dict_to_gpt_checkpoint(dict(sharded), maps)
+        return
+    for entry in sharded.values():
+        found = _LAYER.search(entry.key)
+        if found:
+            number = numbers[int(found[1])]
+            entry.key = f"{entry.key[: found.start(1)]}{number}{entry.key[found.end(1) :]}"
 
 
 def save_distributed(

@@ -17,7 +17,6 @@ from megatron.core.inference.contexts import dynamic_context
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines import dynamic_engine
 from megatron.core.inference.text_generation_controllers import text_generation_controller
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 try:
@@ -152,7 +151,7 @@ class SeamedContext(DynamicInferenceContext):
 
 
 def context_arguments(
-    model: GPTModel,
+    config: Any,
     *,
     max_model_len: int,
     max_num_seqs: int,
@@ -164,7 +163,7 @@ def context_arguments(
     """What the constructor of a context takes.
 
     Args:
-        model: The model.
+        config: The model's, its layers those that have attention.
         max_model_len: Positions of one request, at most.
         max_num_seqs: Rows.
         max_tokens: Tokens of one step, at most.
@@ -175,7 +174,6 @@ def context_arguments(
     Returns:
         Arguments by name.
     """
-    config = model.config
     sizes = {
         "max_sequence_length": max_model_len,
         "buffer_size_gb": kv_cache_memory_bytes / 2**30,
@@ -207,7 +205,7 @@ def context_arguments(
     return {"model_config": config, "inference_config": settings}
 
 
-def wrapper_arguments(model: GPTModel, context: DynamicInferenceContext) -> tuple[Any, ...]:
+def wrapper_arguments(model: Any, context: DynamicInferenceContext) -> tuple[Any, ...]:
     """What the constructor of ``GPTInferenceWrapper`` takes.
 
     Args:

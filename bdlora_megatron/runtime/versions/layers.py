@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron.core import package_info, parallel_state
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from bdlora_megatron.errors import UnsupportedError
 
 __all__ = [
+    "decoder_classes",
+    "has_hybrid_model",
+    "hybrid_norms",
     "nested_submodules",
     "sharded_for_checkpoint",
     "share_quantization",
@@ -65,6 +73,38 @@ def sharded_for_checkpoint(
 @functools.cache
 def _knows_groups() -> bool:
     return "tp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters
+
+
+def has_hybrid_model() -> bool:
+    """Whether ``HybridModel`` takes ``GPTModel``'s place in this release."""
+    return (package_info.MAJOR, package_info.MINOR) >= (0, 19)
+
+
+def decoder_classes() -> tuple[type, ...]:
+    """The classes of a model's stack of decoder layers."""
+    if not has_hybrid_model():
+        return (TransformerBlock,)
+    from megatron.core.models.hybrid.hybrid_block import HybridStack
+
+    return (TransformerBlock, HybridStack)
+
+
+@contextmanager
+def hybrid_norms() -> Iterator[None]:
+    """Build a ``HybridModel`` inside this block where Transformer Engine may be missing.
+
+    The stack's final norm is Transformer Engine's without a choice. Without it, the norm that a
+    ``GPTModel`` would have takes its place.
+    """
+    from megatron.core.models.hybrid import hybrid_block
+
+    own = hybrid_block.TENorm
+    if not HAVE_TE:
+        hybrid_block.TENorm = WrappedTorchNorm
+    try:
+        yield
+    finally:
+        hybrid_block.TENorm = own
 
 
 def shares_kv_heads() -> bool:

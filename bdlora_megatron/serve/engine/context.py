@@ -7,14 +7,15 @@ slot of each request stands, so that one gather tells the slot of each token.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdlora_megatron.errors import CapacityError
+from bdlora_megatron.layers.anatomy import attention_positions
 from bdlora_megatron.runtime import cpu_is_enabled
 from bdlora_megatron.runtime.versions.engine import SeamedContext, context_arguments
 from bdlora_megatron.serve.engine.options import EngineOptions
@@ -36,6 +37,7 @@ class AdapterContext(SeamedContext):
     """
 
     active_token_count: int
+    layer_map: dict[int, int]
     paused_tokens: Any
 
     def __init__(self, *, slot_of: Callable[[int], int], **settings: Any) -> None:
@@ -149,7 +151,7 @@ class UnpaddedContext(AdapterContext):
 
 
 def make_context(
-    model: GPTModel, options: EngineOptions, slot_of: Callable[[int], int]
+    model: nn.Module, options: EngineOptions, slot_of: Callable[[int], int]
 ) -> AdapterContext:
     """Allocate the cache for a model.
 
@@ -165,10 +167,16 @@ def make_context(
         CapacityError: It does not hold one request of ``max_model_len``.
     """
     kind = UnpaddedContext if cpu_is_enabled() else AdapterContext
+    config: Any = model.config
+    attention = attention_positions(model)
+    if attention is not None:
+        # Without Mamba, the context takes every position for one with attention.
+        config = copy.copy(config)
+        config.num_layers = len(attention)
     context = kind(
         slot_of=slot_of,
         **context_arguments(
-            model,
+            config,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             # A step is padded to whole tiles, up to this.
@@ -178,6 +186,8 @@ def make_context(
             cuda_graphs=_GRAPHS if options.cuda_graphs else None,
         ),
     )
+    if attention is not None:
+        context.layer_map = attention
     needed = -(-options.max_model_len // options.block_size)
     if context.num_blocks < needed:
         block_bytes = context.block_size_bytes

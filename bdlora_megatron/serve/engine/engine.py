@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.inference.sampling_params import SamplingParams
-from megatron.core.models.gpt import GPTModel
+from torch import nn
 
 from bdlora_megatron.errors import CapacityError, ConfigError
 from bdlora_megatron.runtime.versions.engine import engine_arguments, steps_run, wrapper_arguments
@@ -40,7 +40,7 @@ class ServingEngine:
 
     def __init__(
         self,
-        model: GPTModel,
+        model: nn.Module,
         store: AdapterStore | None = None,
         options: EngineOptions | None = None,
     ) -> None:

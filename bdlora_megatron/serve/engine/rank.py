@@ -16,10 +16,9 @@ from dataclasses import fields
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -29,6 +28,7 @@ from megatron.core.transformer import ModuleSpec
 from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import load_hf_model, read_hf_config
+from bdlora_megatron.decoder import ModelClass
 from bdlora_megatron.errors import BDLoRAError, MissingDependencyError
 from bdlora_megatron.runtime.attention import find_attention, use_attention
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
@@ -191,7 +191,7 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
     return engine, AdapterDesk(engine, store)
 
 
-def _load_model(settings: ServeSettings, more: Mapping[str, Any]) -> GPTModel:
+def _load_model(settings: ServeSettings, more: Mapping[str, Any]) -> Any:
     """The base model, its configuration as the settings and ``more`` say."""
     captured = {"cuda_graph_impl": "local"} if settings.cuda_graphs else {}
     return load_hf_model(
@@ -200,6 +200,7 @@ def _load_model(settings: ServeSettings, more: Mapping[str, Any]) -> GPTModel:
         max_sequence_length=settings.max_model_len,
         settings={**captured, **more},
         layer_spec=_layer_spec(settings),
+        model_class=cast("ModelClass", settings.model_class),
     )
 
 
