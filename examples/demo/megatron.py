@@ -18,6 +18,7 @@ from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import HFConfig, load_hf_model, read_hf_config, read_peft
 from bdlora_megatron.layers import LoadOptions, adapters_disabled, load_adapter
+from bdlora_megatron.layers.anatomy import num_decoder_layers
 from bdlora_megatron.models import without_padding
 from bdlora_megatron.runtime.launch import hidden_gpus, join_ranks, start_method
 from examples.demo.reference import BASE, Answer
@@ -194,7 +195,7 @@ def _cost(
     base: tuple[Any, Any],
     adapted: tuple[Any, Any],
 ) -> LayoutCost:
-    layers = model.config.num_layers
+    layers = num_decoder_layers(model)
     counts, sizes = [], []
     for before, after in zip(base, adapted, strict=True):
         kinds = after.counts()
