@@ -115,7 +115,9 @@ _allow_as_target(_target(BDLoRA))
 
 def _set_enabled(model: Any, enabled: bool) -> None:
     for chunk in model if isinstance(model, list) else [model]:
-        for _, layer in lora_layers(chunk):
+        for name, layer in lora_layers(chunk):
+            if layer.is_merged:
+                raise ConfigError(f"{name} is merged; call unmerge_adapters() first")
             layer.adapter_enabled = enabled
 
 

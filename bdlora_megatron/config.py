@@ -50,6 +50,11 @@ class Layout(str, Enum):
     HALF_SHARDED = "half_sharded"
     """Vanilla LoRA, one factor replicated: no forward collective, but a whole factor per rank."""
 
+    @classmethod
+    def _missing_(cls, value: object) -> Layout:
+        choices = [layout.value for layout in cls]
+        raise ConfigError(f"layout={value!r}; wanted one of {choices}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoRAConfig:
@@ -102,7 +107,7 @@ class LoRAConfig:
     """Type of the factors; the base layer's when unset."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layout", _layout(self.layout))
+        object.__setattr__(self, "layout", Layout(self.layout))
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         rank, alpha = resolve(rank=self.rank, alpha=self.alpha, num_blocks=self.num_blocks)
@@ -171,14 +176,6 @@ class LoRAConfig:
                     f"unknown key {key!r} in the LoRA settings; {nearest(key, known)}"
                 )
         return cls(**values)
-
-
-def _layout(value: Layout | str) -> Layout:
-    try:
-        return Layout(value)
-    except ValueError:
-        choices = [layout.value for layout in Layout]
-        raise ConfigError(f"layout={value!r}; wanted one of {choices}") from None
 
 
 def _names(field: str, value: Any) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -71,11 +71,12 @@ def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list
     }
     chosen = {name: module for name, module in candidates.items() if matcher.matches(name)}
     matcher.check_all_used(candidates, _unused_on_every_stage(matcher.unused))
+    if any(isinstance(module, _STACKS) for chunk in chunks for module in chunk.modules()):
+        for name, module in chosen.items():
+            if not getattr(module, "is_expert", False):
+                check_place(name)
     # All layers are made before the first is exchanged: a refusal leaves the model as it was.
     made = {name: _with_adapter(module, lora, name) for name, module in chosen.items()}
-    if any(isinstance(module, _STACKS) for chunk in chunks for module in chunk.modules()):
-        for name in chosen:
-            check_place(name)
     for chunk in chunks:
         for name, module in chosen.items():
             replace_module(chunk, module, made[name])
@@ -129,8 +130,9 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 def freeze_base(model: nn.Module) -> None:
     """Leave only adapter parameters trainable.
 
-    Also makes the decoder's input require a gradient, where activation recompute would otherwise
-    cut the adapters off: a checkpointed part whose inputs need no gradient records no backward.
+    Also makes the decoder's input require a gradient where activations are recomputed, at any
+    granularity: a checkpointed part whose inputs need no gradient records no backward, and cuts the
+    adapters in it off.
     """
     for parameter in model.parameters():
         parameter.requires_grad = False
@@ -138,8 +140,7 @@ def freeze_base(model: nn.Module) -> None:
         if layer.adapter is not None:
             layer.adapter.requires_grad_(True)
     for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if isinstance(module, _STACKS) and config.recompute_granularity is not None:
+        if isinstance(module, _STACKS):
             _hook_once(module)
 
 
@@ -151,7 +152,9 @@ def _hook_once(block: nn.Module) -> None:
 def _require_input_grad(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if not torch.is_grad_enabled():
+    config: Any = module.config
+    # Asked at each call: a host may choose what to recompute after the adapters are in.
+    if config.recompute_granularity is None or not torch.is_grad_enabled():
         return args, kwargs
     if args:
         return (_requiring(args[0]), *args[1:]), kwargs
@@ -164,13 +167,18 @@ def _requiring(x: Any) -> Any:
     return x.detach().requires_grad_(True)
 
 
-def remove_lora(model: nn.Module) -> None:
+def remove_lora(model: nn.Module, *, keep_merged: bool = False) -> None:
     """Put the plain Megatron-Core layers back; adapters are dropped, the base stays as it was.
 
     Parameters stay frozen.
+
+    Args:
+        model: A model with adapters, or without.
+        keep_merged: Leave in the weights what ``merge_adapters`` added to them: the model that is
+            left computes, and saves, base and adapter together.
     """
     for _, layer in list(lora_layers(model)):
-        replace_module(model, layer, layer.to_base())
+        replace_module(model, layer, layer.to_base(keep_merged=keep_merged))
 
 
 def merge_adapters(model: nn.Module) -> None:
@@ -189,13 +197,15 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the base model alone inside the ``with`` block."""
+    """Run the base model alone inside the ``with`` block, also where adapters are merged."""
     layers = [layer for _, layer in lora_layers(model)]
     before = [layer.adapter_enabled for layer in layers]
-    for layer in layers:
-        layer.adapter_enabled = False
-    try:
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.adapter_enabled = enabled
+    with ExitStack() as stack:
+        for layer in layers:
+            layer.adapter_enabled = False
+            stack.enter_context(layer.base_weight())
+        try:
+            yield
+        finally:
+            for layer, enabled in zip(layers, before, strict=True):
+                layer.adapter_enabled = enabled

@@ -60,6 +60,9 @@ class LoadOptions:
     dropout: float = 0.0
     dtype: torch.dtype | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", Layout(self.layout))
+
 
 def load_adapter(
     model: nn.Module, adapter: NeutralAdapter, options: LoadOptions | None = None

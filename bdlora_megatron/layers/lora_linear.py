@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,6 +20,11 @@ from bdlora_megatron.runtime.versions.layers import weight_is_rebuilt
 
 __all__ = ["LoRALinear"]
 
+_NOT_MERGED = (
+    "cannot save a merged layer: its adapter would count twice when it is loaded; call "
+    "unmerge_adapters() first, or remove_lora(model, keep_merged=True) for a plain model whose "
+    "weights hold the update"
+)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LayerT = TypeVar("LayerT", bound="LoRALinear")
 
@@ -129,9 +135,13 @@ class LoRALinear(nn.Module):
         layer._check_base()
         return layer
 
-    def to_base(self) -> nn.Module:
-        """Give back the plain Megatron-Core layer, sharing parameters; the adapter is dropped."""
-        if self.is_merged:
+    def to_base(self, *, keep_merged: bool = False) -> nn.Module:
+        """Give back the plain Megatron-Core layer, sharing parameters; the adapter is dropped.
+
+        Args:
+            keep_merged: Leave the update of a merged adapter in the weight.
+        """
+        if self.is_merged and not keep_merged:
             self.unmerge()
         base = self.base_class.__new__(self.base_class)
         kept = {k: v for k, v in self.__dict__.items() if k not in self.own_attributes}
@@ -205,6 +215,7 @@ class LoRALinear(nn.Module):
                 "the layer serves several adapters from slots; detach them before it gets one of "
                 "its own"
             )
+        layout = Layout(layout)
         options = AdapterOptions(
             dropout=dropout,
             dtype=dtype or self.weight.dtype,
@@ -347,6 +358,28 @@ class LoRALinear(nn.Module):
         self.weight.data = self._unmerged
         self._unmerged = None
 
+    @contextmanager
+    def base_weight(self) -> Iterator[None]:
+        """Compute with the original weight of a merged layer inside the ``with`` block."""
+        merged = self.weight.data
+        if self._unmerged is not None:
+            self.weight.data = self._unmerged
+        try:
+            yield
+        finally:
+            self.weight.data = merged
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_merged:
+            raise ConfigError(_NOT_MERGED)
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # The weight that comes is no merged one; one that was kept would come back with unmerge().
+        if self.is_merged:
+            self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -356,7 +389,7 @@ class LoRALinear(nn.Module):
             ConfigError: The adapter is merged: the checkpoint would hold it twice.
         """
         if self.is_merged:
-            raise ConfigError("cannot save a merged layer: its adapter would count twice; unmerge")
+            raise ConfigError(_NOT_MERGED)
         below = f"{prefix}adapter."
         sharded: dict[str, Any] = super().sharded_state_dict(  # type: ignore[misc]
             prefix, sharded_offsets, metadata

@@ -8,15 +8,13 @@ Shapes: T tokens, N slots, J slices of the layer, I and O input and output featu
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from bdlora_megatron.errors import ConfigError, ShapeError
+from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.ops import cpu, reference
-from bdlora_megatron.ops.backward import expand_backward, shrink_backward
 from bdlora_megatron.ops.batch import GroupedBatch
 from bdlora_megatron.ops.slots import SlotFactors
 
@@ -82,13 +80,20 @@ def shrink(
 
     Raises:
         ShapeError: The sizes of ``x``, ``slots`` and ``batch`` disagree.
+        UnsupportedError: A gradient would be recorded.
     """
     _check(x, slots, batch)
+    _refuse_gradients(x, slots.A)
     chosen = choose(x.device, implementation)
-    if chosen != "reference" and _needs_grad(x, slots.A):
-        made: Tensor = _Shrink.apply(x, slots.A, slots, batch, chosen)  # type: ignore[no-untyped-call]
-        return made
-    return _shrink(x, slots, batch, chosen)
+    if chosen == "reference":
+        return reference.shrink(x, slots, batch)
+    if chosen == "cpu":
+        z = _empty_z(x, slots).zero_()
+        cpu.shrink(x, slots, batch, z)
+        return z
+    from bdlora_megatron.ops import gpu
+
+    return gpu.shrink(x, slots, batch)
 
 
 def expand(
@@ -117,23 +122,24 @@ def expand(
         implementation: Instead of the device's own.
 
     Returns:
-        ``out``, changed in place; a new tensor where a gradient is recorded. A token of slot -1 is
-        as it was, bit by bit.
+        ``out``, changed in place. A token of slot -1 is as it was, bit by bit.
 
     Raises:
+        UnsupportedError: A gradient would be recorded.
         ShapeError: The sizes of ``out``, ``z``, ``slots`` and ``batch`` disagree.
     """
     _check_out(out, z, slots, batch)
+    _refuse_gradients(out, z, *slots.B)
     chosen = choose(out.device, implementation)
-    if not _needs_grad(out, z, *slots.B):
-        _expand(out, z, slots, batch, chosen)
-        return out
     if chosen == "reference":
-        total = out.clone()
-        reference.expand(total, z, slots, batch)
-        return total
-    made: Tensor = _Expand.apply(out, z, slots, batch, chosen, *slots.B)  # type: ignore[no-untyped-call]
-    return made
+        reference.expand(out, z, slots, batch)
+    elif chosen == "cpu":
+        cpu.expand(out, z, slots, batch)
+    else:
+        from bdlora_megatron.ops import gpu
+
+        gpu.expand(out, z, slots, batch)
+    return out
 
 
 def add_grouped(
@@ -162,14 +168,15 @@ def add_grouped(
         implementation: Instead of the device's own.
 
     Returns:
-        ``out``, changed in place; a new tensor where a gradient is recorded. A token of slot -1 is
-        as it was, bit by bit.
+        ``out``, changed in place. A token of slot -1 is as it was, bit by bit.
 
     Raises:
+        UnsupportedError: A gradient would be recorded.
         ShapeError: The sizes of ``out``, ``x``, ``slots`` and ``batch`` disagree.
     """
+    _refuse_gradients(out, x, slots.A, *slots.B)
     chosen = choose(out.device, implementation)
-    if chosen == "reference" or _needs_grad(out, x, slots.A, *slots.B):
+    if chosen == "reference":
         z = shrink(x, slots, batch, implementation=chosen)
         return expand(out, z, slots, batch, implementation=chosen)
     _check(x, slots, batch)
@@ -186,80 +193,17 @@ def add_grouped(
     return out
 
 
-def _shrink(x: Tensor, slots: SlotFactors, batch: GroupedBatch, chosen: Implementation) -> Tensor:
-    if chosen == "reference":
-        return reference.shrink(x, slots, batch)
-    if chosen == "cpu":
-        z = _empty_z(x, slots).zero_()
-        cpu.shrink(x, slots, batch, z)
-        return z
-    from bdlora_megatron.ops import gpu
+def _refuse_gradients(*tensors: Tensor) -> None:
+    """Serving needs none, and a result written in place could not give any.
 
-    return gpu.shrink(x, slots, batch)
-
-
-def _expand(
-    out: Tensor, z: Tensor, slots: SlotFactors, batch: GroupedBatch, chosen: Implementation
-) -> None:
-    if chosen == "reference":
-        reference.expand(out, z, slots, batch)
-    elif chosen == "cpu":
-        cpu.expand(out, z, slots, batch)
-    else:
-        from bdlora_megatron.ops import gpu
-
-        gpu.expand(out, z, slots, batch)
-
-
-class _Shrink(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        slots: SlotFactors,
-        batch: GroupedBatch,
-        chosen: Implementation,
-    ) -> Tensor:
-        ctx.save_for_backward(x, A)
-        ctx.slots, ctx.batch = slots, batch
-        return _shrink(x, slots, batch, chosen)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        x, _ = ctx.saved_tensors
-        dx, dA = shrink_backward(dz, x, ctx.slots, ctx.batch)
-        return dx, dA, None, None, None
-
-
-class _Expand(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        out: Tensor,
-        z: Tensor,
-        slots: SlotFactors,
-        batch: GroupedBatch,
-        chosen: Implementation,
-        *B: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(z, *B)
-        ctx.slots, ctx.batch = slots, batch
-        total = out.clone()
-        _expand(total, z, slots, batch, chosen)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        z, *_ = ctx.saved_tensors
-        dz, dB = expand_backward(dout, z, ctx.slots, ctx.batch)
-        return dout, dz, None, None, None, *dB
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    Raises:
+        UnsupportedError: A gradient would be recorded.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise UnsupportedError(
+            "gradients through the grouped product of several adapters; run the model under "
+            "torch.inference_mode() or torch.no_grad(), or train one adapter with apply_lora()"
+        )
 
 
 def _empty_z(x: Tensor, slots: SlotFactors) -> Tensor:

@@ -71,6 +71,9 @@ class AdapterLoad:
     distinct: int = 1
     num_blocks: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", Layout(self.layout))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Product:

@@ -50,6 +50,7 @@ class SlotRoom:
                 f"max_loras={self.max_loras}, max_lora_rank={self.max_lora_rank}; both are at "
                 "least 1"
             )
+        object.__setattr__(self, "layouts", tuple(map(Layout, self.layouts)))
         if not self.layouts:
             raise ConfigError("layouts=(); wanted one at least, 'bdlora' for most uses")
         unknown = sorted(set(self.target_modules) - set(DEFAULT_TARGETS))

@@ -154,6 +154,7 @@ class ModelSlots:
             ConfigError: There is no room for the layout.
             TargetError: The adapter holds modules without slots.
         """
+        layout = Layout(layout)
         if layout not in self.room.layouts:
             choices = tuple(kind.value for kind in self.room.layouts)
             raise ConfigError(

@@ -132,6 +132,7 @@ class AdapterStore:
         Raises:
             ConfigError: The slots have no room for the layout.
         """
+        layout = Layout(layout)
         if layout not in self.slots.room.layouts:
             raise ConfigError(
                 f"adapter {name!r} in layout {layout.value!r}; add it to SlotRoom.layouts"

@@ -9,11 +9,16 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, get_cuda_rng_tra
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.layers import (
+    LoadOptions,
     LoRAColumnParallelLinear,
     LoRARowParallelLinear,
     adapters_disabled,
     apply_lora,
+    load_adapter,
     lora_layers,
+    merge_adapters,
+    remove_lora,
+    unmerge_adapters,
 )
 from bdlora_megatron.layers.factors import Factor
 from bdlora_megatron.serve import ModelSlots, SlotRoom
@@ -32,7 +37,8 @@ from tests.tp.layer_cases import (
     lora_config,
     transformer_config,
 )
-from tests.tp.serving_cases import serving_model
+from tests.tp.models import randomize_adapters, tokens
+from tests.tp.serving_cases import make_adapter, serving_model
 from tests.tp.session import model_parallel
 
 LAYERS = ("linear_qkv", "linear_fc1", "linear_proj", "linear_fc2")
@@ -132,6 +138,76 @@ def _disabled(rank, world_size):
 
 def test_what_was_switched_off_before_stays_off():
     run_ranks(1, _disabled)
+
+
+def _merged(rank, world_size):
+    """A merged model switched off, saved, loaded and taken apart: nothing counts twice or stays."""
+    with model_parallel(world_size), torch.no_grad():
+        model, lora = serving_model(world_size), LoRAConfig(rank=4, num_blocks=2)
+        batch = tokens()
+        base = model(**batch)
+        apply_lora(model, lora)
+        randomize_adapters(model)
+        adapted = model(**batch)
+        held = model.state_dict().items()
+        state = {name: v.clone() if torch.is_tensor(v) else v for name, v in held}
+        originals = [layer.weight.clone() for _, layer in lora_layers(model)]
+        merge_adapters(model)
+        merged = [layer.weight.clone() for _, layer in lora_layers(model)]
+        assert (adapted - base).abs().max() > 0.01
+        with adapters_disabled(model):
+            assert torch.equal(model(**batch), base)
+        for (_, layer), weight in zip(lora_layers(model), merged, strict=True):
+            assert torch.equal(layer.weight, weight)
+        assert_close(model(**batch), adapted.double(), "merged")
+        with pytest.raises(ConfigError, match=r"merged layer.*unmerge_adapters.*keep_merged"):
+            model.state_dict()
+        # What is loaded is what is there afterwards, and the old weights do not come back.
+        for name, value in state.items():
+            if name.endswith("linear_qkv.weight"):
+                value.mul_(2)
+        model.load_state_dict(state)
+        unmerge_adapters(model)
+        for (name, layer), weight in zip(lora_layers(model), originals, strict=True):
+            wanted = 2 * weight if name.endswith("linear_qkv") else weight
+            assert torch.equal(layer.weight, wanted), name
+        doubled = model(**batch)
+        merge_adapters(model)
+        remove_lora(model, keep_merged=True)
+        assert not list(lora_layers(model))
+        plain = serving_model(world_size)
+        plain.load_state_dict(model.state_dict())
+        assert_close(plain(**batch), doubled.double(), "kept in the weights")
+
+
+def test_a_merged_model_is_switched_off_saved_and_loaded_rightly():
+    run_ranks(1, _merged)
+
+
+def _strings(rank, world_size):
+    """A layout's name does what the layout does, or is refused with the choices."""
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+        adapter = make_adapter(0, num_blocks=2)
+        outputs = []
+        for layout in (Layout.SLORA, "slora"):
+            load_adapter(model, adapter, LoadOptions(layout=layout))
+            outputs.append(model(**tokens()))
+            kinds = {type(layer.adapter) for _, layer in lora_layers(model)}
+            assert all("SLoRA" in kind.__name__ for kind in kinds), kinds
+        assert torch.equal(*outputs)
+        assert SlotRoom(layouts=["slora", "bdlora"]).layouts == (Layout.SLORA, Layout.BDLORA)
+        for refused in (
+            lambda: LoadOptions(layout="sl0ra"),
+            lambda: SlotRoom(layouts=("bdlora", "full")),
+            lambda: LoRAConfig(rank=4, layout="dora"),
+        ):
+            with pytest.raises(ConfigError, match=r"layout='.*'; wanted one of \['bdlora'"):
+                refused()
+
+
+def test_layouts_are_given_by_name_everywhere():
+    run_ranks(2, _strings)
 
 
 # --- training --------------------------------------------------------------------------------

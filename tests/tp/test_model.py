@@ -33,6 +33,7 @@ from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.models import (
     BATCH,
+    MODEL_CLASSES,
     SEQUENCE,
     VOCAB,
     randomize_adapters,
@@ -251,6 +252,46 @@ def test_gradients_do_not_depend_on_parallelism_or_recompute(variant):
         assert whole.keys() == alone.keys()
         for key, grad in whole.items():
             assert_close(grad, alone[key], str(key))
+
+
+RECOMPUTED = {
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "layernorm": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+    "both": {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]},
+    "later": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+}
+
+
+def _recomputed(rank, world_size):
+    """Adapters in the MLP alone, whose recomputed input would need no gradient."""
+    lora = LoRAConfig(rank=8, num_blocks=4, target_modules=["linear_fc1", "linear_fc2"])
+    with model_parallel(world_size):
+        for model_class in MODEL_CLASSES:
+            wanted = None
+            for kind, changes in {"plain": {}, **RECOMPUTED}.items():
+                later = changes if kind == "later" else {}
+                now = {} if later else changes
+                model = tiny_model(tiny_config(world_size, model_class=model_class, **now))
+                apply_lora(model, lora)
+                randomize_adapters(model)
+                model.train()
+                for module in model.modules():
+                    if later and hasattr(module, "recompute_mlp"):
+                        # As a host that decides after the adapters are in.
+                        module.recompute_mlp = True
+                vars(model.config).update(later)
+                model(**tokens()).square().mean().backward()
+                factors = [p for p in model.parameters() if p.requires_grad]
+                found = [p.grad for p in factors]
+                assert len(found) == 2 * 2 * 3
+                assert all(grad is not None for grad in found), (model_class, kind)
+                wanted = wanted or found
+                for grad, whole in zip(found, wanted, strict=True):
+                    assert_close(grad, whole, f"{model_class} {kind}")
+
+
+def test_every_factor_learns_whatever_is_recomputed():
+    run_ranks(1, _recomputed)
 
 
 def _model_collectives(rank, world_size, sequence_parallel):

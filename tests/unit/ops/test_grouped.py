@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bdlora_megatron.ops import SlotFactors, add_grouped, expand, shrink
+from bdlora_megatron.errors import UnsupportedError
+from bdlora_megatron.ops import GroupedBatch, add_grouped, expand, shrink
+from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.unit.ops.cases import (
     HAS_TRITON,
@@ -28,8 +26,6 @@ from tests.unit.ops.cases import (
     make_inputs,
     make_slots,
 )
-
-ROOT = Path(__file__).parents[3]
 
 every_implementation = pytest.mark.parametrize("implementation", implementations())
 every_walk = pytest.mark.parametrize("by", ["token", "segment"])
@@ -148,65 +144,21 @@ def test_ranks_of_a_and_b_may_differ(implementation, by):
     assert_close(out.cpu(), wanted, "output")
 
 
-@every_implementation
-@pytest.mark.parametrize("layer", ["one", "qkv"])
-@pytest.mark.parametrize("popularity", ["distinct", "zipf_shuffled", "identical"])
-def test_gradients(implementation, layer, popularity):
-    name, device = implementation
-    token_slot = POPULARITY[popularity]
-    made = _gradients(name, layer, token_slot, torch.float32, device)
-    wanted = _gradients("dense", layer, token_slot, torch.float64, "cpu")
-    for what, tensor in made.items():
-        assert_close(tensor.cpu(), wanted[what], what)
-
-
-def _gradients(name, layer, token_slot, dtype, device):
-    """Output and gradients of every floating input; ``dense`` is autograd of a dense loop."""
-    # Gaps between slots hold NaN, which autograd of the dense loop must not meet.
-    slots = make_slots(layer, device=device)
-    pools = [pool.nan_to_num(0).to(dtype).detach().requires_grad_() for pool in (slots.A, *slots.B)]
-    slots = SlotFactors(A=pools[0], B=tuple(pools[1:]), columns=slots.columns, table=slots.table)
-    out, x = (
-        tensor.to(dtype).requires_grad_()
-        for tensor in make_inputs(layer, len(token_slot), device=device)
-    )
-    if name == "dense":
-        made = _dense_loop(out, x, slots, token_slot)
-    else:
-        batch = make_batch(token_slot, slots)
-        made = add_grouped(out, x, slots, batch, implementation=name)
-    ramp = torch.arange(made.numel(), device=device, dtype=dtype).sin().view_as(made)
-    (made * ramp).sum().backward()
-    gradients = {f"d_pool{i}": pool.grad for i, pool in enumerate(pools)}
-    return {"output": made.detach(), "dx": x.grad, "d_out": out.grad, **gradients}
-
-
-def _dense_loop(out, x, slots, token_slot):
-    rows = []
-    for t, slot in enumerate(token_slot):
-        row = out[t]
-        for j, part in enumerate(slots.columns if slot >= 0 else ()):
-            delta = slots.table.scale[slot, j] * (x[t] @ slots.a(slot, j).t() @ slots.b(slot, j))
-            places = [
-                part.offset + feature // part.width * part.stride + feature % part.width
-                for feature in range(part.features)
-            ]
-            row = row.index_add(0, torch.tensor(places), delta)
-        rows.append(row)
-    return torch.stack(rows)
-
-
-def test_only_asked_gradients_and_a_fresh_output():
+@pytest.mark.parametrize("wanted_by", ["x", "out", "A", "B"])
+def test_gradients_are_refused_rather_than_lost(wanted_by):
     token_slot = POPULARITY["zipf"]
     slots = make_slots("one")
     out, x = make_inputs("one", len(token_slot))
-    x.requires_grad_()
     before = out.clone()
-    made = add_grouped(out, x, slots, make_batch(token_slot, slots))
+    {"x": x, "out": out, "A": slots.A, "B": slots.B[0]}[wanted_by].requires_grad_()
+    batch = make_batch(token_slot, slots)
+    for implementation in ("reference", "cpu"):
+        with pytest.raises(UnsupportedError, match=r"inference_mode\(\).*apply_lora"):
+            add_grouped(out, x, slots, batch, implementation=implementation)
     assert torch.equal(out, before)
-    made.sum().backward()
-    assert x.grad is not None
-    assert slots.A.grad is None
+    with torch.no_grad():
+        add_grouped(out, x, slots, batch)
+    assert not torch.equal(out, before)
 
 
 @settings(max_examples=30, deadline=None)
@@ -242,18 +194,15 @@ def test_the_semantics_in_the_docstring(function):
     assert_close(made, names["z" if function is shrink else "out"], "semantics")
 
 
-_TF32 = """
-import sys, torch
-exec(sys.argv[1])
-from bdlora_megatron.ops import GroupedBatch, add_grouped
-from bdlora_megatron.ops.gpu import tf32_is_allowed
-from tests.unit.ops.cases import make_inputs, make_slots
-slots = make_slots("one")
-out, x = make_inputs("one", 4)
-batch = GroupedBatch(torch.zeros(4, dtype=torch.int32), num_slots=slots.table.num_slots)
-add_grouped(out, x, slots, batch, implementation="triton")
-print(tf32_is_allowed())
-"""
+def _tf32(rank, world_size, switch):
+    from bdlora_megatron.ops.gpu import tf32_is_allowed
+
+    exec(switch)
+    slots = make_slots("one")
+    out, x = make_inputs("one", 4)
+    batch = GroupedBatch(torch.zeros(4, dtype=torch.int32), num_slots=slots.table.num_slots)
+    add_grouped(out, x, slots, batch, implementation="triton")
+    return tf32_is_allowed()
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton's interpreter")
@@ -269,12 +218,4 @@ print(tf32_is_allowed())
 )
 def test_either_of_torchs_switches_for_tf32_is_heard(switch, allowed):
     """Reading the older switch raises once anybody has set the newer."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _TF32, switch],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.split() == [str(allowed)], done.stderr
+    assert run_ranks(1, _tf32, switch) == [allowed]
