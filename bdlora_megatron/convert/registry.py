@@ -6,7 +6,7 @@ another directly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from bdlora_megatron.convert.adapter.lazy import in_memory
 from bdlora_megatron.convert.bridge.config import BRIDGE_SIGNS
 from bdlora_megatron.convert.bridge.format import open_bridge, write_bridge
 from bdlora_megatron.convert.folders import new_folder
+from bdlora_megatron.convert.hints import folder_hint
 from bdlora_megatron.convert.megatron.format import MANIFEST_NAME, open_megatron, write_megatron
 from bdlora_megatron.convert.peft.config import CONFIG_NAME
 from bdlora_megatron.convert.peft.reader import open_peft
@@ -44,6 +45,8 @@ class _Reading:
 
     allow_pickle: bool
     base: BaseShape | None
+    base_folder: Path | None
+    ignore_unknown: Collection[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +68,12 @@ class _Format:
 FORMATS: Mapping[FormatName, _Format] = {
     "peft": _Format(
         signs=(CONFIG_NAME,),
-        open=lambda path, reading: open_peft(path, allow_pickle=reading.allow_pickle),
+        open=lambda path, reading: open_peft(
+            path,
+            allow_pickle=reading.allow_pickle,
+            ignore_unknown=reading.ignore_unknown,
+            base_folder=reading.base_folder,
+        ),
         write=write_peft,
     ),
     "megatron": _Format(
@@ -102,10 +110,8 @@ def detect_format(path: str | Path) -> FormatName:
         if any(next(folder.glob(sign), None) for sign in kind.signs):
             return name
     signs = ", ".join(f"{sign} ({n})" for n, kind in FORMATS.items() for sign in kind.signs)
-    raise AdapterFormatError(
-        f"{folder} is no adapter of a known format: looked for {signs}; pass the folder that holds "
-        "one of these"
-    )
+    why = folder_hint(folder) or f"looked for {signs}; pass the folder that holds one of these"
+    raise AdapterFormatError(f"{folder} is no adapter of a known format: {why}")
 
 
 @contextmanager
@@ -115,6 +121,8 @@ def open_adapter(
     allow_pickle: bool = False,
     format: FormatName | None = None,
     base: BaseShape | None = None,
+    base_folder: Path | None = None,
+    ignore_unknown: Collection[str] = (),
 ) -> Iterator[Adapter]:
     """Open an adapter of any format, whatever its size.
 
@@ -123,6 +131,10 @@ def open_adapter(
         allow_pickle: Also read files that are pickles, tensors and plain values only.
         format: Its format; told from its files when unset.
         base: The base model's heads, for fused checkpoints that do not tell them (`bridge`).
+        base_folder: The base model's folder in Hugging Face's format. Whole weights beside the
+            factors (`peft`) are dropped where they equal its own, and refused elsewhere.
+        ignore_unknown: Options of an `adapter_config.json` that are unknown here and that the
+            caller knows to change no update.
 
     Yields:
         The adapter. A module is read each time it is looked up, as long as the adapter is open, so
@@ -133,10 +145,16 @@ def open_adapter(
         AdapterFormatError: If the files are missing or broken, or hold what cannot be represented.
             All such problems are listed, but for those that only a module's numbers tell: these
             are raised by the look-up.
-        ConfigError: If there is no such format.
+        ConfigError: If there is no such format, or an option to ignore is known.
     """
     kind = _format(format or detect_format(path))
-    with kind.open(Path(path), _Reading(allow_pickle=allow_pickle, base=base)) as adapter:
+    reading = _Reading(
+        allow_pickle=allow_pickle,
+        base=base,
+        base_folder=base_folder,
+        ignore_unknown=ignore_unknown,
+    )
+    with kind.open(Path(path), reading) as adapter:
         yield adapter
 
 
@@ -146,6 +164,8 @@ def read_adapter(
     allow_pickle: bool = False,
     format: FormatName | None = None,
     base: BaseShape | None = None,
+    base_folder: Path | None = None,
+    ignore_unknown: Collection[str] = (),
 ) -> Adapter:
     """Read an adapter of any format.
 
@@ -154,11 +174,22 @@ def read_adapter(
         allow_pickle: Also read files that are pickles, tensors and plain values only.
         format: Its format; told from its files when unset.
         base: The base model's heads, for fused checkpoints that do not tell them (`bridge`).
+        base_folder: The base model's folder in Hugging Face's format. Whole weights beside the
+            factors (`peft`) are dropped where they equal its own, and refused elsewhere.
+        ignore_unknown: Options of an `adapter_config.json` that are unknown here and that the
+            caller knows to change no update.
 
     Returns:
         The adapter, in memory of its own.
     """
-    with open_adapter(path, allow_pickle=allow_pickle, format=format, base=base) as adapter:
+    with open_adapter(
+        path,
+        allow_pickle=allow_pickle,
+        format=format,
+        base=base,
+        base_folder=base_folder,
+        ignore_unknown=ignore_unknown,
+    ) as adapter:
         return in_memory(adapter)
 
 

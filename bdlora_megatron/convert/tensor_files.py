@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bdlora_megatron.convert.hints import file_hint
 from bdlora_megatron.errors import AdapterFormatError, ShapeError
 
 __all__ = ["FLOATS", "TensorSource", "TensorWriter", "open_safetensors", "write_safetensors"]
@@ -43,10 +44,12 @@ class TensorSource:
         facts: Every tensor by name, without data (on the meta device); None in place of a tensor
             whose type is no float.
         load: Read one tensor by name into memory of its own.
+        types: The type's name of every tensor, as its file has it.
     """
 
     facts: Mapping[str, Tensor | None]
     load: Callable[[str], Tensor]
+    types: Mapping[str, str]
 
 
 @contextmanager
@@ -68,9 +71,8 @@ def open_safetensors(path: Path) -> Iterator[TensorSource]:
             header, start = _read_header(file)
             source = _source(path, file, header, start)
         except (OSError, SafetensorError, MemoryError) as error:
-            raise AdapterFormatError(
-                f"{path} cannot be read: {error}; copy or save the adapter again"
-            ) from error
+            why = file_hint(path) or "copy or save the adapter again"
+            raise AdapterFormatError(f"{path} cannot be read: {error}; {why}") from error
         yield source
 
 
@@ -174,7 +176,8 @@ def _source(path: Path, file: BinaryIO, header: Mapping[str, Any], start: int) -
             read += more
         return tensor
 
-    return TensorSource(facts=facts, load=load)
+    types = {name: str(entry["dtype"]) for name, entry in header.items()}
+    return TensorSource(facts=facts, load=load, types=types)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

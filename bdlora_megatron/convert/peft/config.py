@@ -1,26 +1,34 @@
 """PEFT's `adapter_config.json`: what of it decides the update, and what we cannot represent.
 
-Options fall in three groups: those that set rank, scale and blocks are read here; those that only
-steered training are let pass; those that change the forward pass or the base weights are refused
-by name. An option that is in no group is refused when it is set, since it may do either.
+Options fall in four groups: those that set rank, scale and blocks are read here; those that only
+steered training are let pass; those that other tools add and that change nothing are noted; those
+that change the forward pass or the base weights are refused by name. An option in no group is
+refused when it is set, since it may do either, unless the caller ignores it by name.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.blocks import Blocked
 from bdlora_megatron.convert.adapter.problems import Problems
-from bdlora_megatron.errors import AdapterFormatError
+from bdlora_megatron.convert.hints import file_hint
+from bdlora_megatron.convert.peft.patterns import Patience, first_match, why_unsafe
+from bdlora_megatron.errors import AdapterFormatError, ConfigError
 
-__all__ = ["BDLoRAOptions", "ModuleSettings", "PeftConfig", "find_refused", "parse_peft_config"]
+__all__ = [
+    "BDLoRAOptions",
+    "ModuleSettings",
+    "PeftConfig",
+    "check_ignorable",
+    "find_refused",
+    "parse_peft_config",
+]
 
 CONFIG_NAME = "adapter_config.json"
 # A rank and an alpha for each module of a model with a thousand layers fit in a tenth.
@@ -69,6 +77,31 @@ _HARMLESS = frozenset(
     }
 )
 
+# What tools write beside PEFT's own options; none of them changes an update.
+_NOTED = frozenset(
+    {
+        "_from_model_config",
+        "base_model_class",
+        "base_model_revision",
+        "library_name",
+        "lora_dtype",
+        "lora_plus_lr_ratio",
+        "loraplus_lr_embedding",
+        "loraplus_lr_ratio",
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
+        "merge_weights",
+        "model_type",
+        "parent_library",
+        "swift_type",
+        "swift_version",
+        "torch_dtype",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+    }
+)
+
 _REFUSED = {
     "use_dora": "it rescales whole adapted weights; merge it into its base model, or train without",
     "lora_bias": "it adds a bias, which is no low-rank update; train without it",
@@ -81,6 +114,7 @@ _REFUSED = {
     "monteclora_config": "it samples the factors; train a plain LoRA",
     "use_qalora": "it pools the input; train a plain LoRA",
     "layer_replication": "it repeats layers of the base model; build that base model first",
+    "enable_lora": "it adapts parts of a fused layer; train a plain LoRA",
 }
 
 # After training these are a plain LoRA on an unchanged base.
@@ -134,6 +168,7 @@ class PeftConfig:
         rank_pattern: Rank by pattern of module paths.
         alpha_pattern: Alpha by pattern of module paths.
         bdlora: Block-diagonal options, None for vanilla LoRA.
+        patience: The time left for matching the patterns.
     """
 
     rank: int
@@ -142,6 +177,7 @@ class PeftConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     bdlora: BDLoRAOptions | None
+    patience: Patience = field(default_factory=Patience, compare=False, repr=False)
 
     def settings_for(self, module_path: str) -> ModuleSettings:
         """Resolve one module by PEFT's rules.
@@ -158,10 +194,11 @@ class PeftConfig:
             The module's settings.
 
         Raises:
-            AdapterFormatError: If PEFT itself would not accept the block patterns for this module.
+            AdapterFormatError: If PEFT itself would not accept the block patterns for this module,
+                or matching takes too long.
         """
-        rank = _first_match(self.rank_pattern, module_path, self.rank)
-        alpha = _first_match(self.alpha_pattern, module_path, self.alpha)
+        rank = first_match(self.rank_pattern, module_path, self.rank, self.patience)
+        alpha = first_match(self.alpha_pattern, module_path, self.alpha, self.patience)
         blocked = None if self.bdlora is None else _blocked_by(self.bdlora, module_path)
         return ModuleSettings(
             rank=int(rank),
@@ -196,7 +233,8 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{path} is no JSON: {error}; save the adapter again") from error
+        why = file_hint(path) or "save the adapter again"
+        raise AdapterFormatError(f"{path} is no JSON: {error}; {why}") from error
     if not isinstance(raw, dict):
         raise AdapterFormatError(
             f"{path} holds a JSON {type(raw).__name__}, wanted an object; save the adapter again"
@@ -204,26 +242,56 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def find_refused(raw: Mapping[str, Any], problems: Problems) -> None:
+def check_ignorable(options: Collection[str]) -> None:
+    """See that options that a caller wants ignored are unknown ones.
+
+    Args:
+        options: Their names.
+
+    Raises:
+        ConfigError: One is known, so what it does is known too.
+    """
+    known = sorted(set(options) & (_READ | _HARMLESS | _REFUSED.keys()))
+    if known:
+        raise ConfigError(
+            f"{', '.join(known)} cannot be ignored: what it does is known, and it is read, refused "
+            "or harmless; leave it out of --ignore-unknown (ignore_unknown=)"
+        )
+
+
+def find_refused(
+    raw: Mapping[str, Any],
+    problems: Problems,
+    *,
+    ignore_unknown: Collection[str] = (),
+    allowed: Collection[str] = (),
+) -> list[str]:
     """Note every option that cannot be represented.
 
     Args:
         raw: The JSON object.
         problems: Gets one entry per option.
+        ignore_unknown: Unknown options that the caller knows to be harmless.
+        allowed: Refused options that turned out to change nothing.
+
+    Returns:
+        The options that are set and were ignored, for a note.
     """
     peft_type = raw.get("peft_type")
     if peft_type != "LORA":
         problems.add(f'peft_type is {peft_type!r}, wanted "LORA"; only LoRA and BD-LoRA are read')
     for option, why in _REFUSED.items():
-        if raw.get(option):
+        if raw.get(option) and option not in allowed:
             problems.add(f"{option} is set: {why}")
     _find_refused_init(raw.get("init_lora_weights"), problems)
-    for option in sorted(raw.keys() - _READ - _HARMLESS - _REFUSED.keys()):
-        if raw[option]:
-            problems.add(
-                f"{option!r} is an unknown option and may change the update; "
-                f"if it does not, take it out of {CONFIG_NAME}"
-            )
+    unknown = {o for o in raw.keys() - _READ - _HARMLESS - _REFUSED.keys() if raw[o]}
+    ignored = unknown & (_NOTED | set(ignore_unknown))
+    for option in sorted(unknown - ignored):
+        problems.add(
+            f"{option!r} is an unknown option and may change the update; if you know that it does "
+            f"not, pass --ignore-unknown {option} (ignore_unknown=)"
+        )
+    return sorted(ignored)
 
 
 def parse_peft_config(raw: Mapping[str, Any]) -> PeftConfig:
@@ -257,19 +325,6 @@ def parse_peft_config(raw: Mapping[str, Any]) -> PeftConfig:
         alpha_pattern=raw.get("alpha_pattern") or {},
         bdlora=None if options is None else _bdlora(options),
     )
-
-
-def _first_match(patterns: Mapping[str, float], path: str, default: float) -> float:
-    for pattern, value in patterns.items():
-        if _compiled(pattern).match(path):
-            return value
-    return default
-
-
-# A config may name every module by itself, more than the re module keeps compiled.
-@functools.lru_cache(maxsize=16384)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _blocked_by(options: BDLoRAOptions, path: str) -> Blocked | None:
@@ -326,23 +381,11 @@ def _check_pattern(option: str, patterns: object, problems: Problems, *, integer
         problems.add(f"{option} is {patterns!r}, wanted an object of module patterns")
         return
     for pattern, value in patterns.items():
-        _check_number(f"{option}[{pattern!r}]", value, problems, integer=integer)
-        why = _unsafe_regex(pattern)
+        shown = pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
+        _check_number(f"{option}[{shown!r}]", value, problems, integer=integer)
+        why = why_unsafe(pattern)
         if why:
-            problems.add(f"{option}[{pattern!r}] {why}; name the modules more plainly")
-
-
-def _unsafe_regex(pattern: str) -> str | None:
-    """Why not to match a stranger's pattern; many choices after each other can take years."""
-    plain = re.sub(r"\\.", "_", pattern).replace("(?", "(")
-    choices = len(re.findall(r"[*+?{(]", plain))
-    if len(pattern) > 256 or choices > 4 or re.search(r"\)[*+{]", plain):
-        return "has more than four groups and repeats, or repeats a group, and may match for years"
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError) as error:
-        return f"is no regular expression ({error})"
-    return None
+            problems.add(f"{option}[{shown!r}] {why}; name the modules more plainly")
 
 
 def _check_bdlora(options: object, problems: Problems) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -24,54 +24,46 @@ from bdlora_megatron.convert.adapter.neutral import (
     Adapter,
     BaseShape,
     ModuleKey,
-    ModuleName,
     blocked_factor,
     infer_base_shape,
 )
 from bdlora_megatron.convert.adapter.problems import Problems
+from bdlora_megatron.convert.hints import folder_hint
 from bdlora_megatron.convert.peft.config import (
     ModuleSettings,
     PeftConfig,
+    check_ignorable,
     find_refused,
     parse_peft_config,
     read_raw_config,
 )
+from bdlora_megatron.convert.peft.leftovers import equal_to_base, kind_of
+from bdlora_megatron.convert.peft.names import PEFT_PREFIX, FactorName, parse_factor
 from bdlora_megatron.convert.peft.tensors import open_tensors
 from bdlora_megatron.convert.tensor_files import TensorSource
 from bdlora_megatron.errors import AdapterFormatError, ShapeError
 
-__all__ = ["open_peft", "read_peft"]
+__all__ = ["IGNORED_BY_PEFT", "open_peft", "read_peft"]
 
 logger = logging.getLogger(__name__)
 
-_PEFT_PREFIX = "base_model.model."
-_FACTOR = re.compile(
-    r"(?P<prefix>(?:[^.]+\.)*?)layers\.(?P<layer>0|[1-9][0-9]{0,4})\."
-    r"(?P<module>self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
-    r"\.lora_(?P<factor>[AB])\.weight"
-)
-# Longer ones are no model's, and PEFT's patterns are matched against them.
-_LONGEST_NAME = 128
+#: In an adapter's metadata: how many of its file's tensors PEFT would ignore, for their names.
+IGNORED_BY_PEFT = "tensors_ignored_by_peft"
+_COPIES = "tensors that equal the base model's"
+
 # VeLoRA's direction for compressing what backward keeps; the forward pass does not depend on it.
 _TRAINING_ONLY = re.compile(r"\.lora_velora_embed$")
 # An encoder's layers carry the same names as a decoder's.
 _NO_DECODER = re.compile(r"encoder|vision|visual|audio|speech")
 
-#: What a tensor that is no factor of ours is, by its name; the first that matches counts.
-_LEFTOVERS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), what)
-    for pattern, what in (
-        (r"lora_magnitude_vector", "DoRA magnitudes, which are no low-rank update"),
-        (r"lora_[AB]\.bias$", "biases of LoRA factors (lora_bias)"),
-        (r"trainable_tokens|token_adapter", "replaced embedding rows (trainable_token_indices)"),
-        (r"lora_embedding_[AB]|embed_tokens\.", "embeddings or factors of them"),
-        (r"lora_diag", "KaSA diagonals"),
-        (r"lora_[AB]\.weight$", "factors of a module that is none of the seven projections"),
-        (r"\.bias$", "biases of the base model (bias)"),
-        (r"\.weight$", "whole weights of the base model (modules_to_save)"),
-        (r"", "tensors of an unknown kind"),
-    )
-)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pair:
+    """The tensors that are a module's A and B."""
+
+    key: ModuleKey
+    A: FactorName
+    B: FactorName
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,16 +82,26 @@ class _ModulePlan:
 
 
 @contextmanager
-def open_peft(path: str | Path, *, allow_pickle: bool = False) -> Iterator[Adapter]:
+def open_peft(
+    path: str | Path,
+    *,
+    allow_pickle: bool = False,
+    ignore_unknown: Collection[str] = (),
+    base_folder: Path | None = None,
+) -> Iterator[Adapter]:
     """Open an adapter as PEFT's `save_pretrained` writes it.
 
-    Vanilla modules come with one block. A module whose factor on the other side is block-diagonal
-    (`target_modules_bd_a` and `_bd_b` swapped) gains nothing from tensor parallelism; its factor is
-    expanded and it becomes a vanilla module with the same update, with a warning.
+    Tensors may have any of the usual spellings (`convert.peft.names`); a warning tells when PEFT
+    itself would ignore them. Vanilla modules come with one block. A module whose factor on the
+    other side is block-diagonal (`target_modules_bd_a` and `_bd_b` swapped) gains nothing from
+    tensor parallelism; its factor is expanded and it becomes a vanilla module with the same update,
+    with a warning.
 
     Args:
         path: The adapter's folder; its name becomes the adapter's.
         allow_pickle: Read `adapter_model.bin` where there are no safetensors, tensors only.
+        ignore_unknown: Unknown options of the config that change nothing, by name.
+        base_folder: The base model's folder; whole weights that equal its own are dropped.
 
     Yields:
         The adapter. Its modules are read when they are looked up, as long as it is open.
@@ -107,15 +109,26 @@ def open_peft(path: str | Path, *, allow_pickle: bool = False) -> Iterator[Adapt
     Raises:
         AdapterFormatError: If the files are missing or broken, or hold what cannot be represented.
             All such problems are listed.
+        ConfigError: If `ignore_unknown` names an option that is known.
     """
+    check_ignorable(ignore_unknown)
     folder = Path(path).resolve()
     raw = read_raw_config(folder)
+    _check_kind(folder, raw)
     config = parse_peft_config(raw)
     problems = Problems()
-    find_refused(raw, problems)
     subject = f"cannot read the PEFT adapter in {folder}"
     with open_tensors(folder, allow_pickle=allow_pickle) as source:
-        plans = _plan(source.facts, config, problems)
+        factors, leftovers = _sorted_out(source.facts, raw)
+        same = equal_to_base(source, leftovers, base_folder, problems)
+        allowed = ["modules_to_save"] if same and same == set(leftovers) else []
+        ignored = find_refused(raw, problems, ignore_unknown=ignore_unknown, allowed=allowed)
+        for name in sorted(set(leftovers) - same):
+            problems.add(f"the file holds {kind_of(name)}", name)
+        if not source.facts:
+            problems.add("the file holds no tensors; save the adapter again")
+        pairs = _pairs(factors, problems)
+        plans = _plan(pairs, config, problems)
         facts, base = _check_plans(source, plans, problems)
         problems.raise_if_any(subject)
         by_key = {plan.key: plan for plan in plans}
@@ -125,12 +138,15 @@ def open_peft(path: str | Path, *, allow_pickle: bool = False) -> Iterator[Adapt
             return _factors(plan, *(source.load(name) for name in plan.names))
 
         expanded = [plan for plan in plans if _is_swapped(plan)]
-        _warn(folder, raw, expanded)
+        for what, names in (("options that change no update", ignored), (_COPIES, sorted(same))):
+            if names:
+                logger.warning("%s: it is read without %s: %s", folder, what, ", ".join(names))
+        _warn(folder, raw, pairs, expanded)
         yield Adapter(
             name=folder.name,
             modules=LazyModules(facts, load, subject=subject),
             base=base,
-            metadata=_metadata(raw, plans, expanded),
+            metadata=_metadata(raw, pairs, expanded),
         )
 
 
@@ -148,40 +164,80 @@ def read_peft(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
         return in_memory(adapter)
 
 
-def _plan(
-    facts: Mapping[str, Tensor | None], config: PeftConfig, problems: Problems
-) -> list[_ModulePlan]:
-    """Pair the factors by module and look up their settings, in the order of the modules."""
-    pairs: dict[ModuleKey, dict[str, re.Match[str]]] = {}
-    prefixes = set()
+def _check_kind(folder: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse what has PEFT's file names and is of another tool.
+
+    Raises:
+        AdapterFormatError: It is.
+    """
+    if "fine_tune_type" in raw or "lora_parameters" in raw:
+        why = folder_hint(folder) or "it is a config of MLX; pass an adapter in PEFT's format"
+        raise AdapterFormatError(f"{folder} cannot be read: {why}")
+
+
+def _sorted_out(
+    facts: Mapping[str, Tensor | None], raw: Mapping[str, Any]
+) -> tuple[list[FactorName], list[str]]:
+    """The factors of the seven projections, and the names of all else that is not to be lost."""
+    factors, leftovers = [], []
     for name in facts:
-        if _TRAINING_ONLY.search(name):
-            continue
-        found = _FACTOR.fullmatch(name)
-        if found is None or len(name) > _LONGEST_NAME:
-            problems.add(_leftover(name), name)
-            continue
-        prefixes.add(found["prefix"])
-        pairs.setdefault(_key(found), {})[found["factor"]] = found
-    if not pairs:
+        factor = parse_factor(name, task_type=raw.get("task_type"))
+        if factor is not None:
+            factors.append(factor)
+        elif not _TRAINING_ONLY.search(name):
+            leftovers.append(name)
+    return factors, leftovers
+
+
+def _pairs(factors: Sequence[FactorName], problems: Problems) -> list[_Pair]:
+    """The factors by module, in the order of the modules."""
+    found: dict[ModuleKey, dict[str, FactorName]] = {}
+    for factor in factors:
+        other = found.setdefault(factor.key, {}).setdefault(factor.factor, factor)
+        if other is not factor:
+            _add_clash(other, factor, problems)
+    if not found:
         problems.add(
             "there are no factors of decoder layers; pass the adapter of a Llama-like model"
         )
-    _check_prefixes(prefixes, problems)
-    plans = []
-    for key, pair in sorted(pairs.items()):
+    _check_prefixes({factor.prefix for factor in factors}, problems)
+    pairs = []
+    for key, pair in sorted(found.items()):
         if len(pair) < 2:
             missing = "B" if "A" in pair else "A"
             problems.add(f"lora_{missing} is missing; copy or save the adapter again", str(key))
             continue
+        pairs.append(_Pair(key=key, A=pair["A"], B=pair["B"]))
+    return pairs
+
+
+def _plan(pairs: Iterable[_Pair], config: PeftConfig, problems: Problems) -> list[_ModulePlan]:
+    """Look up what the config says of every module."""
+    plans = []
+    for pair in pairs:
         try:
-            settings = config.settings_for(_module_path(pair["A"]))
+            settings = config.settings_for(pair.A.path)
         except AdapterFormatError as error:
-            problems.add(str(error), str(key))
+            problems.add(str(error), str(pair.key))
             continue
-        names = (pair["A"].string, pair["B"].string)
-        plans.append(_ModulePlan(key=key, names=names, settings=settings))
+        names = (pair.A.name, pair.B.name)
+        plans.append(_ModulePlan(key=pair.key, names=names, settings=settings))
     return plans
+
+
+def _add_clash(one: FactorName, other: FactorName, problems: Problems) -> None:
+    if one.prefix != other.prefix:
+        # `_check_prefixes` says so.
+        return
+    names = {name.adapter or "without a name" for name in (one, other)}
+    problems.add(
+        f"the file holds several adapters ({', '.join(sorted(names))}) and one config; save each "
+        "by itself"
+        if len(names) > 1
+        else "two tensors are the same factor under two spellings; keep one of them",
+        one.name,
+        other.name,
+    )
 
 
 def _check_plans(
@@ -192,10 +248,8 @@ def _check_plans(
     for plan in plans:
         A, B = (source.facts[name] for name in plan.names)
         if A is None or B is None:
-            problems.add(
-                "factors are no F64, F32, F16 or BF16; dequantise the adapter and save it again",
-                str(plan.key),
-            )
+            kind = next(source.types[n] for n in plan.names if source.facts[n] is None)
+            problems.add(f"factors are no F64, F32, F16 or BF16 but {_uncast(kind)}", str(plan.key))
             continue
         try:
             facts[plan.key] = _factors(plan, A, B)
@@ -231,19 +285,18 @@ def _factors(plan: _ModulePlan, A: Tensor, B: Tensor) -> BlockFactors:
     return replace(reshard(factors, 1), blocked=wanted) if _is_swapped(plan) else factors
 
 
+def _uncast(kind: str) -> str:
+    """A type that factors cannot have, and what to do."""
+    if "F8_" in kind or "float8" in kind:
+        return (
+            f"{kind}; cast them, which loses nothing: save_file({{name: tensor.to(torch.bfloat16) "
+            "for name, tensor in load_file(path).items()}, path) with safetensors.torch"
+        )
+    return f"{kind}; dequantise the adapter and save it again"
+
+
 def _is_swapped(plan: _ModulePlan) -> bool:
     return plan.settings.blocked not in (None, blocked_factor(plan.key.name))
-
-
-def _key(found: re.Match[str]) -> ModuleKey:
-    # The pattern holds the seven names.
-    name = cast("ModuleName", found["module"].partition(".")[2])
-    return ModuleKey(layer=int(found["layer"]), name=name)
-
-
-def _module_path(found: re.Match[str]) -> str:
-    """The module's path in the base model, which is what PEFT's patterns are matched against."""
-    return found.string.removeprefix(_PEFT_PREFIX).removesuffix(f".lora_{found['factor']}.weight")
 
 
 def _check_prefixes(prefixes: set[str], problems: Problems) -> None:
@@ -257,21 +310,31 @@ def _check_prefixes(prefixes: set[str], problems: Problems) -> None:
             problems.add("the adapted layers are no language decoder's", prefix)
 
 
-def _leftover(name: str) -> str:
-    what = next(what for pattern, what in _LEFTOVERS if pattern.search(name))
-    return f"the file holds {what}, which an adapter here cannot; train or save it without them"
-
-
-def _warn(folder: Path, raw: Mapping[str, Any], expanded: list[_ModulePlan]) -> None:
+def _warn(
+    folder: Path,
+    raw: Mapping[str, Any],
+    pairs: Sequence[_Pair],
+    expanded: Sequence[_ModulePlan],
+) -> None:
+    ignored = [name for pair in pairs for name in (pair.A, pair.B) if not name.is_applied]
+    if ignored:
+        logger.warning(
+            "%s: PEFT ignores %d of its tensors, such as %r; they are read as those of %s%s",
+            folder,
+            len(ignored),
+            ignored[0].name,
+            PEFT_PREFIX,
+            ignored[0].path,
+        )
     if raw.get("init_lora_weights") == "lora_ga":
         logger.warning(
-            "%s was trained with LoRA-GA, which changes the base weights in training; it is read "
-            "as PEFT reads it, on top of the unchanged ones",
+            "%s: it was trained with LoRA-GA, which changes the base weights in training; it is "
+            "read as PEFT reads it, on top of the unchanged ones",
             folder,
         )
     if expanded:
         logger.warning(
-            "%s blocks %d modules on the side that tensor parallelism does not split; they are "
+            "%s: it blocks %d modules on the side that tensor parallelism does not split; they are "
             "read as vanilla LoRA",
             folder,
             len(expanded),
@@ -279,9 +342,12 @@ def _warn(folder: Path, raw: Mapping[str, Any], expanded: list[_ModulePlan]) -> 
 
 
 def _metadata(
-    raw: Mapping[str, Any], plans: list[_ModulePlan], expanded: list[_ModulePlan]
+    raw: Mapping[str, Any], pairs: Sequence[_Pair], expanded: Sequence[_ModulePlan]
 ) -> dict[str, str]:
-    metadata = {"format": "peft", "peft_prefix": plans[0].names[0].partition("layers.")[0]}
+    metadata = {"format": "peft", "peft_prefix": f"{PEFT_PREFIX}{pairs[0].A.prefix}"}
+    ignored = sum(not name.is_applied for pair in pairs for name in (pair.A, pair.B))
+    if ignored:
+        metadata[IGNORED_BY_PEFT] = str(ignored)
     for option in ("base_model_name_or_path", "peft_version", "task_type"):
         if isinstance(raw.get(option), str):
             metadata[option] = raw[option]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bdlora_megatron.convert.hints import file_hint, folder_hint
 from bdlora_megatron.convert.tensor_files import FLOATS, TensorSource, open_safetensors
 from bdlora_megatron.errors import AdapterFormatError
 
@@ -38,15 +39,14 @@ def open_tensors(folder: Path, *, allow_pickle: bool) -> Iterator[TensorSource]:
         with open_safetensors(safe) as source:
             yield source
     elif not pickled.is_file():
-        raise AdapterFormatError(
-            f"{folder} holds no {SAFETENSORS_NAME}; "
-            "pass a folder as PEFT's save_pretrained writes it"
-        )
+        why = folder_hint(folder) or "pass a folder as PEFT's save_pretrained writes it"
+        raise AdapterFormatError(f"{folder} holds no {SAFETENSORS_NAME}; {why}")
     elif not allow_pickle:
-        raise AdapterFormatError(
-            f"{folder} holds {PICKLE_NAME} and no {SAFETENSORS_NAME}; a pickle can run code when "
-            "it is read: save the adapter again with a recent PEFT, or pass allow_pickle=True"
+        why = file_hint(pickled) or (
+            "a pickle can run code when it is read: save the adapter again with a recent PEFT, or "
+            "pass allow_pickle=True (--allow-pickle), which reads tensors alone"
         )
+        raise AdapterFormatError(f"{folder} holds {PICKLE_NAME} and no {SAFETENSORS_NAME}; {why}")
     else:
         yield _pickle_source(pickled)
 
@@ -55,9 +55,9 @@ def _pickle_source(path: Path) -> TensorSource:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        why = file_hint(path) or "save the adapter again as safetensors"
         raise AdapterFormatError(
-            f"{path} cannot be read as tensors alone: {error}; "
-            "save the adapter again as safetensors"
+            f"{path} cannot be read as tensors alone: {error}; {why}"
         ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
@@ -69,4 +69,5 @@ def _pickle_source(path: Path) -> TensorSource:
         name: tensor.to("meta") if tensor.dtype in FLOATS.values() else None
         for name, tensor in tensors.items()
     }
-    return TensorSource(facts=facts, load=lambda name: tensors[name].clone())
+    types = {name: str(tensor.dtype) for name, tensor in tensors.items()}
+    return TensorSource(facts=facts, load=lambda name: tensors[name].clone(), types=types)

@@ -21,6 +21,7 @@ from bdlora_megatron.convert.adapter.neutral import (
 )
 from bdlora_megatron.convert.adapter.scale import choose_alphas, peft_scale, warn_inexact
 from bdlora_megatron.convert.peft.config import CONFIG_NAME
+from bdlora_megatron.convert.peft.names import PEFT_PREFIX, peft_prefix
 from bdlora_megatron.convert.peft.tensors import SAFETENSORS_NAME
 from bdlora_megatron.convert.tensor_files import write_safetensors
 from bdlora_megatron.convert.write_options import WriteOptions
@@ -28,7 +29,7 @@ from bdlora_megatron.errors import UnsupportedError
 
 __all__ = ["write_peft"]
 
-_CAUSAL_PREFIX = "base_model.model.model."
+_CAUSAL_PREFIX = f"{PEFT_PREFIX}model."
 
 
 def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
@@ -43,7 +44,7 @@ def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         UnsupportedError: If modules differ in their number of blocks, which PEFT has one of.
     """
     facts = module_facts(adapter)
-    prefix = adapter.metadata.get("peft_prefix", _CAUSAL_PREFIX)
+    prefix = peft_prefix(adapter.metadata.get("peft_prefix", _CAUSAL_PREFIX))
     config = _config(adapter, facts, prefix, options)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     # The largest type first, so that every tensor is aligned; one module after the other.
@@ -130,7 +131,7 @@ def _targets(
     if complete and len(layers) == adapter.base.num_layers:
         return list(names), None
     # PEFT finds a layer's number only below a parent module.
-    if complete and prefix != "base_model.model.":
+    if complete and prefix != PEFT_PREFIX:
         return list(names), layers
     return [str(key) for key in facts], None
 

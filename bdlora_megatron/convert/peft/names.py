@@ -1,0 +1,131 @@
+"""Names of a PEFT adapter's tensors: every usual spelling is read, PEFT's own alone is written.
+
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+
+PEFT ignores a tensor under any other name without an error. What trainers leave in names (wrappers
+anywhere in the path, the adapter's name, or no `base_model.model.`) says nothing of the update.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import cast
+
+from bdlora_megatron.convert.adapter.neutral import ModuleKey, ModuleName
+
+__all__ = ["PEFT_PREFIX", "FactorName", "clean_name", "parse_factor", "peft_prefix"]
+
+PEFT_PREFIX = "base_model.model."
+#: Modules that wrap another one without a place in the base model: torch.compile, activation
+#: checkpointing, FSDP (PyTorch's and fairscale's), DDP and DeepSpeed, Lightning, Opacus.
+_WRAPPERS = frozenset(
+    {
+        "_orig_mod",
+        "_checkpoint_wrapped_module",
+        "_fsdp_wrapped_module",
+        "_fpw_module",
+        "module",
+        "_forward_module",
+        "_module",
+    }
+)
+#: Where models with a vision or audio tower keep their language model, which is the base's own.
+_LANGUAGE_MODELS = frozenset({"language_model", "language", "llm", "text_model", "thinker"})
+_FACTOR = re.compile(
+    r"(?P<prefix>(?:[^.]+\.)*?)layers\.(?P<layer>0|[1-9][0-9]{0,4})\."
+    r"(?P<module>self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
+    r"\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+)
+# No real name is this long; the cap bounds what PEFT's patterns are matched against.
+_LONGEST = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FactorName:
+    """What the name of a factor says.
+
+    Attributes:
+        key: The module.
+        prefix: What stands before `layers.` in the base model, such as `model.`.
+        factor: A or B.
+        adapter: The adapter's name where the tensor's name holds one, else None.
+        name: The name in the file.
+    """
+
+    key: ModuleKey
+    prefix: str
+    factor: str
+    adapter: str | None
+    name: str
+
+    @property
+    def path(self) -> str:
+        """The module's path in the base model, which PEFT's patterns are matched against."""
+        return f"{self.prefix}{self.key}"
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether PEFT applies a tensor of this name; it ignores others without an error."""
+        stem = f"{PEFT_PREFIX}{self.path}.lora_{self.factor}"
+        return self.name in (f"{stem}.weight", f"{stem}.default.weight")
+
+
+def parse_factor(name: str, *, task_type: object = None) -> FactorName | None:
+    """Take a tensor's name apart.
+
+    Args:
+        name: The name in the file.
+        task_type: The config's, which tells whether layers stand below a model with a head.
+
+    Returns:
+        What it says; None if it is no factor of one of the seven projections.
+    """
+    clean = clean_name(name)
+    found = _FACTOR.fullmatch(clean.removeprefix(PEFT_PREFIX))
+    if found is None or len(clean) > _LONGEST:
+        return None
+    # The pattern holds the seven names.
+    module = cast("ModuleName", found["module"].partition(".")[2])
+    return FactorName(
+        key=ModuleKey(layer=int(found["layer"]), name=module),
+        prefix=_base_prefix(found["prefix"], clean.startswith(PEFT_PREFIX), task_type),
+        factor=found["factor"],
+        adapter=found["adapter"],
+        name=name,
+    )
+
+
+def clean_name(name: str) -> str:
+    """A tensor's name without wrappers, and without what stands before PEFT's own prefix."""
+    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    # PEFT over PEFT repeats the prefix; what a trainer calls the whole model stands before it.
+    _, prefix, path = f".{plain}".rpartition(f".{PEFT_PREFIX}")
+    return f"{PEFT_PREFIX}{path}" if prefix else plain
+
+
+def peft_prefix(prefix: str) -> str:
+    """The prefix to write for one that was read, whoever noted it.
+
+    Args:
+        prefix: What stands before `layers.`.
+
+    Returns:
+        One that starts with `base_model.model.`.
+    """
+    clean = clean_name(f"{prefix}layers").removesuffix("layers")
+    is_peft = clean.startswith(PEFT_PREFIX)
+    return f"{PEFT_PREFIX}{_base_prefix(clean.removeprefix(PEFT_PREFIX), is_peft, None)}"
+
+
+def _base_prefix(prefix: str, is_peft: bool, task_type: object) -> str:
+    """Where the base model has its layers, from a name that may lack a part."""
+    if prefix == "model.model.":
+        return "model."
+    if is_peft:
+        # A model with a language head has them below `model`; without a head they are its own.
+        return "model." if not prefix and task_type == "CAUSAL_LM" else prefix
+    if not prefix and task_type == "FEATURE_EXTRACTION":
+        return prefix
+    # The model's own name in a trainer is no part of the base model; a language model's is.
+    return prefix if _LANGUAGE_MODELS & set(prefix.split(".")) else "model."
