@@ -37,7 +37,13 @@ __all__ = [
 
 
 class BDLoRAError(Exception):
-    """The root of every error that this package raises on purpose."""
+    """The root of every error that this package raises on purpose.
+
+    Attributes:
+        causes: What the message lists, without the names that have it; empty where it is no list.
+    """
+
+    causes: tuple[str, ...] = ()
 
 
 class ConfigError(BDLoRAError, ValueError):

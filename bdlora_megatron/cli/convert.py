@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,18 +17,22 @@ from bdlora_megatron.cli.jobs import Job, JobResult
 from bdlora_megatron.cli.pool import run_jobs
 from bdlora_megatron.cli.progress import progress
 from bdlora_megatron.cli.records import locked
-from bdlora_megatron.cli.sources import find_sources
+from bdlora_megatron.cli.sources import Source, find_sources
+from bdlora_megatron.convert.adapter.problems import brief_causes
 from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
+from bdlora_megatron.convert.peft.config import check_ignorable
 from bdlora_megatron.convert.pipeline import Conversion
 from bdlora_megatron.convert.registry import FORMATS, open_adapter
 from bdlora_megatron.convert.structure import (
+    Choices,
     Structure,
     StructureMode,
     choices_for_tp,
     plot_choices,
 )
 from bdlora_megatron.convert.write_options import WriteOptions
-from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.models.check import base_shape, check_base
 
 if TYPE_CHECKING:
     from bdlora_megatron.models import HFConfig
@@ -55,7 +60,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         description="Convert adapters into another format, structure or type; or, with --for-tp, "
         "say what each structure would cost. A result appears complete or not at all, and is "
         "skipped when it is there already, made from the same files and options. "
-        "Exit status: 0 all converted, 1 some failed, 2 nothing was begun.",
+        "Exit status: 0 all converted or reported, 1 some failed, 2 nothing was begun.",
     )
     add = parser.add_argument
     add(
@@ -89,9 +94,17 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--base",
         metavar="HF_DIR",
         type=Path,
-        help="folder with the base model's config.json, which every adapter must fit",
+        help="folder with the base model's config.json, which every adapter must fit; where its "
+        "weights are there too, copies of them in an adapter are dropped",
     )
     add("--allow-pickle", action="store_true", help="read pickles too, tensors only")
+    add(
+        "--ignore-unknown",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="an unknown option of adapter_config.json that changes no update (repeatable)",
+    )
     add("--workers", metavar="N", type=int, help="processes (default: one per core)")
     add("--overwrite", action="store_true", help="replace adapters that are in the way")
     add("--for-tp", metavar="P", type=int, help="convert nothing: say what each choice costs")
@@ -122,7 +135,13 @@ def run(arguments: argparse.Namespace) -> int:
     _check_apart(sources, out)
     workers = min(_workers(arguments.workers), len(sources))
     jobs = [
-        Job(source=source, out=out, conversion=conversion, debug=arguments.debug)
+        Job(
+            source=source.path,
+            out=out,
+            conversion=conversion,
+            debug=arguments.debug,
+            label=source.name,
+        )
         for source in sources
     ]
     with locked(out):
@@ -135,23 +154,75 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(result.status == "failed" for result in results) else 0
 
 
-def _report(arguments: argparse.Namespace, sources: list[Path]) -> int:
+def _report(arguments: argparse.Namespace, sources: list[Source]) -> int:
     if arguments.to or arguments.out:
         raise ConfigError("--for-tp converts nothing; leave --to and --out out, or --for-tp")
     if arguments.plot and len(sources) > 1:
         raise ConfigError(f"--plot draws one adapter, got {len(sources)}; pass one SRC")
-    reports = []
+    check_ignorable(arguments.ignore_unknown)
+    base = None if arguments.base is None else _base(arguments.base)
+    reports: dict[str, Choices] = {}
+    refused: dict[str, tuple[str, list[str]]] = {}
     for source in sources:
-        with open_adapter(source, allow_pickle=arguments.allow_pickle) as adapter:
-            reports.append(choices_for_tp(adapter, arguments.for_tp, tolerance=arguments.tolerance))
-    output.result(
-        "\n\n".join(report.table() for report in reports),
-        [report.to_dict() for report in reports],
-        as_json=arguments.json,
-    )
-    if arguments.plot:
-        output.note(f"wrote {plot_choices(reports[0], arguments.plot)}")
-    return 0
+        try:
+            with open_adapter(
+                source.path,
+                allow_pickle=arguments.allow_pickle,
+                base=None if base is None else base_shape(base),
+                base_folder=arguments.base,
+                ignore_unknown=arguments.ignore_unknown,
+            ) as opened:
+                adapter = opened if base is None else check_base(opened, base)
+                reports[source.name] = choices_for_tp(
+                    adapter, arguments.for_tp, tolerance=arguments.tolerance
+                )
+        except (BDLoRAError, OSError) as error:
+            refused[source.name] = (str(error), brief_causes(error, source.path))
+    data = [
+        reports[source.name].to_dict()
+        if source.name in reports
+        else {"adapter": source.name, "refused": refused[source.name][0]}
+        for source in sources
+    ]
+    output.result(_report_text(sources, reports, refused), data, as_json=arguments.json)
+    if arguments.plot and reports:
+        output.note(f"wrote {plot_choices(next(iter(reports.values())), arguments.plot)}")
+    return 1 if refused else 0
+
+
+def _report_text(
+    sources: list[Source],
+    reports: Mapping[str, Choices],
+    refused: Mapping[str, tuple[str, list[str]]],
+) -> str:
+    """One adapter's report whole; of several the recommendation, and why others are refused."""
+    if len(sources) == 1:
+        return "".join(report.table() for report in reports.values()) + "".join(
+            f"{name} refused: {why}" for name, (why, _) in refused.items()
+        )
+    rows = []
+    for source in sources:
+        report = reports.get(source.name)
+        if report is None:
+            rows.append((source.name, "refused", "", "", "", ""))
+            continue
+        choice = report.choice
+        rows.append(
+            (
+                source.name,
+                choice.name,
+                str(choice.rank),
+                format_bytes(choice.bytes_per_rank),
+                f"{choice.error:.3g}",
+                choice.options,
+            )
+        )
+    header = ("adapter", "recommended", "rank", "size per rank", "relative error", "options")
+    lines = [format_table(header, rows), ""]
+    lines += [f"{name} refused: {why}" for name, (why, _) in refused.items()]
+    if refused:
+        lines += ["", output.cause_table([causes for _, causes in refused.values()])]
+    return "\n".join([*lines, "", f"{len(reports)} reported, {len(refused)} refused"])
 
 
 def _conversion(arguments: argparse.Namespace) -> Conversion:
@@ -178,7 +249,9 @@ def _conversion(arguments: argparse.Namespace) -> Conversion:
             fused=arguments.fused,
         ),
         base=None if arguments.base is None else _base(arguments.base),
+        base_folder=arguments.base,
         allow_pickle=arguments.allow_pickle,
+        ignore_unknown=tuple(arguments.ignore_unknown),
     )
 
 
@@ -189,13 +262,13 @@ def _base(folder: Path) -> HFConfig:
     return read_hf_config(folder)
 
 
-def _check_apart(sources: list[Path], out: Path) -> None:
+def _check_apart(sources: list[Source], out: Path) -> None:
     target = out.resolve()
     for source in sources:
-        folder = source.resolve()
+        folder = source.path.resolve()
         if target / source.name == folder or target.is_relative_to(folder):
             raise ConfigError(
-                f"--out {out} would put results over or into the source {source}; pass another"
+                f"--out {out} would put results over or into the source {source.path}; pass another"
             )
 
 
@@ -225,11 +298,12 @@ def _summary(results: list[JobResult], out: Path) -> str:
         )
     header = ("adapter", "status", "rank", "size", "relative error", "time")
     counts = Counter(result.status for result in results)
-    said = [f"{result.name}: {text}" for result in results for text in result.warnings]
+    said = output.told_of({result.name: result.warnings for result in results})
     failures = [
         f"{result.name} failed: {result.error}" for result in results if result.error is not None
     ]
     tally = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    return "\n".join(
-        [format_table(header, rows), "", *said, *failures, f"{tally}; results in {out}"]
-    )
+    lines = [format_table(header, rows), "", *said, *failures]
+    if len(failures) > 1:
+        lines += ["", output.cause_table([r.causes for r in results if r.error is not None]), ""]
+    return "\n".join([*lines, f"{tally}; results in {out}"])

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.cli import output
+from bdlora_megatron.cli.sources import find_sources, holds_many
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
 from bdlora_megatron.convert.adapter.lazy import module_facts
+from bdlora_megatron.convert.adapter.problems import brief_causes
 from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 from bdlora_megatron.convert.registry import detect_format, open_adapter
 from bdlora_megatron.errors import BDLoRAError
 
 __all__ = ["add_parser", "run"]
+
+_COUNTED = ("rank", "num_blocks")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -32,11 +36,21 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "inspect",
         help="show an adapter's modules and what would be refused of it",
         description="Show an adapter's modules, ranks, blocks, sizes and layout, and what would be "
-        "refused of it. Every number is read once, to find NaN and infinity. "
+        "refused of it; of a folder of adapters, a line for each, and how many are refused for "
+        "what. Every number is read once, to find NaN and infinity. "
         "Exit status: 0 readable, 1 refused.",
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="the adapter's folder")
+    parser.add_argument(
+        "path", metavar="PATH", type=Path, help="an adapter's folder, or a folder of such folders"
+    )
     parser.add_argument("--allow-pickle", action="store_true", help="read pickles, tensors only")
+    parser.add_argument(
+        "--ignore-unknown",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="an unknown option of adapter_config.json that changes no update (repeatable)",
+    )
     return parser
 
 
@@ -49,22 +63,49 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
+    if holds_many(arguments.path):
+        return _run_many(arguments)
+    found = _inspected(arguments.path, arguments)
+    output.result(found.text, found.data, as_json=arguments.json)
+    return 1 if found.data["refused"] else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """What is there to say of one adapter.
+
+    Attributes:
+        text: For people.
+        data: For programs.
+        facts: Its modules, none where it is refused.
+        causes: Why it is refused, in few words.
+    """
+
+    text: str
+    data: dict[str, Any]
+    facts: Mapping[ModuleKey, BlockFactors] = field(default_factory=dict)
+    causes: Sequence[str] = ()
+
+
+def _inspected(path: Path, arguments: argparse.Namespace) -> _Found:
     try:
-        kind = detect_format(arguments.path)
-        with open_adapter(arguments.path, allow_pickle=arguments.allow_pickle) as adapter:
+        kind = detect_format(path)
+        with open_adapter(
+            path, allow_pickle=arguments.allow_pickle, ignore_unknown=arguments.ignore_unknown
+        ) as adapter:
             facts = module_facts(adapter)
-            refused = _broken_modules(adapter)
+            broken = _broken_modules(adapter)
             base, name, metadata = adapter.base, adapter.name, dict(adapter.metadata)
-    except BDLoRAError as error:
-        output.result(
-            f"refused: {error}",
-            {"path": str(arguments.path), "refused": [str(error)]},
-            as_json=arguments.json,
+    except (BDLoRAError, OSError) as error:
+        return _Found(
+            text=f"refused: {error}",
+            data={"path": str(path), "refused": [str(error)]},
+            causes=brief_causes(error, path),
         )
-        return 1
+    refused = [str(error) for error in broken]
     known = {side: width for side, width in asdict(base).items() if width is not None}
     data = {
-        "path": str(arguments.path),
+        "path": str(path),
         "name": name,
         "format": kind,
         "refused": refused,
@@ -73,18 +114,49 @@ def run(arguments: argparse.Namespace) -> int:
         "bytes": sum(map(_nbytes, facts.values())),
         "modules": [_as_dict(key, fact) for key, fact in facts.items()],
     }
-    output.result(_text(name, kind, facts, known, refused), data, as_json=arguments.json)
+    causes = [cause for error in broken for cause in brief_causes(error, path)]
+    return _Found(
+        text=_text(name, kind, facts, known, refused),
+        data=data,
+        facts=facts,
+        causes=list(dict.fromkeys(causes)),
+    )
+
+
+def _run_many(arguments: argparse.Namespace) -> int:
+    """A line for each adapter, and how many are refused for what."""
+    sources = find_sources([arguments.path])
+    found = {source.name: _inspected(source.path, arguments) for source in sources}
+    rows = []
+    for name, one in found.items():
+        counts = [sorted({getattr(fact, side) for fact in one.facts.values()}) for side in _COUNTED]
+        rows.append(
+            (
+                name,
+                one.data.get("format", ""),
+                str(len(one.facts) or ""),
+                *(" ".join(map(str, numbers)) for numbers in counts),
+                format_bytes(one.data["bytes"]) if one.facts else "",
+                f"refused: {'; '.join(one.causes)}" if one.causes else "ok",
+            )
+        )
+    header = ("adapter", "format", "modules", "rank", "blocks", "size", "outcome")
+    refused = [one.causes for one in found.values() if one.causes]
+    lines = [format_table(header, rows, text_last=True), ""]
+    lines += [output.cause_table(refused), ""] if refused else []
+    lines += [f"{len(found) - len(refused)} readable, {len(refused)} refused"]
+    output.result("\n".join(lines), [one.data for one in found.values()], as_json=arguments.json)
     return 1 if refused else 0
 
 
-def _broken_modules(adapter: Adapter) -> list[str]:
-    """Modules whose numbers cannot be read or are not finite, one after the other."""
+def _broken_modules(adapter: Adapter) -> list[BDLoRAError]:
+    """Why modules' numbers cannot be read or are not finite, one after the other."""
     refused = []
     for key in adapter.modules:
         try:
             adapter.modules[key]
         except BDLoRAError as error:
-            refused.append(str(error))
+            refused.append(error)
     return refused
 
 

@@ -22,6 +22,7 @@ from bdlora_megatron.cli.records import (
     read_record,
     write_record,
 )
+from bdlora_megatron.convert.adapter.problems import brief_causes
 from bdlora_megatron.convert.pipeline import Conversion, convert_adapter
 from bdlora_megatron.errors import BDLoRAError, ConfigError
 
@@ -29,7 +30,7 @@ __all__ = ["Job", "JobResult", "run_job"]
 
 Status: TypeAlias = Literal["converted", "skipped", "failed"]
 # A change of what a conversion writes must make old records void.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,17 +42,19 @@ class Job:
         out: The folder of all results.
         conversion: What to make.
         debug: Keep tracebacks of errors.
+        label: The adapter's name where it is not the folder's.
     """
 
     source: Path
     out: Path
     conversion: Conversion
     debug: bool = False
+    label: str | None = None
 
     @property
     def name(self) -> str:
         """The adapter's name, which its result has too."""
-        return os.path.basename(os.path.abspath(self.source))
+        return self.label or os.path.basename(os.path.abspath(self.source))
 
     @property
     def target(self) -> Path:
@@ -70,6 +73,7 @@ class JobResult:
         summary: The structure report as JSON takes it; None where it failed.
         error: What went wrong.
         warnings: What was said on the way.
+        causes: `error` in few words, as it is counted over adapters.
     """
 
     name: str
@@ -78,6 +82,7 @@ class JobResult:
     summary: dict[str, Any] | None = None
     error: str | None = None
     warnings: list[str] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)
 
 
 def run_job(job: Job) -> JobResult:
@@ -90,22 +95,27 @@ def run_job(job: Job) -> JobResult:
         How it went.
     """
     start = time.monotonic()
+    causes: list[str] = []
     with _kept_warnings() as warnings:
         try:
             status, summary, error = *_convert_once(job), None
         except (BDLoRAError, OSError) as caught:
             status, summary, error = "failed", None, _told(caught, job)
+            causes = brief_causes(caught, job.source)
         except Exception as caught:  # one adapter must not stop the others, whatever it holds
             known = isinstance(caught, MemoryError) or "allocate memory" in str(caught)
             kind = "not enough memory" if known else f"internal error, {type(caught).__name__}"
             status, summary, error = "failed", None, f"{kind}: {_told(caught, job)}"
+            causes = [kind]
     return JobResult(
         name=job.name,
         status=status,
         seconds=time.monotonic() - start,
         summary=summary,
         error=error,
-        warnings=warnings,
+        # The adapter's name stands beside them.
+        warnings=[text.removeprefix(f"{job.source.resolve()}: ") for text in warnings],
+        causes=causes,
     )
 
 
@@ -174,6 +184,8 @@ def _request(conversion: Conversion) -> dict[str, Any]:
     request = asdict(conversion)
     request["options"]["dtype"] = str(request["options"]["dtype"])
     del request["options"]["overwrite"]
+    # Where copies of base weights were recognised; the result does not depend on it.
+    del request["base_folder"], request["options"]["companions"]
     # Tuples come back from a record as lists.
     return dict(json.loads(json.dumps({**request, "version": _VERSION})))
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["note", "result"]
+from bdlora_megatron.convert.adapter.tables import format_table
+
+__all__ = ["cause_table", "note", "result", "told_of"]
+
+_NAMED = 4
 
 
 def result(text: str, data: Any, *, as_json: bool) -> None:
@@ -27,3 +33,37 @@ def note(text: str) -> None:
         text: One or more lines.
     """
     print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def cause_table(refused: Sequence[Sequence[str]]) -> str:
+    """How many adapters each cause holds back.
+
+    Args:
+        refused: The causes of every adapter that was refused.
+
+    Returns:
+        A table, the most frequent cause first.
+    """
+    counts = Counter(cause for causes in refused for cause in dict.fromkeys(causes))
+    rows = [(cause, str(count)) for cause, count in counts.most_common()]
+    return format_table(("refused because", "adapters"), rows)
+
+
+def told_of(texts: Mapping[str, Sequence[str]]) -> list[str]:
+    """What was said of adapters, each text once.
+
+    Args:
+        texts: What was said, by the adapter's name.
+
+    Returns:
+        Lines, each with the adapters that it holds for.
+    """
+    names: dict[str, list[str]] = {}
+    for name, said in texts.items():
+        for text in said:
+            names.setdefault(text, []).append(name)
+    return [
+        f"{', '.join(own[:_NAMED])}"
+        f"{f' and {len(own) - _NAMED} more' if len(own) > _NAMED else ''}: {text}"
+        for text, own in names.items()
+    ]

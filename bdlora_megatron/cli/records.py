@@ -19,6 +19,7 @@ from typing import Any
 
 from bdlora_megatron.convert.peft.config import CONFIG_NAME
 from bdlora_megatron.convert.peft.tensors import PICKLE_NAME, SAFETENSORS_NAME
+from bdlora_megatron.convert.pipeline import companions
 from bdlora_megatron.convert.registry import detect_format
 from bdlora_megatron.convert.slora.format import adapter_name
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
@@ -79,6 +80,8 @@ def content_hash(folder: Path, *, stop: Event | None = None) -> str:
         folder = folder.with_name(adapter_name(folder))
     if kind == "peft":
         files = [folder / name for name in _PEFT_FILES if (folder / name).is_file()]
+        for path in companions(folder):
+            files += sorted(p for p in (path, *path.rglob("*")) if p.is_file())
     else:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
     total = hashlib.sha256()

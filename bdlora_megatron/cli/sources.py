@@ -1,49 +1,104 @@
-"""Which adapters the arguments of `bdlora convert` mean."""
+"""Which adapters the arguments of a command mean."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from bdlora_megatron.cli import output
 from bdlora_megatron.convert.registry import detect_format
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 
-__all__ = ["find_sources"]
+__all__ = ["Source", "find_sources", "holds_many"]
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
-def find_sources(arguments: list[Path]) -> list[Path]:
-    """Every adapter's folder, in order.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One adapter to look at.
+
+    Attributes:
+        path: Its folder, absolute.
+        name: Its name; of a PEFT folder's second adapter `<folder>.<adapter>`.
+    """
+
+    path: Path
+    name: str
+
+
+def find_sources(arguments: list[Path]) -> list[Source]:
+    """Every adapter, in order.
 
     Args:
         arguments: Folders of adapters, and folders of such folders.
 
     Returns:
-        Absolute paths. Of a folder of folders all are taken, but for hidden ones: one that turns
-        out to be no adapter is told when it is read.
+        The adapters. Of a folder of folders all are taken, but for hidden ones: one that turns out
+        to be no adapter is told when it is read. Of a folder that PEFT saved several adapters into,
+        each is taken.
 
     Raises:
         ConfigError: If an argument is neither, or two adapters have the same name. All are listed.
     """
-    sources: list[Path] = []
+    sources: list[Source] = []
     problems: list[str] = []
     for argument in arguments:
         path = Path(os.path.abspath(argument))
-        try:
-            detect_format(path)
-        except AdapterFormatError as error:
-            inside = _adapters_in(path)
-            if not any(map(_is_adapter, inside)):
-                problems.append(str(error))
-            sources += inside
-        else:
-            sources.append(path)
+        why = _why_not(path)
+        if why is None:
+            sources += _adapters_at(path)
+            continue
+        inside = _folders_in(path)
+        if all(map(_why_not, inside)):
+            problems.append(why)
+        for folder in inside:
+            sources += _adapters_at(folder)
     problems += _same_names(sources)
     if problems:
         raise ConfigError("\n".join(problems))
     return sources
 
 
-def _adapters_in(folder: Path) -> list[Path]:
+def holds_many(path: Path) -> bool:
+    """Whether an argument means more than one adapter.
+
+    Args:
+        path: The argument.
+
+    Returns:
+        False also where it is no adapter at all.
+    """
+    path = Path(os.path.abspath(path))
+    if _why_not(path) is None:
+        return len(list(_adapters_at(path))) > 1
+    return not all(map(_why_not, _folders_in(path)))
+
+
+def _adapters_at(path: Path) -> Iterator[Source]:
+    """The folder itself, and what PEFT's `save_pretrained` put below it for other adapters."""
+    yield Source(path=path, name=path.name)
+    if _why_not(path) is not None or detect_format(path) != "peft":
+        return
+    checkpoints = []
+    for folder in _folders_in(path):
+        if _why_not(folder) is not None or detect_format(folder) != "peft":
+            continue
+        if _CHECKPOINT.fullmatch(folder.name):
+            checkpoints.append(folder.name)
+        else:
+            yield Source(path=folder, name=f"{path.name}.{folder.name}")
+    if checkpoints:
+        output.note(
+            f"{path} also holds {len(checkpoints)} checkpoints of the training, such as "
+            f"{checkpoints[0]}; they are left out: pass one by its own path"
+        )
+
+
+def _folders_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
@@ -51,18 +106,19 @@ def _adapters_in(folder: Path) -> list[Path]:
     )
 
 
-def _is_adapter(path: Path) -> bool:
+def _why_not(path: Path) -> str | None:
+    """Why a folder is no adapter; None if it is one."""
     try:
         detect_format(path)
-    except AdapterFormatError:
-        return False
-    return True
+    except AdapterFormatError as error:
+        return str(error)
+    return None
 
 
-def _same_names(sources: list[Path]) -> list[str]:
+def _same_names(sources: list[Source]) -> list[str]:
     by_name: dict[str, list[Path]] = {}
     for source in sources:
-        by_name.setdefault(source.name, []).append(source)
+        by_name.setdefault(source.name, []).append(source.path)
     return [
         f"{len(paths)} adapters are named {name!r} and would be written to one folder: "
         f"{', '.join(map(str, paths))}; rename one, or convert them into two folders"

@@ -1,16 +1,26 @@
-"""`bdlora verify A B`: whether two adapters compute the same."""
+"""`bdlora verify A B`: whether two adapters, or all of two folders, compute the same."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.cli import output
+from bdlora_megatron.cli.sources import find_sources, holds_many
+from bdlora_megatron.convert.adapter import Adapter
 from bdlora_megatron.convert.adapter.compare import Comparison, compare_adapters
-from bdlora_megatron.convert.registry import open_adapter
+from bdlora_megatron.convert.adapter.problems import brief_causes
+from bdlora_megatron.convert.adapter.tables import format_table
+from bdlora_megatron.convert.peft.reader import IGNORED_BY_PEFT
+from bdlora_megatron.convert.registry import detect_format, open_adapter
+from bdlora_megatron.errors import BDLoRAError, ConfigError
 
 __all__ = ["add_parser", "run"]
+
+_COLUMNS = ("adapter", "verdict", "largest difference", "why")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -26,10 +36,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "verify",
         help="tell whether two adapters compute the same",
         description="Measure how far two adapters' updates are apart, module by module in fp64, "
-        "whatever their formats, ranks and blocks. Exit status: 0 the same within the tolerance, "
-        "1 different, 2 one cannot be read or they are of two base models.",
+        "whatever their formats, ranks and blocks; of two folders of adapters, each with the one "
+        "of its name. Tensors that PEFT would ignore for their names count as missing. Exit "
+        "status: 0 the same within the tolerance, 1 different, 2 one cannot be read or they are "
+        "of two base models.",
     )
-    parser.add_argument("first", metavar="A", type=Path, help="an adapter's folder")
+    parser.add_argument("first", metavar="A", type=Path, help="an adapter's folder, or of several")
     parser.add_argument("second", metavar="B", type=Path, help="another one's")
     parser.add_argument(
         "--tolerance",
@@ -39,6 +51,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "(default: %(default)g)",
     )
     parser.add_argument("--allow-pickle", action="store_true", help="read pickles, tensors only")
+    parser.add_argument(
+        "--ignore-unknown",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="an unknown option of adapter_config.json that changes no update (repeatable)",
+    )
     return parser
 
 
@@ -51,25 +70,143 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
-    with (
-        open_adapter(arguments.first, allow_pickle=arguments.allow_pickle) as first,
-        open_adapter(arguments.second, allow_pickle=arguments.allow_pickle) as second,
-    ):
-        comparison = compare_adapters(first, second)
-    same = comparison.is_same(arguments.tolerance)
-    data = {**comparison.to_dict(), "tolerance": arguments.tolerance, "same": same}
-    output.result(_text(comparison, arguments.tolerance), data, as_json=arguments.json)
-    return 0 if same else 1
+    if holds_many(arguments.first) or holds_many(arguments.second):
+        return _run_many(arguments)
+    verdict = _compared(arguments.first, arguments.second, arguments)
+    output.result(_text(verdict, arguments.tolerance), verdict.to_dict(), as_json=arguments.json)
+    return 0 if verdict.same else 1
 
 
-def _text(comparison: Comparison, tolerance: float) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Verdict:
+    """One comparison, and what PEFT would not apply of either adapter.
+
+    Attributes:
+        comparison: The updates as the files hold them.
+        ignored: How many tensors PEFT would ignore, by adapter.
+        tolerance: The largest relative difference of a module to accept.
+    """
+
+    comparison: Comparison
+    ignored: Mapping[str, int]
+    tolerance: float
+
+    @property
+    def same(self) -> bool:
+        return not self.ignored and self.comparison.is_same(self.tolerance)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.comparison.to_dict(),
+            "ignored_by_peft": dict(self.ignored),
+            "tolerance": self.tolerance,
+            "same": self.same,
+        }
+
+
+def _compared(first: Path, second: Path, arguments: argparse.Namespace) -> _Verdict:
+    options = {
+        "allow_pickle": arguments.allow_pickle,
+        "ignore_unknown": arguments.ignore_unknown,
+    }
+    with open_adapter(first, **options) as one, open_adapter(second, **options) as other:
+        ignored = {
+            str(path): count
+            for path, adapter in ((first, one), (second, other))
+            if (count := _ignored(path, adapter))
+        }
+        return _Verdict(
+            comparison=compare_adapters(one, other),
+            ignored=ignored,
+            tolerance=arguments.tolerance,
+        )
+
+
+def _ignored(path: Path, adapter: Adapter) -> int:
+    # Other formats note where an adapter came from, which says nothing of their own files.
+    if detect_format(path) != "peft":
+        return 0
+    return int(adapter.metadata.get(IGNORED_BY_PEFT, "0"))
+
+
+def _text(verdict: _Verdict, tolerance: float) -> str:
+    comparison = verdict.comparison
     largest = comparison.largest
-    verdict = (
+    told = (
         f"same function within {tolerance:g}"
-        if comparison.is_same(tolerance)
+        if verdict.same
         else f"DIFFERENT: more than {tolerance:g} apart"
+        if not comparison.is_same(tolerance)
+        else "DIFFERENT in PEFT, the same in the numbers"
     )
-    return (
-        f"{comparison.table()}\n\n{verdict}; largest relative difference {largest.relative:.3g} "
-        f"in {largest.key}"
+    lines = [
+        f"{path}: PEFT would ignore {count} of its tensors, for their names; write it again with "
+        "bdlora convert --to peft"
+        for path, count in verdict.ignored.items()
+    ]
+    return "\n".join(
+        [
+            comparison.table(),
+            "",
+            *lines,
+            f"{told}; largest relative difference {largest.relative:.3g} in {largest.key}",
+        ]
     )
+
+
+def _run_many(arguments: argparse.Namespace) -> int:
+    """Compare all adapters of two folders by their names.
+
+    Raises:
+        ConfigError: The folders have no name in common.
+    """
+    one, other = (
+        {source.name: source.path for source in find_sources([path])}
+        for path in (arguments.first, arguments.second)
+    )
+    if not one.keys() & other.keys():
+        raise ConfigError(
+            f"no adapter has the same name in {arguments.first} ({', '.join(list(one)[:4])}) and "
+            f"{arguments.second} ({', '.join(list(other)[:4])}); pass two adapters, or two folders "
+            "with the same names"
+        )
+    rows, data = [], []
+    causes: list[list[str]] = []
+    for name in [*one, *(name for name in other if name not in one)]:
+        entry: dict[str, Any] = {"name": name}
+        if name not in one or name not in other:
+            where = arguments.second if name not in other else arguments.first
+            entry |= {"verdict": "missing", "why": f"not in {where}"}
+        else:
+            entry |= _verdict_on(one[name], other[name], arguments, causes)
+        relative = entry.get("largest_relative")
+        shown = "" if relative is None else f"{relative:.3g}"
+        rows.append((name, entry["verdict"], shown, entry["why"].partition("\n")[0]))
+        data.append(entry)
+    verdicts = [entry["verdict"] for entry in data]
+    lines = [format_table(_COLUMNS, rows, text_last=True), ""]
+    lines += [f"{entry['name']}: {entry['why']}" for entry in data if "\n" in entry["why"]]
+    lines += [output.cause_table(causes), ""] if causes else []
+    tally = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+    output.result("\n".join([*lines, tally]), data, as_json=arguments.json)
+    return 2 if "refused" in verdicts else 0 if set(verdicts) == {"same"} else 1
+
+
+def _verdict_on(
+    first: Path, second: Path, arguments: argparse.Namespace, causes: list[list[str]]
+) -> dict[str, Any]:
+    try:
+        verdict = _compared(first, second, arguments)
+    except (BDLoRAError, OSError) as error:
+        causes.append(brief_causes(error, first))
+        return {"verdict": "refused", "why": str(error)}
+    largest = verdict.comparison.largest
+    why = "" if verdict.same else f"largest in {largest.key}"
+    if verdict.ignored:
+        why = "; ".join(f"PEFT would ignore {n} tensors of {p}" for p, n in verdict.ignored.items())
+    return {
+        "verdict": "same" if verdict.same else "different",
+        "why": why,
+        "largest_relative": largest.relative,
+        "ignored_by_peft": dict(verdict.ignored),
+    }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bdlora_megatron.convert.peft.config import check_ignorable
 from bdlora_megatron.convert.registry import FormatName, open_adapter, write_adapter
 from bdlora_megatron.convert.structure import Structure, StructureReport, restructure
 from bdlora_megatron.convert.write_options import WriteOptions
@@ -14,7 +15,25 @@ from bdlora_megatron.models.check import base_shape, check_base
 if TYPE_CHECKING:
     from bdlora_megatron.models import HFConfig
 
-__all__ = ["Conversion", "convert_adapter"]
+__all__ = ["Conversion", "companions", "convert_adapter"]
+
+#: A tokenizer and a chat template, which belong to what the adapter was trained on.
+_COMPANIONS = (
+    "added_tokens.json",
+    "additional_chat_templates",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,18 +45,43 @@ class Conversion:
         structure: The structure to give.
         options: How to write.
         base: The base model that the adapter must fit.
+        base_folder: The base model's folder; whole weights in an adapter that equal its own are
+            dropped.
         allow_pickle: Also read pickles, tensors and plain values only.
+        ignore_unknown: Unknown options of adapters that change no update, by name.
+
+    Raises:
+        ConfigError: If an option to ignore is known.
     """
 
     format: FormatName
     structure: Structure = field(default_factory=Structure)
     options: WriteOptions = field(default_factory=WriteOptions)
     base: HFConfig | None = None
+    base_folder: Path | None = None
     allow_pickle: bool = False
+    ignore_unknown: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_ignorable(self.ignore_unknown)
+
+
+def companions(folder: Path) -> tuple[Path, ...]:
+    """The tokenizer and the chat template beside an adapter.
+
+    Args:
+        folder: The adapter's folder.
+
+    Returns:
+        Those of the known files and folders that are there.
+    """
+    return tuple(folder / name for name in _COMPANIONS if (folder / name).exists())
 
 
 def convert_adapter(source: Path, target: Path, conversion: Conversion) -> StructureReport:
     """Convert one adapter. The new folder appears complete or not at all.
+
+    A tokenizer and a chat template beside the adapter are copied along.
 
     Args:
         source: The adapter's folder.
@@ -58,9 +102,12 @@ def convert_adapter(source: Path, target: Path, conversion: Conversion) -> Struc
         source,
         allow_pickle=conversion.allow_pickle,
         base=None if base is None else base_shape(base),
+        base_folder=conversion.base_folder,
+        ignore_unknown=conversion.ignore_unknown,
     ) as adapter:
         if base is not None:
             adapter = check_base(adapter, base)
         changed = restructure(adapter, conversion.structure, dtype=conversion.options.dtype)
-        write_adapter(changed.adapter, target, conversion.format, options=conversion.options)
+        options = replace(conversion.options, companions=companions(source))
+        write_adapter(changed.adapter, target, conversion.format, options=options)
         return changed.report()

@@ -6,6 +6,7 @@ another directly.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -110,8 +111,9 @@ def detect_format(path: str | Path) -> FormatName:
         if any(next(folder.glob(sign), None) for sign in kind.signs):
             return name
     signs = ", ".join(f"{sign} ({n})" for n, kind in FORMATS.items() for sign in kind.signs)
-    why = folder_hint(folder) or f"looked for {signs}; pass the folder that holds one of these"
-    raise AdapterFormatError(f"{folder} is no adapter of a known format: {why}")
+    hint = folder_hint(folder)
+    why = f", {hint}" if hint else f": looked for {signs}; pass the folder that holds one of these"
+    raise AdapterFormatError(f"{folder} is no adapter of a known format{why}")
 
 
 @contextmanager
@@ -222,6 +224,9 @@ def write_adapter(
     ready = prepare(adapter, options)
     with new_folder(path, overwrite=options.overwrite) as folder:
         kind.write(ready, folder, options)
+        for source in options.companions:
+            copy = shutil.copytree if source.is_dir() else shutil.copyfile
+            copy(source, folder / source.name)
     return path
 
 

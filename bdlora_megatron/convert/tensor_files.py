@@ -71,8 +71,9 @@ def open_safetensors(path: Path) -> Iterator[TensorSource]:
             header, start = _read_header(file)
             source = _source(path, file, header, start)
         except (OSError, SafetensorError, MemoryError) as error:
-            why = file_hint(path) or "copy or save the adapter again"
-            raise AdapterFormatError(f"{path} cannot be read: {error}; {why}") from error
+            hint = file_hint(path)
+            why = f", {hint}" if hint else f": {error}; copy or save the adapter again"
+            raise AdapterFormatError(f"{path} cannot be read{why}") from error
         yield source
 
 

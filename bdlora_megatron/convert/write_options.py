@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -40,6 +41,9 @@ class WriteOptions:
 
     fused: bool = False
     """One A for q, k, v and one for gate, up (`bridge`), as NeMo's LoRA trains it."""
+
+    companions: tuple[Path, ...] = ()
+    """Files and folders to copy beside the adapter, such as its tokenizer."""
 
     def __post_init__(self) -> None:
         if self.tp < 1:

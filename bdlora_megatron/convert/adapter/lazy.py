@@ -83,7 +83,7 @@ class LazyModules(Mapping[ModuleKey, BlockFactors]):
         try:
             factors = self._load(key)
         except (AdapterFormatError, ShapeError) as error:
-            problems.add(str(error), str(key))
+            problems.add_error(error, str(key))
             return None
         if not (self._trusted or all_finite(factors.A, factors.B)):
             problems.add(
@@ -132,7 +132,7 @@ def map_modules(
         try:
             facts[key] = change(key, factors)
         except (AdapterFormatError, ShapeError) as error:
-            problems.add(str(error), str(key))
+            problems.add_error(error, str(key))
     problems.raise_if_any(subject)
 
     def load(key: ModuleKey) -> BlockFactors:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from bdlora_megatron.errors import AdapterFormatError, UnsupportedError
+import re
+from pathlib import Path
 
-__all__ = ["Problems"]
+from bdlora_megatron.errors import AdapterFormatError, BDLoRAError, UnsupportedError
+
+__all__ = ["Problems", "brief_causes"]
 
 _NAMED = 4
 _LONGEST = 200
@@ -28,6 +31,16 @@ class Problems:
         """
         self._names.setdefault(what, []).extend(names)
 
+    def add_error(self, error: BDLoRAError, *names: str) -> None:
+        """Note what an error says, which may be a list itself.
+
+        Args:
+            error: What went wrong with a part.
+            *names: The part.
+        """
+        for what in error.causes or (str(error),):
+            self.add(what, *names)
+
     def raise_if_any(
         self, subject: str, error: type[AdapterFormatError | UnsupportedError] = AdapterFormatError
     ) -> None:
@@ -42,7 +55,32 @@ class Problems:
         """
         if self._names:
             lines = [f"\n- {what}{_listed(names)}" for what, names in self._names.items()]
-            raise error(f"{subject}:{''.join(lines)}")
+            failure = error(f"{subject}:{''.join(lines)}")
+            failure.causes = tuple(self._names)
+            raise failure
+
+
+def brief_causes(error: Exception, folder: Path) -> list[str]:
+    """What is wrong, in few words that are the same for all adapters that have it.
+
+    Args:
+        error: Why an adapter was refused.
+        folder: The adapter's, whose path is left out.
+
+    Returns:
+        One text for each cause.
+    """
+    causes = (isinstance(error, BDLoRAError) and error.causes) or (str(error),)
+    brief = []
+    for cause in causes:
+        text = cause
+        for path in (str(folder.resolve()), str(folder)):
+            text = text.replace(path, "the folder")
+        # What is wanted and what to do stands behind; sizes differ from adapter to adapter.
+        text = re.split(r"[;:] |, which ", text.partition("\n")[0])[0]
+        text = re.sub(r"\[[^\]]*\]|\b\d+(\.\d+)?\b", "...", text)
+        brief.append(_shortened(text))
+    return list(dict.fromkeys(brief))
 
 
 def _listed(names: list[str]) -> str:

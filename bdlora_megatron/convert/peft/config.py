@@ -233,8 +233,9 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        why = file_hint(path) or "save the adapter again"
-        raise AdapterFormatError(f"{path} is no JSON: {error}; {why}") from error
+        hint = file_hint(path)
+        why = f", {hint}" if hint else f": {error}; save the adapter again"
+        raise AdapterFormatError(f"{path} is no JSON{why}") from error
     if not isinstance(raw, dict):
         raise AdapterFormatError(
             f"{path} holds a JSON {type(raw).__name__}, wanted an object; save the adapter again"

@@ -172,7 +172,7 @@ def _check_kind(folder: Path, raw: Mapping[str, Any]) -> None:
     """
     if "fine_tune_type" in raw or "lora_parameters" in raw:
         why = folder_hint(folder) or "it is a config of MLX; pass an adapter in PEFT's format"
-        raise AdapterFormatError(f"{folder} cannot be read: {why}")
+        raise AdapterFormatError(f"{folder} is no adapter of PEFT's, {why}")
 
 
 def _sorted_out(

@@ -39,14 +39,17 @@ def open_tensors(folder: Path, *, allow_pickle: bool) -> Iterator[TensorSource]:
         with open_safetensors(safe) as source:
             yield source
     elif not pickled.is_file():
-        why = folder_hint(folder) or "pass a folder as PEFT's save_pretrained writes it"
-        raise AdapterFormatError(f"{folder} holds no {SAFETENSORS_NAME}; {why}")
+        hint = folder_hint(folder)
+        why = f", {hint}" if hint else "; pass a folder as PEFT's save_pretrained writes it"
+        raise AdapterFormatError(f"{folder} holds no {SAFETENSORS_NAME}{why}")
     elif not allow_pickle:
-        why = file_hint(pickled) or (
-            "a pickle can run code when it is read: save the adapter again with a recent PEFT, or "
-            "pass allow_pickle=True (--allow-pickle), which reads tensors alone"
+        hint = file_hint(pickled)
+        why = f"it holds {PICKLE_NAME}, " + (
+            hint
+            or "and a pickle can run code when it is read; save the adapter again with a recent "
+            "PEFT, or pass --allow-pickle (allow_pickle=True), which reads tensors alone"
         )
-        raise AdapterFormatError(f"{folder} holds {PICKLE_NAME} and no {SAFETENSORS_NAME}; {why}")
+        raise AdapterFormatError(f"{folder} holds no {SAFETENSORS_NAME}, {why}")
     else:
         yield _pickle_source(pickled)
 
@@ -55,10 +58,9 @@ def _pickle_source(path: Path) -> TensorSource:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        why = file_hint(path) or "save the adapter again as safetensors"
-        raise AdapterFormatError(
-            f"{path} cannot be read as tensors alone: {error}; {why}"
-        ) from error
+        hint = file_hint(path)
+        why = f", {hint}" if hint else f": {error}; save the adapter again as safetensors"
+        raise AdapterFormatError(f"{path} cannot be read as tensors alone{why}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):

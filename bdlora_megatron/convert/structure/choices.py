@@ -26,7 +26,11 @@ from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.adapter import Adapter
 from bdlora_megatron.convert.adapter.lazy import module_facts
 from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
-from bdlora_megatron.convert.structure.restructure import StructureMode, module_shapes
+from bdlora_megatron.convert.structure.restructure import (
+    StructureMode,
+    check_fits,
+    module_shapes,
+)
 from bdlora_megatron.errors import ConfigError
 
 __all__ = ["Choice", "Choices", "choices_for_tp"]
@@ -71,6 +75,8 @@ class Choices:
         recommended: The name of one of them.
         reason: Why that one.
         curve: Total rank and relative error of truncations, up to the rank without loss.
+        heads_known: Whether P was held against the base model's key-value heads, which an adapter
+            of most formats does not tell.
     """
 
     adapter: str
@@ -79,6 +85,22 @@ class Choices:
     recommended: str
     reason: str
     curve: tuple[tuple[int, float], ...]
+    heads_known: bool = True
+
+    @property
+    def caution(self) -> str:
+        """What the recommendation takes for granted, as lines to append; empty if nothing."""
+        if self.heads_known or self.tp == 1:
+            return ""
+        return (
+            f"\nwhether {self.tp} ranks divide the base model's key-value heads is not known; pass "
+            "--base HF_DIR"
+        )
+
+    @property
+    def choice(self) -> Choice:
+        """The recommended way."""
+        return next(choice for choice in self.choices if choice.name == self.recommended)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON takes it."""
@@ -99,10 +121,9 @@ class Choices:
             for choice in self.choices
         ]
         header = ("choice", "layout", "rank", "size per rank", "relative error", "collectives")
-        options = next(c.options for c in self.choices if c.name == self.recommended)
         return (
             f"{self.adapter} on {self.tp} tensor-parallel ranks\n\n{format_table(header, rows)}\n\n"
-            f"* recommended ({options}): {self.reason}"
+            f"* recommended ({self.choice.options}): {self.reason}{self.caution}"
         )
 
 
@@ -120,11 +141,13 @@ def choices_for_tp(adapter: Adapter, tp: int, *, tolerance: float = 0.01) -> Cho
 
     Raises:
         ConfigError: If `tp` is not positive or the adapter has no modules.
-        ShapeError: If P does not divide the blocked side of some module.
+        AdapterFormatError: If P does not divide the blocked side of some module, or the base
+            model's key-value heads where they are known.
     """
     facts = list(module_facts(adapter).values())
     if tp < 1 or not facts:
         raise ConfigError(f"tp={tp} and {len(facts)} modules; wanted at least one of each")
+    check_fits(adapter, tp, f"adapter {adapter.name!r} cannot be served on {tp} ranks")
     compact_ranks, spectra = [], []
     for key in adapter.modules:
         factors = adapter.modules[key]
@@ -141,6 +164,7 @@ def choices_for_tp(adapter: Adapter, tp: int, *, tolerance: float = 0.01) -> Cho
         recommended=recommended,
         reason=reason,
         curve=_curve(spectra, tp),
+        heads_known=adapter.base.num_kv_heads is not None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, get_args
@@ -23,7 +24,14 @@ from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.structure.report import ModuleChange, StructureReport, measure
 from bdlora_megatron.errors import ConfigError, ShapeError
 
-__all__ = ["Restructured", "Structure", "StructureMode", "module_shapes", "restructure"]
+__all__ = [
+    "Restructured",
+    "Structure",
+    "StructureMode",
+    "check_fits",
+    "module_shapes",
+    "restructure",
+]
 
 StructureMode: TypeAlias = Literal["keep", "exact", "truncate", "reshard"]
 
@@ -132,15 +140,17 @@ def restructure(
         ConfigError: If even the smallest rank exceeds the budget.
     """
     facts = module_facts(adapter)
-    change = _change(structure, facts.values())
     subject = f"adapter {adapter.name!r} cannot have the structure {structure.mode!r}"
+    if structure.mode != "keep":
+        check_fits(adapter, structure.num_blocks, subject)
+    change = _change(structure, facts.values())
     new_facts, problems = {}, Problems()
     compacted = set()
     for key, fact in facts.items():
         try:
             new_facts[key] = change(fact)
         except ShapeError as error:
-            problems.add(str(error), str(key))
+            problems.add_error(error, str(key))
             continue
         if structure.mode == "exact":
             # What compacting wins is in the numbers alone.
@@ -166,6 +176,42 @@ def restructure(
     return Restructured(
         adapter=replace(adapter, modules=modules), structure=structure, _changes=changes
     )
+
+
+def check_fits(adapter: Adapter, tp: int, subject: str) -> None:
+    """Refuse a tensor-parallel size at which the layers could not hold the adapter.
+
+    Args:
+        adapter: Lazy or in memory; no module is loaded.
+        tp: The size. Without the base model's heads, widths alone are looked at.
+        subject: What fails; the start of the message.
+
+    Raises:
+        AdapterFormatError: If a rank would hold part of a row, a column or a key-value head. The
+            modules and the sizes that fit are listed.
+    """
+    facts = module_facts(adapter)
+    widths = {
+        key: fact.out_features if fact.blocked == "B" else fact.in_features
+        for key, fact in facts.items()
+    }
+    qkv = [str(key) for key in facts if key.name in ("q_proj", "k_proj", "v_proj")]
+    heads = adapter.base.num_kv_heads if qkv else None
+    whole = math.gcd(*widths.values(), *([heads] if heads else []))
+    fitting = [size for size in range(1, min(whole, 1024) + 1) if whole % size == 0]
+    advice = f"use a tensor-parallel size of {', '.join(map(str, fitting))}"
+    problems = Problems()
+    for key, width in widths.items():
+        if width % tp:
+            side = "out_features" if facts[key].blocked == "B" else "in_features"
+            problems.add(f"{side}={width} is not a multiple of num_blocks={tp}; {advice}", str(key))
+    if heads and heads % tp:
+        problems.add(
+            f"the base model has {heads} key-value heads, and each of {tp} ranks would hold part "
+            f"of one, which is not served yet; {advice}",
+            *qkv,
+        )
+    problems.raise_if_any(subject)
 
 
 def module_shapes(facts: Iterable[BlockFactors]) -> list[ModuleShape]:

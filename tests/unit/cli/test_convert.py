@@ -159,15 +159,15 @@ def test_the_base_model_must_fit(tmp_path, capsys):
         "hidden_size": 48,
         "intermediate_size": 104,
         "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 20,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 10,
         "vocab_size": 31,
         "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
     }
-    for name, changes in (("right", {}), ("wrong", {"hidden_size": 64, "head_dim": 16})):
+    for name, changes in (("right", {}), ("wrong", {"hidden_size": 64, "head_dim": 8})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(base | changes))
     arguments = ["convert", tmp_path / "in", *EXACT]

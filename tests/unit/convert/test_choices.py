@@ -12,7 +12,7 @@ from bdlora_megatron.blocks import pad_rank, reshard
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import Adapter, ModuleKey
 from bdlora_megatron.convert.structure import Structure, choices_for_tp, plot_choices, restructure
-from bdlora_megatron.errors import ConfigError, MissingDependencyError, ShapeError
+from bdlora_megatron.errors import AdapterFormatError, ConfigError, MissingDependencyError
 from tests.reference import shard
 from tests.unit.convert.random_adapters import adapter, factors
 from tests.unit.convert.test_structure import vanilla
@@ -127,7 +127,7 @@ def test_wrong_requests_are_refused():
         choices_for_tp(vanilla(), 0)
     with pytest.raises(ConfigError, match="0 modules"):
         choices_for_tp(Adapter(name="empty", modules={}), 2)
-    with pytest.raises(ShapeError, match="is not a multiple of num_blocks=7"):
+    with pytest.raises(AdapterFormatError, match="is not a multiple of num_blocks=7"):
         choices_for_tp(vanilla(), 7)
 
 

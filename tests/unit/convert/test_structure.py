@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
@@ -60,6 +60,7 @@ def assert_facts_are_true(result):
 @quick
 @given(adapters(mixed_blocks=True), st.sampled_from(["exact", "reshard"]), st.sampled_from([2, 4]))
 def test_exact_structures_fit_the_ranks_and_keep_the_function(source, mode, tp):
+    assume(source.base.num_kv_heads % tp == 0)
     result = restructure(source, Structure(mode=mode, num_blocks=tp)).adapter
     assert list(result.modules) == list(source.modules)
     assert_facts_are_true(result)
@@ -73,6 +74,7 @@ def test_exact_structures_fit_the_ranks_and_keep_the_function(source, mode, tp):
 @quick
 @given(adapters(mixed_blocks=True), st.sampled_from([1, 2, 4]), st.integers(1, 3))
 def test_truncation_is_the_best_of_its_rank_and_its_error_is_told(source, tp, block_rank):
+    assume(source.base.num_kv_heads % tp == 0)
     rank = block_rank * tp
     restructured = restructure(source, Structure(mode="truncate", num_blocks=tp, rank=rank))
     assert_facts_are_true(restructured.adapter)
@@ -197,7 +199,29 @@ def test_all_modules_that_cannot_be_cut_are_named():
         restructure(source, Structure(mode="reshard", num_blocks=32))
     assert "out_features=80 is not a multiple of num_blocks=32" in str(caught.value)
     assert "layers.0.mlp.gate_proj, layers.1.mlp.gate_proj" in str(caught.value)
-    assert "q_proj" not in str(caught.value)
+    heads = "8 key-value heads, and each of 32 ranks would hold part of one"
+    assert heads in str(caught.value)
+    assert "use a tensor-parallel size of 1, 2, 4, 8 (in layers.0.self_attn.q" in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("q_proj", "o_proj"), ("v_proj",), ("k_proj", "up_proj")])
+@pytest.mark.parametrize("mode", ["exact", "reshard", "truncate"])
+def test_ranks_that_would_split_a_key_value_head_are_refused(mode, names):
+    modules = {ModuleKey(layer=0, name=name): factors(name, rank=8, kv_heads=2) for name in names}
+    source = adapter(modules, kv_heads=2)
+    rank = 8 if mode == "truncate" else None
+    for tp, fits in ((2, True), (4, False), (8, False)):
+        structure = Structure(mode=mode, num_blocks=tp, rank=rank)
+        if fits:
+            assert len(restructure(source, structure).adapter.modules) == len(names)
+            continue
+        with pytest.raises(AdapterFormatError) as caught:
+            restructure(source, structure)
+        assert f"2 key-value heads, and each of {tp} ranks" in str(caught.value)
+        assert "use a tensor-parallel size of 1, 2 (in layers.0.self_attn." in str(caught.value)
+    # Without q, k and v no rank holds part of a head.
+    mlp = {ModuleKey(layer=0, name="up_proj"): factors("up_proj", rank=8)}
+    assert restructure(adapter(mlp, kv_heads=2), Structure(mode="exact", num_blocks=8))
 
 
 @pytest.mark.parametrize(
