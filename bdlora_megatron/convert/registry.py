@@ -17,9 +17,11 @@ from bdlora_megatron.convert.adapter import Adapter, BaseShape
 from bdlora_megatron.convert.adapter.lazy import in_memory
 from bdlora_megatron.convert.bridge.config import BRIDGE_SIGNS
 from bdlora_megatron.convert.bridge.format import open_bridge, write_bridge
+from bdlora_megatron.convert.bridge.swift import is_swift, open_swift
 from bdlora_megatron.convert.folders import new_folder
 from bdlora_megatron.convert.hints import folder_hint
 from bdlora_megatron.convert.megatron.format import MANIFEST_NAME, open_megatron, write_megatron
+from bdlora_megatron.convert.megatron.run import RUN_NAME, open_run
 from bdlora_megatron.convert.peft.config import CONFIG_NAME
 from bdlora_megatron.convert.peft.reader import open_peft
 from bdlora_megatron.convert.peft.writer import write_peft
@@ -78,11 +80,21 @@ FORMATS: Mapping[FormatName, _Format] = {
         write=write_peft,
     ),
     "megatron": _Format(
-        signs=(MANIFEST_NAME,), open=lambda path, _: open_megatron(path), write=write_megatron
+        signs=(MANIFEST_NAME, RUN_NAME),
+        open=lambda path, reading: (
+            open_megatron(path)
+            if (path / MANIFEST_NAME).is_file()
+            else open_run(path, base=reading.base)
+        ),
+        write=write_megatron,
     ),
     "bridge": _Format(
         signs=BRIDGE_SIGNS,
-        open=lambda path, reading: open_bridge(path, base=reading.base),
+        open=lambda path, reading: (
+            open_swift(path, base=reading.base, ignore_unknown=reading.ignore_unknown)
+            if is_swift(path)
+            else open_bridge(path, base=reading.base)
+        ),
         write=write_bridge,
     ),
     "slora": _Format(signs=(SLORA_NAME,), open=lambda path, _: open_slora(path), write=write_slora),
@@ -107,6 +119,9 @@ def detect_format(path: str | Path) -> FormatName:
         return "slora"
     if not folder.is_dir():
         raise AdapterFormatError(f"{folder} is no folder; pass the folder of an adapter")
+    if is_swift(folder):
+        # It has PEFT's config, and none of its tensors.
+        return "bridge"
     for name, kind in FORMATS.items():
         if any(next(folder.glob(sign), None) for sign in kind.signs):
             return name

@@ -20,6 +20,7 @@ from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.session import model_parallel
 from tests.train.runs import VOCAB, make_files, settings, train_rank
+from tests.unit.convert.random_adapters import assert_same
 
 SCHEMES = {
     "bdlora": {"scheme": "bdlora", "bdlora": {"num_blocks": 6, "rank": 12, "use_rslora": True}},
@@ -96,6 +97,8 @@ def test_trained_at_three_ranks_resumed_at_one_peft_computes_the_same(root, tmp_
     for name in (ADAPTER, DENSE_ADAPTER):
         found = _peft_logits(root / "base", tmp_path / name)
         assert_close(found, trained, f"PEFT's logits of {name}", (1e-5, 1e-4))
+    exported = read_adapter(tmp_path / ADAPTER)
+    assert_same(read_adapter(checkpoints(tmp_path)[-1][1]), exported)
     settings_of = json.loads((tmp_path / ADAPTER / "adapter_config.json").read_text("utf-8"))
     assert bool(settings_of.get("use_bdlora")) is (first.peft.scheme == "bdlora")
     dense = json.loads((tmp_path / DENSE_ADAPTER / "adapter_config.json").read_text("utf-8"))

@@ -1,12 +1,18 @@
-"""PEFT's alpha for a given scale, such that PEFT computes the very same number from it."""
+"""Scales in formats: PEFT's alpha that gives one exactly, and one scale for all modules."""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-__all__ = ["choose_alphas", "nearest_alpha", "peft_scale", "warn_inexact"]
+from bdlora_megatron.blocks import BlockFactors
+from bdlora_megatron.convert.adapter.lazy import map_modules, module_facts
+from bdlora_megatron.convert.adapter.neutral import Adapter, ModuleKey
+
+__all__ = ["choose_alphas", "nearest_alpha", "peft_scale", "warn_inexact", "with_one_scale"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,3 +77,37 @@ def warn_inexact(name: str, missed: Sequence[object]) -> None:
             name,
             missed[0],
         )
+
+
+def with_one_scale(adapter: Adapter) -> Adapter:
+    """The same function with one scale for all modules, for formats that hold one.
+
+    Args:
+        adapter: Lazy or in memory.
+
+    Returns:
+        The adapter itself where its modules agree; else one whose B holds the difference, which a
+        warning says.
+    """
+    facts = module_facts(adapter)
+    counts = Counter(factors.scale for factors in facts.values())
+    if len(counts) == 1:
+        return adapter
+    scale = max((s for s in counts if s), key=lambda s: counts[s])
+
+    def change(_: ModuleKey, factors: BlockFactors) -> BlockFactors:
+        if factors.scale == scale:
+            return factors
+        B = (factors.B.double() * (factors.scale / scale)).to(factors.B.dtype)
+        return replace(factors, B=B, scale=scale)
+
+    others = [key for key, factors in facts.items() if factors.scale != scale]
+    logger.warning(
+        "adapter %r has %d scales and the format one: those of %d modules, such as %s, are folded "
+        "into their B, which rounds it once",
+        adapter.name,
+        len(counts),
+        len(others),
+        others[0],
+    )
+    return map_modules(adapter, change, subject=f"cannot fold the scales of {adapter.name!r}")

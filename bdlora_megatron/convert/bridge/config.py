@@ -11,6 +11,7 @@ from typing import Any
 
 from bdlora_megatron.convert.adapter import BaseShape
 from bdlora_megatron.convert.adapter.problems import Problems
+from bdlora_megatron.convert.megatron.iterations import newest_iteration
 from bdlora_megatron.errors import AdapterFormatError, MissingDependencyError
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
 ]
 
 RUN_CONFIG_NAME = "run_config.yaml"
-_ITERATION = re.compile(r"iter_(\d{7})")
 _NEMO_CONTEXT, _NEMO_WEIGHTS = "context/model.yaml", "weights"
 _LARGEST = 4 << 20
 #: Files that tell a folder of these formats.
@@ -33,6 +33,10 @@ _REFUSED = {
     "DoRA": "DoRA rescales whole adapted weights; merge it into its base model, or train LoRA",
 }
 _READ = ("LoRA", "CanonicalLoRA", "VLMLoRA")
+#: The integrations' own class, whose layers save blocks.
+_OWN = "BDLoRA"
+# YAML 1.2's numbers, which OmegaConf reads too; PyYAML takes those without a point for strings.
+_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +46,8 @@ class BridgeSettings:
     Attributes:
         dim: The rank of every pair.
         alpha: The numerator of the scale.
+        own: The settings of our integration's class, which has a rank for each pair; None of
+            others, which have one for all.
         tp: Tensor-parallel ranks that saved it; None where that is not noted.
         base: What is said of the base model.
         metadata: For people.
@@ -52,6 +58,7 @@ class BridgeSettings:
     tp: int | None
     base: BaseShape
     metadata: Mapping[str, str]
+    own: Mapping[str, Any] | None = None
 
 
 def locate(folder: Path) -> tuple[Path, Path]:
@@ -59,7 +66,7 @@ def locate(folder: Path) -> tuple[Path, Path]:
 
     Args:
         folder: One iteration of Megatron-Bridge (`iter_0000100`), the folder of all iterations (the
-            last one is read), or a checkpoint of NeMo 2 (`weights` and `context`).
+            newest complete one is read), or a checkpoint of NeMo 2 (`weights` and `context`).
 
     Returns:
         The folder of the distributed checkpoint, and the settings' file.
@@ -70,17 +77,13 @@ def locate(folder: Path) -> tuple[Path, Path]:
     if (folder / _NEMO_CONTEXT).is_file():
         return folder / _NEMO_WEIGHTS, folder / _NEMO_CONTEXT
     if not (folder / RUN_CONFIG_NAME).is_file():
-        iterations = [
-            child
-            for child in folder.iterdir()
-            if _ITERATION.fullmatch(child.name) and (child / RUN_CONFIG_NAME).is_file()
-        ]
-        if not iterations:
+        newest = newest_iteration(folder, lambda child: (child / RUN_CONFIG_NAME).is_file())
+        if newest is None:
             raise AdapterFormatError(
-                f"{folder} holds none of {', '.join(BRIDGE_SIGNS)}; pass an adapter checkpoint of "
-                "Megatron-Bridge or NeMo 2"
+                f"{folder} holds no complete checkpoint with one of {', '.join(BRIDGE_SIGNS)}; "
+                "pass an adapter checkpoint of Megatron-Bridge or NeMo 2"
             )
-        folder = max(iterations, key=lambda child: child.name)
+        folder = newest
     return folder, folder / RUN_CONFIG_NAME
 
 
@@ -109,14 +112,11 @@ def read_settings(path: Path) -> BridgeSettings:
         peft = {}
     target = str(peft.get("_target_", ""))
     kind = target.rpartition(".")[2]
-    if kind not in _READ:
+    own = peft if kind == _OWN and target.startswith("bdlora_megatron.") else None
+    if kind not in _READ and own is None:
         why = _REFUSED.get(kind, f"wanted one of {', '.join(_READ)}")
         problems.add(f"the adapter is a {target or 'thing without a _target_'}; {why}")
-    dim = _positive(peft, "dim", problems)
-    alpha = peft.get("alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
-        problems.add(f"peft alpha is {alpha!r}, wanted a finite number")
-        alpha = 1.0
+    dim, alpha = (1, 1.0) if own is not None else _rank_and_alpha(peft, problems)
     if model.get("gated_linear_unit") is False:
         problems.add(
             "the base model's MLP is not gated, so linear_fc1 is no gate and up projection"
@@ -126,13 +126,18 @@ def read_settings(path: Path) -> BridgeSettings:
     tp = None if nemo else _optional(model, "tensor_model_parallel_size", problems)
     base = _base_shape(model, problems)
     problems.raise_if_any(f"cannot read {path}")
-    return BridgeSettings(
-        dim=dim or 1,
-        alpha=float(alpha),
-        tp=tp,
-        base=base,
-        metadata={"format": "nemo" if nemo else "bridge", "adapter_class": target},
-    )
+    metadata = {"format": "nemo" if nemo else "bridge", "adapter_class": target}
+    if own is not None and isinstance(own.get("base_model"), str):
+        metadata["base_model_name_or_path"] = own["base_model"]
+    return BridgeSettings(dim=dim, alpha=alpha, tp=tp, base=base, metadata=metadata, own=own)
+
+
+def _rank_and_alpha(peft: Mapping[str, Any], problems: Problems) -> tuple[int, float]:
+    alpha = peft.get("alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
+        problems.add(f"peft alpha is {alpha!r}, wanted a finite number")
+        alpha = 1.0
+    return _positive(peft, "dim", problems) or 1, float(alpha)
 
 
 def write_settings(
@@ -171,8 +176,9 @@ def write_settings(
         },
         "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": False},
     }
-    # JSON is YAML, and needs no library to write.
-    path.write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
+    # JSON is YAML, and needs no library to write. YAML 1.1 takes 1e-08 for a string.
+    text = re.sub(r"(?m)(: -?\d+)(e[-+]?\d+,?)$", r"\1.0\2", json.dumps(raw, indent=2))
+    path.write_text(text + "\n", "utf-8")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -187,6 +193,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         """Plain values; what has a type of its own is of no interest here and becomes null."""
 
     Loader.add_multi_constructor("", lambda *_: None)
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
     try:
         if path.stat().st_size > _LARGEST:
             raise AdapterFormatError(f"{path} is larger than {_LARGEST} bytes, as no settings are")

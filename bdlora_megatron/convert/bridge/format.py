@@ -23,7 +23,7 @@ from bdlora_megatron.blocks import BlockFactors, pad_rank
 from bdlora_megatron.convert.adapter.lazy import map_modules, module_facts
 from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES, Adapter, BaseShape, ModuleKey
 from bdlora_megatron.convert.adapter.problems import Problems
-from bdlora_megatron.convert.adapter.scale import nearest_alpha, warn_inexact
+from bdlora_megatron.convert.adapter.scale import nearest_alpha, warn_inexact, with_one_scale
 from bdlora_megatron.convert.bridge.config import (
     RUN_CONFIG_NAME,
     BridgeSettings,
@@ -40,6 +40,11 @@ from bdlora_megatron.convert.megatron.format import (
 )
 from bdlora_megatron.convert.megatron.names import LINEARS, fuse, linear_of, stem
 from bdlora_megatron.convert.megatron.reader import Pair, PairSettings, find_pairs, pair_modules
+from bdlora_megatron.convert.megatron.run import (
+    is_training_state,
+    own_settings,
+    with_main_copies,
+)
 from bdlora_megatron.convert.write_options import WriteOptions
 from bdlora_megatron.decoder import facts_of
 from bdlora_megatron.errors import UnsupportedError
@@ -58,8 +63,8 @@ def open_bridge(folder: Path, *, base: BaseShape | None = None) -> Iterator[Adap
         base: The base model's heads, where the checkpoint's own settings do not tell them.
 
     Yields:
-        The adapter, vanilla LoRA; a pair that serves a fused layer comes as one update for each
-        projection, with the same A.
+        The adapter, vanilla LoRA or our integration's blocks; a pair that serves a fused layer
+        comes as one update for each projection, with the same A.
 
     Raises:
         AdapterFormatError: If the files are missing or broken, or hold what cannot be represented.
@@ -69,15 +74,22 @@ def open_bridge(folder: Path, *, base: BaseShape | None = None) -> Iterator[Adap
     weights, config = locate(folder)
     settings = read_settings(config)
     tensors = open_dist_tensors(weights)
+    if settings.own is not None:
+        tensors = with_main_copies(tensors)
     problems = Problems()
     subject = f"cannot read the adapter in {folder}"
-    pairs = find_pairs(tensors, problems, ignore=_is_training_state)
+    pairs = find_pairs(tensors, problems, ignore=is_training_state)
     known = merge_base(settings.base, base or BaseShape(), problems)
-    setting = PairSettings(num_blocks=1, scale=settings.alpha / settings.dim)
-    sizes = _check_pairs(pairs, tensors, settings, problems)
+    sizes: dict[Pair, int] = {}
+    if settings.own is None:
+        setting = PairSettings(num_blocks=1, scale=settings.alpha / settings.dim)
+        of_pairs = dict.fromkeys(pairs, setting)
+        sizes = _check_pairs(pairs, tensors, settings, problems)
+    else:
+        of_pairs = own_settings(settings.own, pairs, tensors, problems)
     modules, widths = pair_modules(
         tensors,
-        dict.fromkeys(pairs, setting),
+        of_pairs,
         known,
         problems,
         subject=subject,
@@ -85,7 +97,8 @@ def open_bridge(folder: Path, *, base: BaseShape | None = None) -> Iterator[Adap
     )
     shape = merge_base(known, widths, problems)
     problems.raise_if_any(subject)
-    yield Adapter(name=folder.name, modules=modules, base=shape, metadata=dict(settings.metadata))
+    metadata = {**settings.metadata, "iteration": weights.name}
+    yield Adapter(name=folder.name, modules=modules, base=shape, metadata=metadata)
 
 
 def write_bridge(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
@@ -101,14 +114,14 @@ def write_bridge(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
             of CanonicalLoRA.
 
     Raises:
-        UnsupportedError: If modules have blocks or different scales, or what is fused has no common
-            A. All such problems are listed.
+        UnsupportedError: If modules have blocks, or what is fused has no common A. All such
+            problems are listed.
     """
     facts = module_facts(adapter)
     subject = f"cannot write adapter {adapter.name!r} for Megatron-Bridge"
     _check_writable(facts, options, subject)
     rank = -(-max(f.rank for f in facts.values()) // options.tp) * options.tp
-    padded = map_modules(adapter, lambda _, f: pad_rank(f, rank), subject=subject)
+    padded = map_modules(with_one_scale(adapter), lambda _, f: pad_rank(f, rank), subject=subject)
     facts = module_facts(padded)
     pieces = _pieces(facts, fused=options.fused)
     layers = stacked_layers(facts, adapter.base.num_layers)
@@ -192,10 +205,6 @@ class _PieceLoader:
         return fuse(piece.linear, named, self.adapter.base)
 
 
-def _is_training_state(name: str) -> bool:
-    return name.removeprefix("chained_0.").removeprefix("chained_1.").startswith("optimizer.")
-
-
 def _check_pairs(
     pairs: Sequence[Pair], tensors: DistTensors, settings: BridgeSettings, problems: Problems
 ) -> dict[Pair, int]:
@@ -237,14 +246,8 @@ def _check_writable(
     if blocked:
         problems.add(
             "modules have blocks, which its LoRA has not; write the same update as vanilla LoRA "
-            "(WriteOptions(dense=True))",
+            "(--dense, WriteOptions(dense=True))",
             *blocked,
-        )
-    scales = sorted({factors.scale for factors in facts.values()})
-    if len(scales) > 1:
-        problems.add(
-            f"modules have the scales {', '.join(map(repr, scales[:4]))}, and it has one for all; "
-            "split the adapter, or keep it in format 'megatron'"
         )
     for key, factors in facts.items():
         parts = 2 * options.tp if linear_of(key.name)[0] == _GATED else options.tp

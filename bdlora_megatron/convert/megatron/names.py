@@ -160,8 +160,8 @@ def _groups(linear: str, out_features: int, base: BaseShape) -> tuple[int, list[
     if heads is None or groups is None or width is None:
         raise AdapterFormatError(
             "linear_qkv has one pair of factors for q, k and v, and telling its rows apart needs "
-            "the base model's heads; pass base=BaseShape(num_heads=..., num_kv_heads=..., "
-            "head_dim=...)"
+            "the base model's heads; pass --base HF_DIR, or base=BaseShape(num_heads=..., "
+            "num_kv_heads=..., head_dim=...)"
         )
     if heads % groups or width * (heads + 2 * groups) != out_features:
         raise AdapterFormatError(

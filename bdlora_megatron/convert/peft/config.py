@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 CONFIG_NAME = "adapter_config.json"
+#: What a reader says of options that `find_refused` gives back.
+READ_WITHOUT = "it is read without options that change no update"
 # A rank and an alpha for each module of a model with a thousand layers fit in a tenth.
 _LARGEST_CONFIG = 16 << 20
 

@@ -30,6 +30,7 @@ from bdlora_megatron.convert.adapter.neutral import (
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.hints import folder_hint
 from bdlora_megatron.convert.peft.config import (
+    READ_WITHOUT,
     ModuleSettings,
     PeftConfig,
     check_ignorable,
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 #: In an adapter's metadata: how many of its file's tensors PEFT would ignore, for their names.
 IGNORED_BY_PEFT = "tensors_ignored_by_peft"
-_COPIES = "tensors that equal the base model's"
+_COPIES = "it is read without tensors that equal the base model's"
 
 # VeLoRA's direction for compressing what backward keeps; the forward pass does not depend on it.
 _TRAINING_ONLY = re.compile(r"\.lora_velora_embed$")
@@ -138,9 +139,9 @@ def open_peft(
             return _factors(plan, *(source.load(name) for name in plan.names))
 
         expanded = [plan for plan in plans if _is_swapped(plan)]
-        for what, names in (("options that change no update", ignored), (_COPIES, sorted(same))):
+        for what, names in ((READ_WITHOUT, ignored), (_COPIES, sorted(same))):
             if names:
-                logger.warning("%s: it is read without %s: %s", folder, what, ", ".join(names))
+                logger.warning("%s: %s: %s", folder, what, ", ".join(names))
         _warn(folder, raw, pairs, expanded)
         yield Adapter(
             name=folder.name,

@@ -28,6 +28,7 @@ from bdlora_megatron.convert.adapter.neutral import (
     infer_base_shape,
 )
 from bdlora_megatron.convert.adapter.problems import Problems
+from bdlora_megatron.convert.adapter.scale import with_one_scale
 from bdlora_megatron.convert.megatron.format import merge_base
 from bdlora_megatron.convert.megatron.manifest import (
     Manifest,
@@ -124,6 +125,8 @@ def write_slora(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     """
     facts = module_facts(adapter)
     _check(facts, options.tp, f"cannot write adapter {adapter.name!r} for S-LoRA")
+    adapter = with_one_scale(adapter)
+    facts = module_facts(adapter)
     write_manifest(folder / MANIFEST_NAME, manifest_of(adapter, facts, _FORMAT, options.tp))
     keys = sorted(facts, key=lambda key: (-facts[key].dtype.itemsize, key))
     with ExitStack() as stack:
@@ -213,14 +216,12 @@ def _check(facts: Mapping[ModuleKey, BlockFactors], tp: int, subject: str) -> No
     if blocked:
         problems.add(
             "modules have blocks, which it has not; write the same update as vanilla LoRA "
-            "(WriteOptions(dense=True))",
+            "(--dense, WriteOptions(dense=True))",
             *blocked,
         )
     ranks = sorted({factors.rank for factors in facts.values()})
     if len(ranks) > 1:
         problems.add(f"modules have ranks {ranks}, and it reads one r for all")
-    if len({factors.scale for factors in facts.values()}) > 1:
-        problems.add("modules differ in scale, and it reads one lora_alpha for all")
     layers = {key.layer for key in facts}
     missing = [
         str(key)

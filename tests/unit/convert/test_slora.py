@@ -81,7 +81,6 @@ def test_all_that_it_cannot_serve_is_told_at_once(tmp_path):
         "(in layers.0.mlp.up_proj)",
         "modules have blocks, which it has not",
         "modules have ranks [6, 8], and it reads one r for all",
-        "modules differ in scale",
         "it needs q, k, v and o in every layer; these are missing (in layers.2.self_attn.k_proj",
         "fewer key-value heads than query heads (GQA)",
         "is no multiple of tp=3",
