@@ -18,8 +18,10 @@ Every message says what was wrong, what was found, what was wanted and what to d
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 __all__ = [
     "AdapterFormatError",
@@ -32,6 +34,7 @@ __all__ = [
     "ShapeError",
     "TargetError",
     "UnsupportedError",
+    "explain",
     "nearest",
 ]
 
@@ -87,3 +90,27 @@ def nearest(name: object, known: Iterable[str]) -> str:
     names = sorted(known)
     near = get_close_matches(str(name), names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+
+
+def explain(error: BaseException, where: Path | None = None) -> str:
+    """An error's message, as a sentence also where the operating system gives a word.
+
+    Args:
+        error: Any error.
+        where: What was read or written, where the error does not name it.
+
+    Returns:
+        The message.
+    """
+    if not isinstance(error, OSError) or isinstance(error, BDLoRAError):
+        return str(error)
+    path = error.filename or where or "the file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"there is no room left for {path}; make room, or write to another disk"
+    if error.errno == errno.EFBIG:
+        return f"{path} became larger than files may be here; raise the limit (ulimit -f)"
+    if error.errno == errno.EROFS:
+        return f"{path} is on a read-only file system; write to another place"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"this user may not read or write {path}; change its permissions, or use another"
+    return str(error)

@@ -24,7 +24,7 @@ from bdlora_megatron.convert.megatron.format import (
     common_state,
 )
 from bdlora_megatron.convert.megatron.manifest import Manifest, ModuleEntry, write_manifest
-from bdlora_megatron.errors import BDLoRAError, ConfigError, TargetError
+from bdlora_megatron.errors import BDLoRAError, ConfigError, TargetError, explain
 from bdlora_megatron.layers import collect_adapter, lora_layers
 from bdlora_megatron.layers.anatomy import (
     decoder_keys,
@@ -217,7 +217,7 @@ def write_peft_folders(
             try:
                 write_adapter(adapter, folder, "peft", options=options)
             except (BDLoRAError, OSError) as error:
-                refusal = f"the adapter was not exported to {folder}: {error}"
+                refusal = f"the adapter was not exported to {folder}: {explain(error, folder)}"
                 break
     refuse_together(refusal)
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -17,12 +17,18 @@ from bdlora_megatron.cli.jobs import Job, JobResult
 from bdlora_megatron.cli.pool import run_jobs
 from bdlora_megatron.cli.progress import progress
 from bdlora_megatron.cli.records import locked
-from bdlora_megatron.cli.sources import Source, find_sources
+from bdlora_megatron.cli.sources import (
+    Source,
+    add_reading_options,
+    base_config,
+    find_sources,
+    opened,
+)
 from bdlora_megatron.convert.adapter.problems import brief_causes
 from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 from bdlora_megatron.convert.peft.config import check_ignorable
 from bdlora_megatron.convert.pipeline import Conversion
-from bdlora_megatron.convert.registry import FORMATS, open_adapter
+from bdlora_megatron.convert.registry import FORMATS
 from bdlora_megatron.convert.structure import (
     Choices,
     Structure,
@@ -31,11 +37,7 @@ from bdlora_megatron.convert.structure import (
     plot_choices,
 )
 from bdlora_megatron.convert.write_options import WriteOptions
-from bdlora_megatron.errors import BDLoRAError, ConfigError
-from bdlora_megatron.models.check import base_shape, check_base
-
-if TYPE_CHECKING:
-    from bdlora_megatron.models import HFConfig
+from bdlora_megatron.errors import BDLoRAError, ConfigError, explain
 
 __all__ = ["add_parser", "run"]
 
@@ -90,21 +92,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--dtype", choices=list(_DTYPES), help="type of the factors (default: as they are)")
     add("--dense", action="store_true", help="write vanilla LoRA, with zeros between the blocks")
     add("--fused", action="store_true", help="bridge: one A for q, k, v and one for gate, up")
-    add(
-        "--base",
-        metavar="HF_DIR",
-        type=Path,
-        help="folder with the base model's config.json, which every adapter must fit; where its "
-        "weights are there too, copies of them in an adapter are dropped",
-    )
-    add("--allow-pickle", action="store_true", help="read pickles too, tensors only")
-    add(
-        "--ignore-unknown",
-        metavar="KEY",
-        action="append",
-        default=[],
-        help="an unknown option of adapter_config.json that changes no update (repeatable)",
-    )
+    add_reading_options(parser)
     add("--workers", metavar="N", type=int, help="processes (default: one per core)")
     add("--overwrite", action="store_true", help="replace adapters that are in the way")
     add("--for-tp", metavar="P", type=int, help="convert nothing: say what each choice costs")
@@ -160,24 +148,16 @@ def _report(arguments: argparse.Namespace, sources: list[Source]) -> int:
     if arguments.plot and len(sources) > 1:
         raise ConfigError(f"--plot draws one adapter, got {len(sources)}; pass one SRC")
     check_ignorable(arguments.ignore_unknown)
-    base = None if arguments.base is None else _base(arguments.base)
     reports: dict[str, Choices] = {}
     refused: dict[str, tuple[str, list[str]]] = {}
     for source in sources:
         try:
-            with open_adapter(
-                source.path,
-                allow_pickle=arguments.allow_pickle,
-                base=None if base is None else base_shape(base),
-                base_folder=arguments.base,
-                ignore_unknown=arguments.ignore_unknown,
-            ) as opened:
-                adapter = opened if base is None else check_base(opened, base)
+            with opened(source.path, arguments) as adapter:
                 reports[source.name] = choices_for_tp(
                     adapter, arguments.for_tp, tolerance=arguments.tolerance
                 )
         except (BDLoRAError, OSError) as error:
-            refused[source.name] = (str(error), brief_causes(error, source.path))
+            refused[source.name] = (explain(error, source.path), brief_causes(error, source.path))
     data = [
         reports[source.name].to_dict()
         if source.name in reports
@@ -248,18 +228,11 @@ def _conversion(arguments: argparse.Namespace) -> Conversion:
             dense=arguments.dense,
             fused=arguments.fused,
         ),
-        base=None if arguments.base is None else _base(arguments.base),
+        base=None if arguments.base is None else base_config(arguments.base),
         base_folder=arguments.base,
         allow_pickle=arguments.allow_pickle,
         ignore_unknown=tuple(arguments.ignore_unknown),
     )
-
-
-def _base(folder: Path) -> HFConfig:
-    # Imports Megatron-Core, which takes seconds, for a caller that asks for it alone.
-    from bdlora_megatron.models import read_hf_config
-
-    return read_hf_config(folder)
 
 
 def _check_apart(sources: list[Source], out: Path) -> None:

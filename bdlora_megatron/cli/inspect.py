@@ -10,13 +10,13 @@ from typing import Any
 
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.cli import output
-from bdlora_megatron.cli.sources import find_sources, holds_many
+from bdlora_megatron.cli.sources import add_reading_options, find_sources, holds_many, opened
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
 from bdlora_megatron.convert.adapter.lazy import module_facts
 from bdlora_megatron.convert.adapter.problems import brief_causes
 from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
-from bdlora_megatron.convert.registry import detect_format, open_adapter
-from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.convert.registry import detect_format
+from bdlora_megatron.errors import BDLoRAError, explain
 
 __all__ = ["add_parser", "run"]
 
@@ -43,14 +43,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "path", metavar="PATH", type=Path, help="an adapter's folder, or a folder of such folders"
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="read pickles, tensors only")
-    parser.add_argument(
-        "--ignore-unknown",
-        metavar="KEY",
-        action="append",
-        default=[],
-        help="an unknown option of adapter_config.json that changes no update (repeatable)",
-    )
+    add_reading_options(parser)
     return parser
 
 
@@ -90,16 +83,14 @@ class _Found:
 def _inspected(path: Path, arguments: argparse.Namespace) -> _Found:
     try:
         kind = detect_format(path)
-        with open_adapter(
-            path, allow_pickle=arguments.allow_pickle, ignore_unknown=arguments.ignore_unknown
-        ) as adapter:
+        with opened(path, arguments) as adapter:
             facts = module_facts(adapter)
             broken = _broken_modules(adapter)
             base, name, metadata = adapter.base, adapter.name, dict(adapter.metadata)
     except (BDLoRAError, OSError) as error:
         return _Found(
-            text=f"refused: {error}",
-            data={"path": str(path), "refused": [str(error)]},
+            text=f"refused: {explain(error, path)}",
+            data={"path": str(path), "refused": [explain(error, path)]},
             causes=brief_causes(error, path),
         )
     refused = [str(error) for error in broken]

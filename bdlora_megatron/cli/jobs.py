@@ -24,7 +24,7 @@ from bdlora_megatron.cli.records import (
 )
 from bdlora_megatron.convert.adapter.problems import brief_causes
 from bdlora_megatron.convert.pipeline import Conversion, convert_adapter
-from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.errors import BDLoRAError, ConfigError, explain
 
 __all__ = ["Job", "JobResult", "run_job"]
 
@@ -191,7 +191,9 @@ def _request(conversion: Conversion) -> dict[str, Any]:
 
 
 def _told(error: BaseException, job: Job) -> str:
-    return "".join(traceback.format_exception(error)) if job.debug else str(error)
+    if job.debug:
+        return "".join(traceback.format_exception(error))
+    return explain(error, job.target)
 
 
 class _Keeper(logging.Handler):

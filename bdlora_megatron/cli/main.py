@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from bdlora_megatron.cli import bench, convert, inspect, plan, verify
-from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.errors import BDLoRAError, explain
 from bdlora_megatron.serve import cli as serve
 from bdlora_megatron.serve import generate
 from bdlora_megatron.train import cli as train
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if arguments.debug:
             traceback.print_exc()
-        print(f"bdlora: error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"bdlora: error: {explain(error)}", file=sys.stderr)  # noqa: T201
         return _TROUBLE
     except KeyboardInterrupt:
         print("bdlora: interrupted; finished adapters are kept", file=sys.stderr)  # noqa: T201

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from bdlora_megatron.cli import output
-from bdlora_megatron.convert.registry import detect_format
+from bdlora_megatron.convert.adapter import Adapter
+from bdlora_megatron.convert.registry import detect_format, open_adapter
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
+from bdlora_megatron.models.check import base_shape, check_base
+from bdlora_megatron.models.config import HFConfig, read_hf_config
 
-__all__ = ["Source", "find_sources", "holds_many"]
+__all__ = ["Source", "add_reading_options", "base_config", "find_sources", "holds_many", "opened"]
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -28,6 +34,59 @@ class Source:
 
     path: Path
     name: str
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says how adapters are read, the same for every command.
+
+    Args:
+        parser: The command's own parser.
+    """
+    parser.add_argument(
+        "--base",
+        metavar="HF_DIR",
+        type=Path,
+        help="folder with the base model's config.json, which every adapter must fit; where its "
+        "weights are there too, copies of them in an adapter are dropped",
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pickles too, tensors only"
+    )
+    parser.add_argument(
+        "--ignore-unknown",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="an unknown option of adapter_config.json that changes no update (repeatable)",
+    )
+
+
+@contextmanager
+def opened(path: Path, arguments: argparse.Namespace) -> Iterator[Adapter]:
+    """Open an adapter as the options say.
+
+    Args:
+        path: Its folder.
+        arguments: The parsed command line.
+
+    Yields:
+        The adapter, which fits the base model if one was given.
+    """
+    base = None if arguments.base is None else base_config(arguments.base)
+    with open_adapter(
+        path,
+        allow_pickle=arguments.allow_pickle,
+        base=None if base is None else base_shape(base),
+        base_folder=arguments.base,
+        ignore_unknown=arguments.ignore_unknown,
+    ) as adapter:
+        yield adapter if base is None else check_base(adapter, base)
+
+
+@functools.cache
+def base_config(folder: Path) -> HFConfig:
+    """The base model's config, read once for all adapters."""
+    return read_hf_config(folder)
 
 
 def find_sources(arguments: list[Path]) -> list[Source]:

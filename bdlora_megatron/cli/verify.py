@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.cli import output
-from bdlora_megatron.cli.sources import find_sources, holds_many
+from bdlora_megatron.cli.sources import add_reading_options, find_sources, holds_many, opened
 from bdlora_megatron.convert.adapter import Adapter
 from bdlora_megatron.convert.adapter.compare import Comparison, compare_adapters
 from bdlora_megatron.convert.adapter.problems import brief_causes
 from bdlora_megatron.convert.adapter.tables import format_table
 from bdlora_megatron.convert.peft.reader import IGNORED_BY_PEFT
-from bdlora_megatron.convert.registry import detect_format, open_adapter
-from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.convert.registry import detect_format
+from bdlora_megatron.errors import BDLoRAError, ConfigError, explain
 
 __all__ = ["add_parser", "run"]
 
@@ -50,14 +50,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="largest relative difference of a module's update, in the Frobenius norm "
         "(default: %(default)g)",
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="read pickles, tensors only")
-    parser.add_argument(
-        "--ignore-unknown",
-        metavar="KEY",
-        action="append",
-        default=[],
-        help="an unknown option of adapter_config.json that changes no update (repeatable)",
-    )
+    add_reading_options(parser)
     return parser
 
 
@@ -105,11 +98,7 @@ class _Verdict:
 
 
 def _compared(first: Path, second: Path, arguments: argparse.Namespace) -> _Verdict:
-    options = {
-        "allow_pickle": arguments.allow_pickle,
-        "ignore_unknown": arguments.ignore_unknown,
-    }
-    with open_adapter(first, **options) as one, open_adapter(second, **options) as other:
+    with opened(first, arguments) as one, opened(second, arguments) as other:
         ignored = {
             str(path): count
             for path, adapter in ((first, one), (second, other))
@@ -199,7 +188,7 @@ def _verdict_on(
         verdict = _compared(first, second, arguments)
     except (BDLoRAError, OSError) as error:
         causes.append(brief_causes(error, first))
-        return {"verdict": "refused", "why": str(error)}
+        return {"verdict": "refused", "why": explain(error, first)}
     largest = verdict.comparison.largest
     why = "" if verdict.same else f"largest in {largest.key}"
     if verdict.ignored:

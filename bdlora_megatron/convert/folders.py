@@ -70,7 +70,7 @@ def _check_free(path: Path, *, overwrite: bool) -> None:
     if not _is_free(path) and not overwrite:
         raise ConfigError(
             f"{path} is there already and is left as it is; pass another path, or "
-            "WriteOptions(overwrite=True)"
+            "--overwrite (WriteOptions(overwrite=True))"
         )
 
 

@@ -24,6 +24,7 @@ from tests.hosts.bridge_runs import (
     train,
 )
 from tests.tolerances import MODEL_BFLOAT16, assert_close
+from tests.unit.convert.random_adapters import assert_same
 
 
 def has_bridge():
@@ -171,6 +172,9 @@ def test_pretrain_trains_goes_on_and_peft_computes_the_same(name, runs):
     adapter = _assert_exported(folder, root / "hf", ranks[0][0]["logits"], case.precision)
     if case.precision and not case.distributed:
         _assert_float32_copies(adapter, [whole for whole, _ in ranks])
+    if not case.distributed:
+        # The checkpoint itself is an adapter too, at any step.
+        assert_same(read_adapter(folder / "whole" / f"iter_{STEPS:07}"), adapter)
     resumed = read_adapter(folder / "rest" / "hf_adapter")
     for key, factors in adapter.modules.items():
         assert torch.equal(resumed.modules[key].A, factors.A)

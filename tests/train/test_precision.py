@@ -7,6 +7,7 @@ import torch
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from safetensors.torch import load_file
 
+from bdlora_megatron.convert import read_adapter
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.export import main_weights
 from bdlora_megatron.train.checkpoint import checkpoints, load_checkpoint
@@ -18,6 +19,7 @@ from bdlora_megatron.train.step import Stepper
 from tests.harness import run_ranks
 from tests.tp.session import model_parallel
 from tests.train.runs import make_files, settings, train_rank
+from tests.unit.convert.random_adapters import assert_same
 
 STEPS = 16
 
@@ -103,6 +105,9 @@ def test_checkpoint_and_export_hold_the_float32_copies(root, trained):
         assert (weight.dtype, copy.dtype) == (torch.bfloat16, torch.float32)
         torch.testing.assert_close(weight, copy.bfloat16(), rtol=0.0, atol=0.0)
         assert (copy != weight.float()).any(), "nothing was kept that bfloat16 would lose"
+    assert_same(
+        read_adapter(checkpoints(folder)[-1][1]), read_adapter(folder / ADAPTER), scale=True
+    )
     # In whatever order: every exported factor is one of the copies, bit for bit.
     bits = sorted(copy.sort().values.tolist() for copy in (c.flatten() for c in main))
     assert bits == sorted(t.flatten().sort().values.tolist() for t in exported.values())

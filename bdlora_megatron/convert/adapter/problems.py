@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bdlora_megatron.errors import AdapterFormatError, BDLoRAError, UnsupportedError
+from bdlora_megatron.errors import AdapterFormatError, BDLoRAError, UnsupportedError, explain
 
 __all__ = ["Problems", "brief_causes"]
 
@@ -70,7 +70,7 @@ def brief_causes(error: Exception, folder: Path) -> list[str]:
     Returns:
         One text for each cause.
     """
-    causes = (isinstance(error, BDLoRAError) and error.causes) or (str(error),)
+    causes = (isinstance(error, BDLoRAError) and error.causes) or (explain(error, folder),)
     brief = []
     for cause in causes:
         text = cause

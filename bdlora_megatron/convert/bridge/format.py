@@ -199,7 +199,7 @@ class _PieceLoader:
             raise UnsupportedError(
                 f"the A factors of {', '.join(map(str, piece.keys))} differ, and LoRA for the "
                 f"whole {piece.linear} has one for all; write canonical LoRA "
-                "(WriteOptions(fused=False))"
+                "(without --fused, WriteOptions(fused=False))"
             )
         named = dict(zip(LINEARS[piece.linear], parts, strict=True))
         return fuse(piece.linear, named, self.adapter.base)
@@ -258,7 +258,7 @@ def _check_writable(
             if len(piece.keys) < len(LINEARS[piece.linear]):
                 problems.add(
                     f"LoRA for the whole {piece.linear} needs all of its projections; write "
-                    "canonical LoRA (WriteOptions(fused=False))",
+                    "canonical LoRA (without --fused, WriteOptions(fused=False))",
                     *map(str, piece.keys),
                 )
     problems.raise_if_any(subject, UnsupportedError)

@@ -149,7 +149,7 @@ def _bdlora(facts: Mapping[ModuleKey, BlockFactors]) -> dict[str, Any] | None:
         raise UnsupportedError(
             f"modules have {', '.join(map(str, counts))} blocks, and a PEFT config has one number "
             "for all; reshard them to one number of blocks, or write vanilla LoRA "
-            "(WriteOptions(dense=True))"
+            "(--dense, WriteOptions(dense=True))"
         )
     patterns: dict[str, list[str]] = {"A": [], "B": []}
     for name in _names(facts):

@@ -50,6 +50,19 @@ CASES = {
     "patterns": PATTERNS,
     # Alternatives without a group of their own: both are ends of a path.
     "alternatives": {"rank_pattern": {"q_proj|v_proj": 4}, "alpha_pattern": {"up_proj|k_proj": 3}},
+    "caret": {
+        "rank_pattern": {r"^model.layers.0.self_attn.q_proj": 2, "layers.0.self_attn.q_proj": 4}
+    },
+    "many_groups": {
+        "rank_pattern": {r"model\.layers\.(\d+)\.(self_attn|mlp)\.(q_proj|up_proj)": 4},
+        "alpha_pattern": {r".*\.(layers)\.(0|1|2)\.(self_attn|mlp)\.(k_proj|up_proj)": 4},
+    },
+    "long_alternation": {
+        "rank_pattern": {
+            rf"model\.layers\.({'|'.join(map(str, range(1, 120)))})\.self_attn\.q_proj": 4
+        }
+    },
+    "repeated_group": {"rank_pattern": {r"(?:[a-z_0-9]+\.)*(?:q|k)_proj": 4, "(mlp.)+up_proj": 2}},
     "patterns_rslora_blocks": {**PATTERNS, "use_rslora": True, "use_bdlora": blocks(2)},
     "not_strict": {"use_bdlora": blocks(4, a=["down_proj"], b=["q_proj"], match_strict=False)},
     "by_substring": {
