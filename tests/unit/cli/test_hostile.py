@@ -173,7 +173,7 @@ CASES = {
     "config_huge_number": (config_text('{"r": 1' + "0" * 5000 + "}"), ""),
     "rank_infinite": (config(r=float("inf")), "wanted a positive integer"),
     "alpha_infinite": (config(lora_alpha=float("nan")), "wanted a finite number"),
-    "regex_for_years": (config(rank_pattern={"(.*a)*(.*b)*$": 4}), "may match for years"),
+    "regex_for_years": (config(rank_pattern={r"(\w|.|\.|[a-z])+\d\d\d": 4}), "takes too long"),
     "blocks_beyond": (config(use_bdlora={"nblocks": 2**60, "target_modules_bd_b": ["q"]}), ""),
     "pickle": (bomb, "a pickle can run code"),
     "zipped_pickle": (zipped_bomb, "a pickle can run code"),

@@ -356,7 +356,7 @@ _SLOW = {
     "choices": "(.|.)" * 20 + "x",
     "optionals": ".?" * 30 + "x",
     "stars": ".*" * 20 + "x",
-    "digits": r"((\w|[a-z])+\.?)+\d\d\d",
+    "digits": r"(\w|.|\.|[a-z])+\d\d\d",
 }
 
 
