@@ -80,8 +80,7 @@ def content_hash(folder: Path, *, stop: Event | None = None) -> str:
         folder = folder.with_name(adapter_name(folder))
     if kind == "peft":
         files = [folder / name for name in _PEFT_FILES if (folder / name).is_file()]
-        for path in companions(folder):
-            files += sorted(p for p in (path, *path.rglob("*")) if p.is_file())
+        files += companions(folder)
     else:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
     total = hashlib.sha256()

@@ -20,7 +20,7 @@ __all__ = ["Conversion", "companions", "convert_adapter"]
 #: A tokenizer and a chat template, which belong to what the adapter was trained on.
 _COMPANIONS = (
     "added_tokens.json",
-    "additional_chat_templates",
+    "additional_chat_templates/*.jinja",
     "chat_template.jinja",
     "chat_template.json",
     "merges.txt",
@@ -73,9 +73,10 @@ def companions(folder: Path) -> tuple[Path, ...]:
         folder: The adapter's folder.
 
     Returns:
-        Those of the known files and folders that are there.
+        Those of the known files that are there, in order.
     """
-    return tuple(folder / name for name in _COMPANIONS if (folder / name).exists())
+    found = [path for pattern in _COMPANIONS for path in sorted(folder.glob(pattern))]
+    return tuple(path for path in found if path.is_file())
 
 
 def convert_adapter(source: Path, target: Path, conversion: Conversion) -> StructureReport:
@@ -108,6 +109,7 @@ def convert_adapter(source: Path, target: Path, conversion: Conversion) -> Struc
         if base is not None:
             adapter = check_base(adapter, base)
         changed = restructure(adapter, conversion.structure, dtype=conversion.options.dtype)
-        options = replace(conversion.options, companions=companions(source))
+        beside = {str(path.relative_to(source)): path for path in companions(source)}
+        options = replace(conversion.options, companions=beside)
         write_adapter(changed.adapter, target, conversion.format, options=options)
         return changed.report()

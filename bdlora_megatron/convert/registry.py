@@ -239,9 +239,9 @@ def write_adapter(
     ready = prepare(adapter, options)
     with new_folder(path, overwrite=options.overwrite) as folder:
         kind.write(ready, folder, options)
-        for source in options.companions:
-            copy = shutil.copytree if source.is_dir() else shutil.copyfile
-            copy(source, folder / source.name)
+        for name, source in options.companions.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, folder / name)
     return path
 
 

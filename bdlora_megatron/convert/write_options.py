@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -42,8 +43,8 @@ class WriteOptions:
     fused: bool = False
     """One A for q, k, v and one for gate, up (`bridge`), as NeMo's LoRA trains it."""
 
-    companions: tuple[Path, ...] = ()
-    """Files and folders to copy beside the adapter, such as its tokenizer."""
+    companions: Mapping[str, Path] = field(default_factory=dict)
+    """Files to copy beside the adapter, such as its tokenizer, by their path in the folder."""
 
     def __post_init__(self) -> None:
         if self.tp < 1:
