@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import cast
 
-from bdlora_megatron.convert.adapter.neutral import ModuleKey, ModuleName
+from bdlora_megatron.convert.adapter.neutral import ModuleKey
+from bdlora_megatron.decoder import ModuleName
 
 __all__ = ["PEFT_PREFIX", "FactorName", "clean_name", "parse_factor", "peft_prefix"]
 
