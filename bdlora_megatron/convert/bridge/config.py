@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.convert.adapter import BaseShape
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.megatron.iterations import newest_iteration
+from bdlora_megatron.decoder import hybrid_layers
 from bdlora_megatron.errors import AdapterFormatError, MissingDependencyError
 
 __all__ = [
@@ -51,6 +52,7 @@ class BridgeSettings:
         tp: Tensor-parallel ranks that saved it; None where that is not noted.
         base: What is said of the base model.
         metadata: For people.
+        layers: The decoder layer of each position of a ``HybridModel``; None for a ``GPTModel``.
     """
 
     dim: int
@@ -59,6 +61,7 @@ class BridgeSettings:
     base: BaseShape
     metadata: Mapping[str, str]
     own: Mapping[str, Any] | None = None
+    layers: tuple[int, ...] | None = None
 
 
 def locate(folder: Path) -> tuple[Path, Path]:
@@ -125,11 +128,18 @@ def read_settings(path: Path) -> BridgeSettings:
         problems.add("linear_qkv also holds an output gate, which no other format covers")
     tp = None if nemo else _optional(model, "tensor_model_parallel_size", problems)
     base = _base_shape(model, problems)
+    layers = _hybrid_layers(model, problems)
+    if layers is not None:
+        base = replace(base, num_layers=max(layers) + 1)
     problems.raise_if_any(f"cannot read {path}")
     metadata = {"format": "nemo" if nemo else "bridge", "adapter_class": target}
     if own is not None and isinstance(own.get("base_model"), str):
         metadata["base_model_name_or_path"] = own["base_model"]
-    return BridgeSettings(dim=dim, alpha=alpha, tp=tp, base=base, metadata=metadata, own=own)
+    if layers is not None:
+        metadata["model_class"] = "HybridModel"
+    return BridgeSettings(
+        dim=dim, alpha=alpha, tp=tp, base=base, metadata=metadata, own=own, layers=layers
+    )
 
 
 def _rank_and_alpha(peft: Mapping[str, Any], problems: Problems) -> tuple[int, float]:
@@ -203,6 +213,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise AdapterFormatError(f"{path} holds a {type(raw).__name__}, wanted settings by name")
     return raw
+
+
+def _hybrid_layers(model: Mapping[str, Any], problems: Problems) -> tuple[int, ...] | None:
+    """The layer of each position, which the names of a hybrid model's tensors count instead."""
+    pattern = model.get("hybrid_layer_pattern") or model.get("hybrid_override_pattern")
+    if pattern is None and "hybrid" not in str(model.get("_target_", "")).lower():
+        return None
+    numbers = hybrid_layers(pattern) if isinstance(pattern, str) else []
+    layers = [number for number in numbers if number is not None]
+    if not layers:
+        problems.add(
+            f"the base model is a hybrid one with hybrid_layer_pattern {pattern!r}, whose "
+            "positions have no layer numbers in Hugging Face's sense; wanted attention and MLP in "
+            "turn, as in '*-*-'"
+        )
+        return None
+    return tuple(layers)
 
 
 def _positive(raw: Mapping[str, Any], key: str, problems: Problems) -> int | None:

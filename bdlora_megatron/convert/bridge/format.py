@@ -79,6 +79,8 @@ def open_bridge(folder: Path, *, base: BaseShape | None = None) -> Iterator[Adap
     problems = Problems()
     subject = f"cannot read the adapter in {folder}"
     pairs = find_pairs(tensors, problems, ignore=is_training_state)
+    if settings.layers is not None:
+        pairs = _by_layer(pairs, settings.layers, problems)
     known = merge_base(settings.base, base or BaseShape(), problems)
     sizes: dict[Pair, int] = {}
     if settings.own is None:
@@ -99,6 +101,15 @@ def open_bridge(folder: Path, *, base: BaseShape | None = None) -> Iterator[Adap
     problems.raise_if_any(subject)
     metadata = {**settings.metadata, "iteration": weights.name}
     yield Adapter(name=folder.name, modules=modules, base=shape, metadata=metadata)
+
+
+def _by_layer(pairs: list[Pair], layers: Sequence[int], problems: Problems) -> list[Pair]:
+    """The pairs of a hybrid model's positions, under the numbers of their decoder layers."""
+    lost = [pair for pair in pairs if pair.stacked or pair.layer >= len(layers)]
+    if lost:
+        problems.add("pairs are at no position of the hybrid_layer_pattern", *map(str, lost))
+    kept = [pair for pair in pairs if pair not in lost]
+    return sorted(replace(pair, layer=layers[pair.layer]) for pair in kept)
 
 
 def write_bridge(adapter: Adapter, folder: Path, options: WriteOptions) -> None:

@@ -182,6 +182,33 @@ def test_settings_that_cannot_be_are_refused(case, tmp_path):
     assert why in refused(path)
 
 
+def test_positions_of_a_hybrid_model_are_counted_by_occurrence(tmp_path):
+    """Its names count positions: attention of a layer at an even one, its MLP at the next."""
+    wanted = seven(layers=2)
+    positions = {
+        ModuleKey(
+            layer=2 * key.layer + (key.name in ("gate_proj", "up_proj", "down_proj")),
+            name=key.name,
+        ): factors
+        for key, factors in wanted.modules.items()
+    }
+    base = replace(wanted.base, num_layers=4)
+    saved = replace(wanted, modules=dict(sorted(positions.items())), base=base)
+    path = write_adapter(saved, tmp_path / "a", "bridge")
+    run_config(path, model={"hybrid_layer_pattern": "*-|*-"})
+    found = read_adapter(path)
+    assert_same(found, wanted)
+    assert found.base.num_layers == 2
+    assert found.metadata["model_class"] == "HybridModel"
+    for pattern in ("**--", "M-*-", None):
+        target = "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider"
+        changes = {"_target_": target, "hybrid_layer_pattern": pattern}
+        shutil.rmtree(path)
+        write_adapter(saved, path, "bridge")
+        run_config(path, model=changes)
+        assert "hybrid_layer_pattern" in refused(path)
+
+
 def test_models_without_our_projections_are_refused(tmp_path):
     path = write_adapter(seven(), tmp_path / "a", "bridge")
     run_config(path, model={"gated_linear_unit": False, "attention_output_gate": True})
