@@ -6,6 +6,7 @@ rank room.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,8 +78,8 @@ class Pools:
 
     What slots hold is noted on the host; ``SlotTables.upload`` brings it to the device.
 
-    With ``parts`` P, a slot's rows of B are read in P parts one after another, each against another
-    rank's share of ``z``: the same pools, with a table for each part.
+    With ``parts`` P, each of P ranks has a share of an adapter's ranks, and all of B's rows are
+    read against what the ranks gathered; ``in_order`` brings that into the order of the rows.
     """
 
     def __init__(
@@ -89,24 +90,20 @@ class Pools:
         where = {"dtype": room.dtype, "device": layer.weight.device}
         A = torch.zeros(room.rows * len(columns), self.in_features, **where)
         B = tuple(torch.zeros(room.rows, part.features, **where) for part in columns)
-        self.factors = [
-            SlotFactors(
-                A=A,
-                B=B,
-                columns=columns,
-                table=SlotTable.empty(
-                    room.num_slots,
-                    len(columns),
-                    max_rank=-(-room.max_rank // parts),
-                    device=layer.weight.device,
-                ),
-            )
-            for _ in range(parts)
-        ]
+        table = SlotTable.empty(
+            room.num_slots, len(columns), max_rank=room.max_rank, device=layer.weight.device
+        )
+        self.factors = SlotFactors(A=A, B=B, columns=columns, table=table)
+        #: Rank room of one part.
+        self.part_rank = -(-room.max_rank // parts)
+        self._parts = parts
+        # Where each rank of a slot stands in the gathered ones, ``[N, J, Z]``.
+        shape = (room.num_slots, len(columns), room.max_rank) if parts > 1 else (0, 0, 0)
+        self._order = torch.zeros(shape, dtype=torch.int64, device=layer.weight.device)
 
     def write(self, slot: int, first_row: int, share: LayerShare) -> None:
         """Copy a share in and note that a slot, which no batch in flight may use, holds it."""
-        held, parts = self.factors[0], len(self.factors)
+        held = self.factors
         first_a = first_row * len(self.columns)
         held.A[first_a : first_a + len(share.A)].copy_(share.A, non_blocking=True)
         for pool, rows in zip(held.B, share.B, strict=True):
@@ -115,19 +112,27 @@ class Pools:
         for rank in share.a_ranks:
             a_rows.append((first_a, rank))
             first_a += rank
-        for part, factors in enumerate(self.factors):
-            ranks = [rank // parts for rank in share.b_ranks]
-            factors.table.note(
-                slot,
-                a_rows=a_rows,
-                b_rows=[(first_row + part * rank, rank) for rank in ranks],
-                scale=share.scales,
-            )
+        b_rows = [(first_row, rank) for rank in share.b_ranks]
+        held.table.note(slot, a_rows=a_rows, b_rows=b_rows, scale=share.scales)
+        if self._parts > 1:
+            self._order[slot].copy_(self._places(share.b_ranks))
+
+    def _places(self, ranks: Sequence[int]) -> Tensor:
+        places = torch.zeros(self._order.shape[1:], dtype=self._order.dtype)
+        for j, rank in enumerate(ranks):
+            own = torch.arange(rank)
+            local = max(rank // self._parts, 1)
+            places[j, :rank] = own // local * self.part_rank + own % local
+        return places
+
+    def in_order(self, parts: Sequence[Tensor], token_slot: Tensor) -> Tensor:
+        """All ranks' shares of ``z``, each ``[T, J, Z / P]``, as ``[T, J, Z]`` in B's order."""
+        gathered = torch.stack(tuple(parts), dim=2).flatten(2)
+        return gathered.gather(2, self._order[token_slot.clamp(min=0)])
 
     def clear(self, slot: int) -> None:
         """Note that a slot holds nothing."""
-        for factors in self.factors:
-            factors.table.note_empty(slot)
+        self.factors.table.note_empty(slot)
 
 
 def row_bytes(

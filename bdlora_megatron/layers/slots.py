@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
@@ -38,7 +37,6 @@ from bdlora_megatron.layers.pools import (
 )
 from bdlora_megatron.ops import (
     GroupedBatch,
-    SlotFactors,
     SlotTable,
     add_grouped,
     expand,
@@ -109,7 +107,7 @@ class LayerSlots:
     def tables(self) -> list[SlotTable]:
         """What slots hold, for ``SlotTables`` to bring to the device."""
         pools = [self._own] if self._exchanged is None else [self._own, self._exchanged]
-        return [factors.table for held in pools for factors in held.factors]
+        return [held.factors.table for held in pools]
 
     def share(self, modules: Mapping[str, BlockFactors], layout: Layout) -> LayerShare:
         """Cut this rank's share of an adapter, by the rules of ``layers.adapters``.
@@ -204,25 +202,23 @@ class LayerSlots:
         tokens, flat = x.flatten(0, -2), out.view(-1, out.shape[-1])
         how = self.step.implementation
         if self.step.own:
-            flat = add_grouped(flat, tokens, self._own.factors[0], batch, implementation=how)
+            flat = add_grouped(flat, tokens, self._own.factors, batch, implementation=how)
         if self.step.exchange and self._exchanged is not None:
-            flat = self._add_exchanged(self._exchanged.factors, flat, tokens, batch)
+            flat = self._add_exchanged(self._exchanged, flat, tokens, batch)
         return flat.view_as(out)
 
-    def _add_exchanged(
-        self, factors: list[SlotFactors], out: Tensor, x: Tensor, batch: GroupedBatch
-    ) -> Tensor:
+    def _add_exchanged(self, pools: Pools, out: Tensor, x: Tensor, batch: GroupedBatch) -> Tensor:
         group, how = self.tp_group, self.step.implementation
-        z = shrink(x, factors[0], batch, implementation=how)
+        z = shrink(x, pools.factors, batch, implementation=how)
         # In the model's own type on the wire, as a layer with one adapter sends it.
-        sent = z.to(x.dtype)
         if self._column:
-            parts = gather_from_sequence_parallel_region(
+            sent = z[..., : pools.part_rank].to(x.dtype).contiguous()
+            gathered = gather_from_sequence_parallel_region(
                 sent, tensor_parallel_output_grad=True, group=group
-            ).chunk(group.size())
+            )
+            whole = gathered
+            if group.size() > 1:
+                whole = pools.in_order(gathered.chunk(group.size()), batch.token_slot)
         else:
-            summed = reduce_from_tensor_model_parallel_region(sent, group=group)
-            parts = (copy_to_tensor_model_parallel_region(summed, group=group),)
-        for part, held in zip(parts, factors, strict=True):
-            out = expand(out, part.to(z.dtype), held, batch, implementation=how)
-        return out
+            whole = reduce_from_tensor_model_parallel_region(z.to(x.dtype), group=group)
+        return expand(out, whole.to(z.dtype), pools.factors, batch, implementation=how)

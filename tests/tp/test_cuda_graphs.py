@@ -74,9 +74,8 @@ def _serve(rank, world, model_class):
         return dict(cuda_graphs.COUNTS)
 
 
-@pytest.mark.parametrize("model_class", MODEL_CLASSES)
-def test_replayed_steps_give_the_tokens_of_steps_that_are_not(model_class):
-    (counts,) = run_ranks(1, _serve, model_class)
+def test_replayed_steps_give_the_tokens_of_steps_that_are_not():
+    (counts,) = run_ranks(1, _serve, MODEL_CLASSES[-1])
     # Of each size: four linear layers of two decoder layers, each with two launches. Until 0.18
     # there is one size, as asked for; 0.19 halves it until there is one request.
     sizes, rest = divmod(counts["recorded"], 8)
@@ -106,10 +105,10 @@ OPTIONS = {
 
 
 def _optional_requests():
-    """One for each option, of every adapter in turn; then all again in another order."""
+    """One for each option, of every adapter in turn, half of them later than the others."""
     adapters = [None, *engine_cases.ADAPTERS]
     made = []
-    for number, option in enumerate([*OPTIONS.values(), *reversed(OPTIONS.values())]):
+    for number, option in enumerate(OPTIONS.values()):
         made.append(
             Submit(
                 request_id=number,
@@ -119,7 +118,7 @@ def _optional_requests():
                 adapter=adapters[number % len(adapters)],
             )
         )
-    return {0: made[: len(OPTIONS)], 8: made[len(OPTIONS) :]}
+    return {0: made[::2], 4: made[1::2]}
 
 
 def _options(rank, world):
@@ -147,8 +146,8 @@ def test_every_request_option_goes_with_captured_steps():
     """A prompt's log-probabilities once ended all ranks, from Megatron-Core 0.18 on."""
     assert set(OPTIONS) == {field.name for field in dataclasses.fields(Sampling)}
     (replayed,) = run_ranks(1, _options, timeout_s=200)
-    # Of eight layers each, in a run of some fifty steps.
-    assert replayed >= 8 * 8
+    # Of eight layers each, in a run of some twenty steps.
+    assert replayed >= 8 * 4
 
 
 def _slots(rank, world):

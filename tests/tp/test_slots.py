@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.errors import CapacityError, ConfigError, ShapeError, TargetError
 from bdlora_megatron.layers import LoadOptions, apply_lora, load_adapter, lora_layers, remove_lora
+from bdlora_megatron.layers import slots as layer_slots
 from bdlora_megatron.runtime import record_collectives
 from bdlora_megatron.serve import ModelSlots, SlotRoom
 from tests.harness import run_ranks
@@ -196,7 +198,7 @@ def _memory(rank, world_size):
         pools = {
             id(pool): pool
             for _, layer in lora_layers(model)
-            for pool in (layer.slots._own.factors[0].A, *layer.slots._own.factors[0].B)
+            for pool in (layer.slots._own.factors.A, *layer.slots._own.factors.B)
         }
         assert sum(4 * pool.numel() for pool in pools.values()) == slots.memory_bytes
         slots.detach()
@@ -231,7 +233,7 @@ def _one_kind(rank, world_size):
                 id(pool): pool.numel() * pool.element_size()
                 for _, layer in lora_layers(model)
                 for kind in (layer.slots._own, layer.slots._exchanged)
-                for factors in (kind.factors if kind is not None else ())
+                for factors in ([kind.factors] if kind is not None else [])
                 for pool in (factors.A, *factors.B)
             }
             taken[layouts] = sum(pools.values())
@@ -251,6 +253,32 @@ def _one_kind(rank, world_size):
         first = next(iter(made.values()))
         for where, outcome in made.items():
             assert_close(outcome, first, where)
+
+
+def _products(rank, world_size):
+    """What every layer asks of the grouped product in a step of S-LoRA adapters alone."""
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+        slots = ModelSlots(model, SlotRoom(max_loras=3, max_lora_rank=8, layouts=(Layout.SLORA,)))
+        slora = slots.load("s", slots.share(make_adapter(5, rank=4), Layout.SLORA))
+        calls = Counter()
+        for name in ("shrink", "expand"):
+            own = getattr(layer_slots, name)
+
+            def counted(*args, name=name, own=own, **kwargs):
+                calls[name] += 1
+                return own(*args, **kwargs)
+
+            setattr(layer_slots, name, counted)
+        used = (slora, slora)
+        with torch.no_grad(), slots.serving(slots.batch(slots_of_rows(*used)), used):
+            model(**tokens())
+        return dict(calls)
+
+
+def test_slora_layers_run_one_product_each_however_many_ranks_share_it():
+    # Four layers in each of two decoder layers.
+    assert run_ranks(4, _products) == [{"shrink": 8, "expand": 8}] * 4
 
 
 def test_room_is_made_for_the_layouts_that_are_held():

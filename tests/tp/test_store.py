@@ -54,7 +54,7 @@ def ready(store, key):
 def held(store, key):
     """What the slots hold of an adapter in the first layer: A below B."""
     slot = store.slots.ledger.slot(key)
-    factors = next(iter(store.slots._layers.values()))._own.factors[0]
+    factors = next(iter(store.slots._layers.values()))._own.factors
     return torch.cat([factors.a(slot, 0), factors.b(slot, 0)], dim=1)
 
 

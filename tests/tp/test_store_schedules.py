@@ -194,7 +194,7 @@ class Schedule(RuleBasedStateMachine):
             share = self.slots.share(make_adapter(seed, rank=adapter_rank, modules=PROJ))
             slot = self.slots.ledger.slot(key)
             for name, part in share.layers.items():
-                factors = self.slots._layers[name]._own.factors[0]
+                factors = self.slots._layers[name]._own.factors
                 assert torch.equal(factors.a(slot, 0), part.A)
                 assert torch.equal(factors.b(slot, 0), part.B[0])
 
