@@ -85,7 +85,7 @@ def _on_cpu(
         products += layer.forward(counts)
         messages += exchanged(linear, size * at.tokens, load, layer.slices * layer.rank, tp)
     # Layers whose slots hold the same rows share what they read of the batch.
-    plans = {(layer.slices, layer.parts): layer for layer in grouped}.values()
+    plans = {layer.slices: layer for layer in grouped}.values()
     described = [kernel for layer in plans for kernel in layer.describe(counts)]
     return Work(products=tuple(products), messages=tuple(messages)), described
 
@@ -99,7 +99,7 @@ class _Grouped:
         widths: O of each projection.
         interleaved: The rows of its projections alternate, head by head.
         rank: k.
-        parts: How often ``expand`` runs, each time on another rank's share of what was shrunk.
+        whole: Ranks that ``expand`` reads: k, or all ranks' where they were gathered.
         exchanges: Ranks meet in between.
         size: Bytes of an element.
     """
@@ -108,7 +108,7 @@ class _Grouped:
     widths: tuple[int, ...]
     interleaved: bool
     rank: int
-    parts: int
+    whole: int
     exchanges: bool
     size: int
 
@@ -130,15 +130,17 @@ class _Grouped:
         total = sum(counts)
         if self.exchanges:
             yield traverse(total * self.slices * self.rank, self.size)
+        if self.whole > self.rank:
+            # Taken apart by rank, and brought into the order of B's rows.
+            yield from [traverse(2 * total * self.slices * self.whole, self.size)] * 2
         if few:
             yield from self._shrink_rows(sum(few), total)
         if many:
             yield from self._shrink_matrices(many, gathered=len(counts) > 1)
-        for _ in range(self.parts):
-            for width in self.widths if few else ():
-                yield from self._expand_rows(width, sum(few), everyone=not many)
-            if many:
-                yield from self._expand_matrices(many, gathered=len(counts) > 1)
+        for width in self.widths if few else ():
+            yield from self._expand_rows(width, sum(few), everyone=not many)
+        if many:
+            yield from self._expand_matrices(many, gathered=len(counts) > 1)
 
     def _split(self, counts: Sequence[int]) -> tuple[list[int], list[int]]:
         few = [count for count in counts if (count - 1) * self.rank <= ROWS_READ_AGAIN]
@@ -165,7 +167,7 @@ class _Grouped:
             yield traverse(2 * tokens * columns, size)
 
     def _expand_rows(self, width: int, tokens: int, *, everyone: bool) -> Iterator[Product]:
-        size, entries = self.size, tokens * self.rank
+        size, entries = self.size, tokens * self.whole
         yield Product(flops=0.0, bytes=(2 * size + _INDEX) * entries)
         yield traverse(3 * entries, size)
         yield Product(
@@ -181,11 +183,11 @@ class _Grouped:
     def _expand_matrices(self, counts: Sequence[int], *, gathered: bool) -> Iterator[Product]:
         size, tokens = self.size, sum(counts)
         if gathered:
-            yield traverse(2 * tokens * self.slices * self.rank, size)
+            yield traverse(2 * tokens * self.slices * self.whole, size)
         for width in self.widths:
             apart = gathered or self.interleaved
             for count in counts:
-                yield multiply(count, self.rank, width, size, adds=not apart)
+                yield multiply(count, self.whole, width, size, adds=not apart)
             if apart:
                 yield traverse(3 * tokens * width, size)
 
@@ -193,7 +195,7 @@ class _Grouped:
         """Small kernels that find what a batch's tokens read, once in a step."""
         few, _ = self._split(counts)
         number = _PLAN + (_BAGS * (self.slices + 1) if few else 0)
-        yield from [traverse(2 * sum(counts), _INDEX)] * (self.parts * number)
+        yield from [traverse(2 * sum(counts), _INDEX)] * number
 
 
 def _grouped(shape: ModelShape, linear: Linear, load: AdapterLoad, tp: int, size: int) -> _Grouped:
@@ -204,7 +206,7 @@ def _grouped(shape: ModelShape, linear: Linear, load: AdapterLoad, tp: int, size
         widths=tuple(b_rows for _, _, b_rows, _ in factors),
         interleaved=linear.name == "linear_qkv" and shape.num_kv_heads > tp,
         rank=factors[0][0],
-        parts=tp if exchanges and column else 1,
+        whole=factors[0][0] * (tp if exchanges and column else 1),
         exchanges=exchanges,
         size=size,
     )
