@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ class Case:
     tensor_parallel: int = 2
     precision: str | None = None
     distributed: bool = False
+    hybrid: bool = False
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -116,11 +118,47 @@ def reads_hf_bases():
     return hasattr(checkpointing, "is_hf_checkpoint_dir")
 
 
+def has_hybrid_models():
+    """Whether this Bridge provides Megatron-Core's ``HybridModel``, as 0.6 does."""
+    return importlib.util.find_spec("megatron.bridge.models.hybrid") is not None
+
+
+def hybrid_layers_on_cpu(config=None):
+    """Megatron-Core's own attention and MLP as the layers of a hybrid stack."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from bdlora_megatron.models.build import hybrid_stack_spec
+
+    return hybrid_stack_spec(get_gpt_layer_local_spec(normalization="RMSNorm"))
+
+
+def _as_hybrid(model):
+    """A provider of the same model as attention and MLP in turn."""
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+
+    known = {field.name for field in fields(HybridModelProvider) if field.init}
+    values = {
+        field.name: getattr(model, field.name)
+        for field in fields(model)
+        if field.init and field.name in known
+    }
+    changes = {
+        "num_layers": None,
+        "hybrid_layer_pattern": "*-" * model.num_layers,
+        "hybrid_stack_spec": hybrid_layers_on_cpu,
+        "apply_rope_fusion": False,
+        "is_hybrid_model": True,
+    }
+    return HybridModelProvider(**{**values, **changes})
+
+
 def _config(folder, case, overrides):
     from bdlora_megatron.bridge import apply_settings
     from examples.bridge.finetune import YAML, tiny_config
 
     config = tiny_config(Path(folder), cpu=True)
+    if case.hybrid:
+        config.model = _as_hybrid(config.model)
     sizes = [
         f"model.tensor_model_parallel_size={case.tensor_parallel}",
         # Two sequences a step, on two data-parallel ranks or on one.

@@ -21,6 +21,7 @@ from bdlora_megatron.layers import (
     save_adapter,
 )
 from bdlora_megatron.layers.anatomy import num_decoder_layers
+from bdlora_megatron.models.build import hybrid_stack_spec
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.models import MODEL_CLASSES, randomize_adapters, tiny_config, tiny_model, tokens
@@ -184,7 +185,15 @@ def _specification(rank, world):
 
     with model_parallel(world):
         config = tiny_config(world, model_class="hybrid")
-        spec = lora_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), config, LORA)
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec, stack = lora_spec(layer, config, LORA), hybrid_stack_spec(layer)
+        # The stack's own specification does as well.
+        changed = lora_spec(stack, config, LORA).submodules
+        for part, linears in {"attention_layer": 2, "mlp_layer": 2}.items():
+            text = repr(getattr(changed, part))
+            assert text.count("LoRAColumnParallelLinear'>") == linears // 2, text
+            assert text.count("LoRARowParallelLinear'>") == linears // 2, text
+            assert "LoRA" not in repr(getattr(stack.submodules, part))
         made, applied = tiny_model(config, spec), tiny_model(config)
         assert [name for name, _ in lora_layers(made)] == apply_lora(applied, LORA)
         # The one drew its adapters before the rest of its weights.
