@@ -26,7 +26,7 @@ from bdlora_megatron.cli.sources import (
 )
 from bdlora_megatron.convert.adapter.problems import brief_causes
 from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
-from bdlora_megatron.convert.peft.config import check_ignorable
+from bdlora_megatron.convert.peft.options import check_ignorable
 from bdlora_megatron.convert.pipeline import Conversion
 from bdlora_megatron.convert.registry import FORMATS
 from bdlora_megatron.convert.structure import (

@@ -129,8 +129,8 @@ def _text(verdict: _Verdict, tolerance: float) -> str:
         else "DIFFERENT in PEFT, the same in the numbers"
     )
     lines = [
-        f"{path}: PEFT would ignore {count} of its tensors, for their names; write it again with "
-        "bdlora convert --to peft"
+        f"{path}: PEFT would ignore {count} of its tensors, for their names or its "
+        "target_modules; write it again with bdlora convert --to peft"
         for path, count in verdict.ignored.items()
     ]
     return "\n".join(

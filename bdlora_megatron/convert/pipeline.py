@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdlora_megatron.convert.peft.config import check_ignorable
+from bdlora_megatron.convert.peft.options import check_ignorable
 from bdlora_megatron.convert.registry import FormatName, open_adapter, write_adapter
 from bdlora_megatron.convert.structure import Structure, StructureReport, restructure
 from bdlora_megatron.convert.write_options import WriteOptions

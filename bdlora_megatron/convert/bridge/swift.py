@@ -32,11 +32,10 @@ from bdlora_megatron.convert.megatron.reader import Pair, PairSettings, find_pai
 from bdlora_megatron.convert.megatron.run import is_training_state
 from bdlora_megatron.convert.peft.config import (
     CONFIG_NAME,
-    READ_WITHOUT,
-    find_refused,
     parse_peft_config,
     read_raw_config,
 )
+from bdlora_megatron.convert.peft.options import READ_WITHOUT, find_refused
 
 __all__ = ["is_swift", "open_swift"]
 

@@ -1,16 +1,10 @@
-"""PEFT's `adapter_config.json`: what of it decides the update, and what we cannot represent.
-
-Options fall in four groups: those that set rank, scale and blocks are read here; those that only
-steered training are let pass; those that other tools add and that change nothing are noted; those
-that change the forward pass or the base weights are refused by name. An option in no group is
-refused when it is set, since it may do either, unless the caller ignores it by name.
-"""
+"""PEFT's `adapter_config.json`: the rank, the scale and the blocks of every module."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,110 +13,13 @@ from bdlora_megatron.blocks import Blocked
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.hints import file_hint
 from bdlora_megatron.convert.peft.patterns import Patience, first_match, why_unsafe
-from bdlora_megatron.errors import AdapterFormatError, ConfigError
+from bdlora_megatron.errors import AdapterFormatError
 
-__all__ = [
-    "BDLoRAOptions",
-    "ModuleSettings",
-    "PeftConfig",
-    "check_ignorable",
-    "find_refused",
-    "parse_peft_config",
-]
+__all__ = ["BDLoRAOptions", "ModuleSettings", "PeftConfig", "parse_peft_config", "read_raw_config"]
 
 CONFIG_NAME = "adapter_config.json"
-#: What a reader says of options that `find_refused` gives back.
-READ_WITHOUT = "it is read without options that change no update"
 # A rank and an alpha for each module of a model with a thousand layers fit in a tenth.
 _LARGEST_CONFIG = 16 << 20
-
-_READ = frozenset(
-    {
-        "alpha_pattern",
-        "base_model_name_or_path",
-        "init_lora_weights",
-        "lora_alpha",
-        "peft_type",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "use_bdlora",
-        "use_rslora",
-    }
-)
-
-# Which modules were adapted (the tensors' names tell), how they were trained or started, and
-# `bias`, whose tensors are refused where there are any.
-_HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "bias",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "velora_config",
-    }
-)
-
-# What tools write beside PEFT's own options; none of them changes an update.
-_NOTED = frozenset(
-    {
-        "_from_model_config",
-        "base_model_class",
-        "base_model_revision",
-        "library_name",
-        "lora_dtype",
-        "lora_plus_lr_ratio",
-        "loraplus_lr_embedding",
-        "loraplus_lr_ratio",
-        "lorap_emb_lr",
-        "lorap_lr_ratio",
-        "merge_weights",
-        "model_type",
-        "parent_library",
-        "swift_type",
-        "swift_version",
-        "torch_dtype",
-        "transformers_version",
-        "unsloth_fixed",
-        "unsloth_version",
-    }
-)
-
-_REFUSED = {
-    "use_dora": "it rescales whole adapted weights; merge it into its base model, or train without",
-    "lora_bias": "it adds a bias, which is no low-rank update; train without it",
-    "modules_to_save": "whole weights are no low-rank update; put them into the base model",
-    "trainable_token_indices": "it replaces embedding rows; put them into the base model",
-    "target_parameters": "it adapts fused expert weights; adapt linear modules instead",
-    "alora_invocation_tokens": "it applies to a part of the tokens only; train a plain LoRA",
-    "arrow_config": "it routes between adapters; read each of them by itself",
-    "kasa_config": "it changes the base weights and adds a diagonal; train a plain LoRA",
-    "monteclora_config": "it samples the factors; train a plain LoRA",
-    "use_qalora": "it pools the input; train a plain LoRA",
-    "layer_replication": "it repeats layers of the base model; build that base model first",
-    "enable_lora": "it adapts parts of a fused layer; train a plain LoRA",
-}
-
-# After training these are a plain LoRA on an unchanged base.
-_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
-# These changed the base weights, unless PEFT converted the adapter back when saving it.
-_CONVERTIBLE_INITS = ("pissa", "olora", "corda")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,58 +142,6 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def check_ignorable(options: Collection[str]) -> None:
-    """See that options that a caller wants ignored are unknown ones.
-
-    Args:
-        options: Their names.
-
-    Raises:
-        ConfigError: One is known, so what it does is known too.
-    """
-    known = sorted(set(options) & (_READ | _HARMLESS | _REFUSED.keys()))
-    if known:
-        raise ConfigError(
-            f"{', '.join(known)} cannot be ignored: what it does is known, and it is read, refused "
-            "or harmless; leave it out of --ignore-unknown (ignore_unknown=)"
-        )
-
-
-def find_refused(
-    raw: Mapping[str, Any],
-    problems: Problems,
-    *,
-    ignore_unknown: Collection[str] = (),
-    allowed: Collection[str] = (),
-) -> list[str]:
-    """Note every option that cannot be represented.
-
-    Args:
-        raw: The JSON object.
-        problems: Gets one entry per option.
-        ignore_unknown: Unknown options that the caller knows to be harmless.
-        allowed: Refused options that turned out to change nothing.
-
-    Returns:
-        The options that are set and were ignored, for a note.
-    """
-    peft_type = raw.get("peft_type")
-    if peft_type != "LORA":
-        problems.add(f'peft_type is {peft_type!r}, wanted "LORA"; only LoRA and BD-LoRA are read')
-    for option, why in _REFUSED.items():
-        if raw.get(option) and option not in allowed:
-            problems.add(f"{option} is set: {why}")
-    _find_refused_init(raw.get("init_lora_weights"), problems)
-    unknown = {o for o in raw.keys() - _READ - _HARMLESS - _REFUSED.keys() if raw[o]}
-    ignored = unknown & (_NOTED | set(ignore_unknown))
-    for option in sorted(unknown - ignored):
-        problems.add(
-            f"{option!r} is an unknown option and may change the update; if you know that it does "
-            f"not, pass --ignore-unknown {option} (ignore_unknown=)"
-        )
-    return sorted(ignored)
-
-
 def parse_peft_config(raw: Mapping[str, Any]) -> PeftConfig:
     """Read rank, scale and blocks.
 
@@ -344,24 +189,6 @@ def _blocked_by(options: BDLoRAOptions, path: str) -> Blocked | None:
             "target_modules_bd_b; set match_strict to false if it is vanilla LoRA"
         )
     return "A" if by_a else "B" if by_b else None
-
-
-def _find_refused_init(init: object, problems: Problems) -> None:
-    if isinstance(init, str) and init.startswith(_CONVERTIBLE_INITS):
-        problems.add(
-            f"init_lora_weights is {init!r}, which changed the base weights; save the adapter "
-            "again with PEFT's path_initial_model_for_weight_conversion"
-        )
-    elif init == "loftq":
-        problems.add(
-            "init_lora_weights is 'loftq', which changed the base weights; train from another "
-            "initialisation"
-        )
-    elif init not in _PLAIN_INITS:
-        problems.add(
-            f"init_lora_weights is {init!r}, which is unknown and may have changed the base "
-            "weights; if it did not, set it to true"
-        )
 
 
 def _check_number(option: str, value: object, problems: Problems, *, integer: bool) -> None:

@@ -18,19 +18,6 @@ from bdlora_megatron.decoder import ModuleName
 __all__ = ["PEFT_PREFIX", "FactorName", "clean_name", "parse_factor", "peft_prefix"]
 
 PEFT_PREFIX = "base_model.model."
-#: Modules that wrap another one without a place in the base model: torch.compile, activation
-#: checkpointing, FSDP (PyTorch's and fairscale's), DDP and DeepSpeed, Lightning, Opacus.
-_WRAPPERS = frozenset(
-    {
-        "_orig_mod",
-        "_checkpoint_wrapped_module",
-        "_fsdp_wrapped_module",
-        "_fpw_module",
-        "module",
-        "_forward_module",
-        "_module",
-    }
-)
 #: Where models with a vision or audio tower keep their language model, which is the base's own.
 _LANGUAGE_MODELS = frozenset({"language_model", "language", "llm", "text_model", "thinker"})
 _FACTOR = re.compile(
@@ -65,11 +52,21 @@ class FactorName:
         """The module's path in the base model, which PEFT's patterns are matched against."""
         return f"{self.prefix}{self.key}"
 
-    @property
-    def is_applied(self) -> bool:
-        """Whether PEFT applies a tensor of this name; it ignores others without an error."""
+    def is_applied(self, targets: object) -> bool:
+        """Whether PEFT applies a tensor of this name; it ignores others without an error.
+
+        Args:
+            targets: The config's `target_modules`; only a list of names can be judged here.
+
+        Returns:
+            False for other spellings, and for modules that the config does not adapt.
+        """
         stem = f"{PEFT_PREFIX}{self.path}.lora_{self.factor}"
-        return self.name in (f"{stem}.weight", f"{stem}.default.weight")
+        if isinstance(targets, list) and targets:
+            adapted = any(f".{self.path}".endswith(f".{target}") for target in targets)
+        else:
+            adapted = True
+        return adapted and self.name in (f"{stem}.weight", f"{stem}.default.weight")
 
 
 def parse_factor(name: str, *, task_type: object = None) -> FactorName | None:
@@ -99,7 +96,9 @@ def parse_factor(name: str, *, task_type: object = None) -> FactorName | None:
 
 def clean_name(name: str) -> str:
     """A tensor's name without wrappers, and without what stands before PEFT's own prefix."""
-    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    # DDP's and DeepSpeed's is `module`; torch.compile, FSDP, activation checkpointing, Lightning
+    # and Opacus name theirs like `_orig_mod`, as no part of a base model is named.
+    plain = ".".join(p for p in name.split(".") if p != "module" and not p.startswith("_"))
     # PEFT over PEFT repeats the prefix; what a trainer calls the whole model stands before it.
     _, prefix, path = f".{plain}".rpartition(f".{PEFT_PREFIX}")
     return f"{PEFT_PREFIX}{path}" if prefix else plain

@@ -30,16 +30,14 @@ from bdlora_megatron.convert.adapter.neutral import (
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.hints import folder_hint
 from bdlora_megatron.convert.peft.config import (
-    READ_WITHOUT,
     ModuleSettings,
     PeftConfig,
-    check_ignorable,
-    find_refused,
     parse_peft_config,
     read_raw_config,
 )
 from bdlora_megatron.convert.peft.leftovers import equal_to_base, kind_of
 from bdlora_megatron.convert.peft.names import PEFT_PREFIX, FactorName, parse_factor
+from bdlora_megatron.convert.peft.options import READ_WITHOUT, check_ignorable, find_refused
 from bdlora_megatron.convert.peft.tensors import open_tensors
 from bdlora_megatron.convert.tensor_files import TensorSource
 from bdlora_megatron.errors import AdapterFormatError, ShapeError
@@ -48,7 +46,7 @@ __all__ = ["IGNORED_BY_PEFT", "open_peft", "read_peft"]
 
 logger = logging.getLogger(__name__)
 
-#: In an adapter's metadata: how many of its file's tensors PEFT would ignore, for their names.
+#: In an adapter's metadata: how many of its file's tensors PEFT would ignore.
 IGNORED_BY_PEFT = "tensors_ignored_by_peft"
 _COPIES = "it is read without tensors that equal the base model's"
 
@@ -123,7 +121,7 @@ def open_peft(
         factors, leftovers = _sorted_out(source.facts, raw)
         same = equal_to_base(source, leftovers, base_folder, problems)
         allowed = ["modules_to_save"] if same and same == set(leftovers) else []
-        ignored = find_refused(raw, problems, ignore_unknown=ignore_unknown, allowed=allowed)
+        unread = find_refused(raw, problems, ignore_unknown=ignore_unknown, allowed=allowed)
         for name in sorted(set(leftovers) - same):
             problems.add(f"the file holds {kind_of(name)}", name)
         if not source.facts:
@@ -139,15 +137,16 @@ def open_peft(
             return _factors(plan, *(source.load(name) for name in plan.names))
 
         expanded = [plan for plan in plans if _is_swapped(plan)]
-        for what, names in ((READ_WITHOUT, ignored), (_COPIES, sorted(same))):
+        for what, names in ((READ_WITHOUT, unread), (_COPIES, sorted(same))):
             if names:
                 logger.warning("%s: %s: %s", folder, what, ", ".join(names))
-        _warn(folder, raw, pairs, expanded)
+        ignored = _ignored_by_peft(raw, pairs)
+        _warn(folder, raw, ignored, expanded)
         yield Adapter(
             name=folder.name,
             modules=LazyModules(facts, load, subject=subject),
             base=base,
-            metadata=_metadata(raw, pairs, expanded),
+            metadata=_metadata(raw, pairs, ignored, expanded),
         )
 
 
@@ -311,16 +310,22 @@ def _check_prefixes(prefixes: set[str], problems: Problems) -> None:
             problems.add("the adapted layers are no language decoder's", prefix)
 
 
+def _ignored_by_peft(raw: Mapping[str, Any], pairs: Sequence[_Pair]) -> list[FactorName]:
+    targets = raw.get("target_modules")
+    both = (name for pair in pairs for name in (pair.A, pair.B))
+    return [name for name in both if not name.is_applied(targets)]
+
+
 def _warn(
     folder: Path,
     raw: Mapping[str, Any],
-    pairs: Sequence[_Pair],
+    ignored: Sequence[FactorName],
     expanded: Sequence[_ModulePlan],
 ) -> None:
-    ignored = [name for pair in pairs for name in (pair.A, pair.B) if not name.is_applied]
     if ignored:
         logger.warning(
-            "%s: PEFT ignores %d of its tensors, such as %r; they are read as those of %s%s",
+            "%s: PEFT ignores %d of its tensors, such as %r, for their names or its "
+            "target_modules; they are read as those of %s%s",
             folder,
             len(ignored),
             ignored[0].name,
@@ -343,12 +348,14 @@ def _warn(
 
 
 def _metadata(
-    raw: Mapping[str, Any], pairs: Sequence[_Pair], expanded: Sequence[_ModulePlan]
+    raw: Mapping[str, Any],
+    pairs: Sequence[_Pair],
+    ignored: Sequence[FactorName],
+    expanded: Sequence[_ModulePlan],
 ) -> dict[str, str]:
     metadata = {"format": "peft", "peft_prefix": f"{PEFT_PREFIX}{pairs[0].A.prefix}"}
-    ignored = sum(not name.is_applied for pair in pairs for name in (pair.A, pair.B))
     if ignored:
-        metadata[IGNORED_BY_PEFT] = str(ignored)
+        metadata[IGNORED_BY_PEFT] = str(len(ignored))
     for option in ("base_model_name_or_path", "peft_version", "task_type"):
         if isinstance(raw.get(option), str):
             metadata[option] = raw[option]

@@ -117,6 +117,7 @@ SPELLINGS = {
     "fabric": (lambda n: f"_forward_module.{n}", False),
     "value_head": (lambda n: f"pretrained_model.{n}", False),
     "peft_over_peft": (lambda n: f"{PEFT}{n}", False),
+    "unheard_of": (inside("_streaming_wrapper"), False),
     "compiled_and_named": (lambda n: f"_orig_mod.module.{named('default')(n)}", False),
     "lightning_without_peft": (lambda n: n.replace(PEFT, "student."), False),
 }
@@ -150,6 +151,26 @@ def test_what_is_said_of_pefts_names_is_true(case, tmp_path):
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     live = [bool(layer.get_delta_weight("default").any()) for layer in layers]
     assert set(live) == {applied}
+
+
+def test_modules_that_the_config_does_not_adapt_are_read_and_said(tmp_path, caplog):
+    targets = ["q_proj", "mlp.up_proj", "layers.1.self_attn.k_proj"]
+    folder = write(tmp_path / "case", target_modules=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(tiny_llama(), folder)
+    applied = sum(isinstance(layer, LoraLayer) for layer in model.modules())
+    with caplog.at_level(logging.WARNING):
+        adapter = read_adapter(folder)
+    assert adapter.metadata[IGNORED_BY_PEFT] == str(2 * (14 - applied)) == "18"
+    assert "for their names or its target_modules" in caplog.text
+    written = write_adapter(adapter, tmp_path / "written", "peft")
+    updates = peft_updates(written)
+    for name, update in wanted_updates(tmp_path / "wanted").items():
+        assert torch.equal(updates[name], update), name
+    for targets in ("all-linear", ".*q_proj", None):
+        own = read_adapter(write(tmp_path / f"own{targets}", target_modules=targets))
+        assert IGNORED_BY_PEFT not in own.metadata
 
 
 @pytest.mark.parametrize(
@@ -205,6 +226,7 @@ def test_several_adapters_in_one_file_are_refused_by_name(tmp_path):
 HARMLESS = {
     "old_merge_weights": {"merge_weights": True, "enable_lora": None},
     "unsloth": {"unsloth_version": "2025.9.1", "transformers_version": "4.57.0"},
+    "any_version": {"trl_version": "0.24.0", "our_own_version": 7},
     "swift": {"lora_dtype": "bfloat16", "lorap_lr_ratio": 16.0},
 }
 

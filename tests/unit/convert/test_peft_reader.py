@@ -14,7 +14,7 @@ from peft.tuners.lora.variants import BdLoraLinearVariant
 from transformers import LlamaModel
 
 from bdlora_megatron.convert import BaseShape, ModuleKey, read_peft
-from bdlora_megatron.convert.peft.config import _HARMLESS, _READ, _REFUSED
+from bdlora_megatron.convert.peft.options import _HARMLESS, _READ, _REFUSED
 from tests.reference import dense_update
 from tests.tolerances import assert_close
 from tests.unit.convert.peft_files import (
