@@ -5,9 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["file_hint", "folder_hint"]
+__all__ = ["file_hint", "folder_hint", "unreadable"]
 
 _LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def unreadable(path: Path, error: Exception, advice: str) -> str:
+    """The end of a message about a file that cannot be read.
+
+    Args:
+        path: The file.
+        error: What reading it gave.
+        advice: What to do where nothing is known of the file.
+
+    Returns:
+        What the file is, or the error, and what to do.
+    """
+    hint = file_hint(path)
+    return f", {hint}" if hint else f": {error}; {advice}"
 
 
 def file_hint(path: Path) -> str | None:

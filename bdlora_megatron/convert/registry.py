@@ -259,6 +259,8 @@ def _check_replaceable(path: Path) -> None:
     """
     if path.is_symlink() or path.is_file():
         raise ConfigError(f"{path} is no folder and is not replaced; pass another path")
+    if (path / RUN_NAME).is_file():
+        raise ConfigError(f"{path} is a checkpoint of a training and is not replaced; move it")
     if path.is_dir() and any(path.iterdir()):
         try:
             detect_format(path)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bdlora_megatron.convert.hints import file_hint
+from bdlora_megatron.convert.hints import unreadable
 from bdlora_megatron.errors import AdapterFormatError, ShapeError
 
 __all__ = ["FLOATS", "TensorSource", "TensorWriter", "open_safetensors", "write_safetensors"]
@@ -71,8 +71,7 @@ def open_safetensors(path: Path) -> Iterator[TensorSource]:
             header, start = _read_header(file)
             source = _source(path, file, header, start)
         except (OSError, SafetensorError, MemoryError) as error:
-            hint = file_hint(path)
-            why = f", {hint}" if hint else f": {error}; copy or save the adapter again"
+            why = unreadable(path, error, "copy or save the adapter again")
             raise AdapterFormatError(f"{path} cannot be read{why}") from error
         yield source
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from bdlora_megatron.convert.adapter import BaseShape
 from bdlora_megatron.convert.adapter.problems import Problems
+from bdlora_megatron.convert.hints import unreadable
 from bdlora_megatron.convert.megatron.iterations import newest_iteration
 from bdlora_megatron.decoder import hybrid_layers
 from bdlora_megatron.errors import AdapterFormatError, MissingDependencyError
@@ -209,7 +210,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             raise AdapterFormatError(f"{path} is larger than {_LARGEST} bytes, as no settings are")
         raw = yaml.load(path.read_text("utf-8"), Loader)
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise AdapterFormatError(f"{path} cannot be read: {error}; copy it again") from error
+        why = unreadable(path, error, "copy it again")
+        raise AdapterFormatError(f"{path} cannot be read{why}") from error
     if not isinstance(raw, dict):
         raise AdapterFormatError(f"{path} holds a {type(raw).__name__}, wanted settings by name")
     return raw

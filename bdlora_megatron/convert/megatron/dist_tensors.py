@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bdlora_megatron.convert.hints import file_hint
 from bdlora_megatron.convert.tensor_files import FLOATS
 from bdlora_megatron.errors import AdapterFormatError
 
@@ -144,8 +145,11 @@ def _explained(folder: Path) -> Iterator[None]:
     except AdapterFormatError:
         raise
     except _BROKEN as error:
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        pointers = (f"{path.name}: {hint}" for path in files if (hint := file_hint(path)))
+        why = next(pointers, f"{error!r}; copy or save it again")
         raise AdapterFormatError(
-            f"{folder} cannot be read as a distributed checkpoint: {error!r}; copy or save it again"
+            f"{folder} cannot be read as a distributed checkpoint: {why}"
         ) from error
 
 

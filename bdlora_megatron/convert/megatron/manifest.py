@@ -11,6 +11,7 @@ from typing import Any
 
 from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES, Adapter, BaseShape, ModuleKey
 from bdlora_megatron.convert.adapter.problems import Problems
+from bdlora_megatron.convert.hints import unreadable
 from bdlora_megatron.errors import AdapterFormatError, nearest
 
 __all__ = ["Manifest", "ModuleEntry", "manifest_of", "read_manifest", "write_manifest"]
@@ -139,7 +140,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, AdapterFormatError):
             raise
-        raise AdapterFormatError(f"{path} cannot be read: {error}; write it again") from error
+        why = unreadable(path, error, "write it again")
+        raise AdapterFormatError(f"{path} cannot be read{why}") from error
     if not isinstance(raw, dict):
         raise AdapterFormatError(f"{path} holds a JSON {type(raw).__name__}, wanted an object")
     return raw

@@ -13,6 +13,7 @@ from bdlora_megatron.config import resolve
 from bdlora_megatron.convert.adapter import Adapter, BaseShape
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.adapter.scale import peft_scale
+from bdlora_megatron.convert.hints import unreadable
 from bdlora_megatron.convert.megatron.dist_tensors import DistTensors, open_dist_tensors
 from bdlora_megatron.convert.megatron.format import merge_base
 from bdlora_megatron.convert.megatron.reader import Pair, PairSettings, find_pairs, pair_modules
@@ -131,7 +132,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise AdapterFormatError(f"{path} is larger than {_LARGEST} bytes, as no settings are")
         raw = json.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
-        raise AdapterFormatError(f"{path} cannot be read: {error}; copy it again") from error
+        why = unreadable(path, error, "copy it again")
+        raise AdapterFormatError(f"{path} cannot be read{why}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("settings"), dict):
         raise AdapterFormatError(f"{path} is of no checkpoint that bdlora train wrote")
     return raw

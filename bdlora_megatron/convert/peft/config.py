@@ -11,7 +11,7 @@ from typing import Any
 
 from bdlora_megatron.blocks import Blocked
 from bdlora_megatron.convert.adapter.problems import Problems
-from bdlora_megatron.convert.hints import file_hint
+from bdlora_megatron.convert.hints import unreadable
 from bdlora_megatron.convert.peft.patterns import Patience, first_match, why_unsafe
 from bdlora_megatron.errors import AdapterFormatError
 
@@ -132,8 +132,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        hint = file_hint(path)
-        why = f", {hint}" if hint else f": {error}; save the adapter again"
+        why = unreadable(path, error, "save the adapter again")
         raise AdapterFormatError(f"{path} is no JSON{why}") from error
     if not isinstance(raw, dict):
         raise AdapterFormatError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bdlora_megatron.convert.hints import file_hint, folder_hint
+from bdlora_megatron.convert.hints import file_hint, folder_hint, unreadable
 from bdlora_megatron.convert.tensor_files import FLOATS, TensorSource, open_safetensors
 from bdlora_megatron.errors import AdapterFormatError
 
@@ -58,8 +58,7 @@ def _pickle_source(path: Path) -> TensorSource:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        hint = file_hint(path)
-        why = f", {hint}" if hint else f": {error}; save the adapter again as safetensors"
+        why = unreadable(path, error, "save the adapter again as safetensors")
         raise AdapterFormatError(f"{path} cannot be read as tensors alone{why}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()

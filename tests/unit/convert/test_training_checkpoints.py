@@ -23,7 +23,7 @@ from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES
 from bdlora_megatron.convert.megatron.dist_tensors import Chunk
 from bdlora_megatron.convert.megatron.dist_writer import write_dist_tensors
 from bdlora_megatron.convert.megatron.names import fuse, linear_of, stem
-from bdlora_megatron.errors import AdapterFormatError
+from bdlora_megatron.errors import AdapterFormatError, ConfigError
 from tests.reference import dense_update
 from tests.unit.convert.random_adapters import HEAD_DIM, HEADS, adapter, assert_same, factors
 
@@ -149,6 +149,24 @@ def test_runs_without_an_adapter_or_with_broken_settings_are_refused(tmp_path):
             read_adapter(folder)
 
 
+def test_a_training_checkpoint_is_never_replaced(tmp_path):
+    folder = run_json(write_tensors(tmp_path / "step_00000006", own_tensors(seven())), num_blocks=1)
+    with pytest.raises(ConfigError, match="is a checkpoint of a training and is not replaced"):
+        write_adapter(seven(), folder, "peft", options=WriteOptions(overwrite=True))
+    assert len(read_adapter(folder).modules) == 14
+
+
+@pytest.mark.parametrize("name", ["run.json", ".metadata", "__0_0.distcp"])
+def test_pointers_in_a_checkpoint_are_named(name, tmp_path):
+    folder = run_json(write_tensors(tmp_path / "step_00000006", own_tensors(seven())), num_blocks=1)
+    (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n" + b"x" * 9000)
+    with pytest.raises(AdapterFormatError) as caught:
+        read_adapter(folder)
+    assert name in str(caught.value)
+    if name != "__0_0.distcp":
+        assert "git lfs pull" in str(caught.value)
+
+
 # --- iterations and their tracker -----------------------------------------------------------------
 
 
@@ -220,6 +238,15 @@ def test_the_integrations_own_iterations_are_read(target, tmp_path):
     assert_same(got, wanted)
     assert got.metadata["base_model_name_or_path"] == "some/base"
     assert_same(read_adapter(tmp_path), wanted)
+    # As NeMo 2 keeps it.
+    (tmp_path / "nemo" / "context").mkdir(parents=True)
+    shutil.copytree(folder, tmp_path / "nemo" / "weights")
+    settings = {
+        "config": model,
+        "model_transform": peft | {"_target_": "bdlora_megatron.nemo.BDLoRA"},
+    }
+    (tmp_path / "nemo" / "context" / "model.yaml").write_text(json.dumps(settings))
+    assert_same(read_adapter(tmp_path / "nemo"), wanted)
 
 
 @pytest.mark.parametrize("alpha", [1e-8, -1e-8, 1e22, 3.0, 1.5e-7])
