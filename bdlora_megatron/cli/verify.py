@@ -187,7 +187,7 @@ def _verdict_on(
     try:
         verdict = _compared(first, second, arguments)
     except (BDLoRAError, OSError) as error:
-        causes.append(brief_causes(error, first))
+        causes.append(brief_causes(error, first, second))
         return {"verdict": "refused", "why": explain(error, first)}
     largest = verdict.comparison.largest
     why = "" if verdict.same else f"largest in {largest.key}"

@@ -60,22 +60,23 @@ class Problems:
             raise failure
 
 
-def brief_causes(error: Exception, folder: Path) -> list[str]:
+def brief_causes(error: Exception, *folders: Path) -> list[str]:
     """What is wrong, in few words that are the same for all adapters that have it.
 
     Args:
         error: Why an adapter was refused.
-        folder: The adapter's, whose path is left out.
+        *folders: The adapter's, or those of both in question; their paths are left out.
 
     Returns:
         One text for each cause.
     """
-    causes = (isinstance(error, BDLoRAError) and error.causes) or (explain(error, folder),)
+    causes = (isinstance(error, BDLoRAError) and error.causes) or (explain(error, *folders[:1]),)
     brief = []
     for cause in causes:
         text = cause
-        for path in (str(folder.resolve()), str(folder)):
-            text = text.replace(path, "the folder")
+        for folder in folders:
+            text = text.replace(str(folder.resolve()), "the folder")
+            text = text.replace(str(folder), "the folder")
         # What is wanted and what to do stands behind; sizes differ from adapter to adapter.
         text = re.split(r"[;:] |, which ", text.partition("\n")[0])[0]
         text = re.sub(r"\[[^\]]*\]|\b\d+(\.\d+)?\b", "...", text)
