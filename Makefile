@@ -7,7 +7,7 @@ PYTHON312 ?= python3.12
 # What the older hosts and vLLM's CPU build are pinned for: make test-nemo PYTHON311=/opt/python3.11
 PYTHON311 ?= python3.11
 # Tests of one file share their servers and models, so a file stays with one worker.
-WORKERS ?= -n 2 --dist loadfile
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 

@@ -54,10 +54,14 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(config, items):
-    """Mark what is slow, and skip what runs an engine that is refused (as tests/runtime sees)."""
+    """Mark what is slow, and skip what runs an engine that is refused (as tests/runtime sees).
+
+    What is slow comes first, so that no worker is left with a long file when the others are done.
+    """
     for item in items:
         if item.path.relative_to(config.rootpath).as_posix().startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     try:
         require_engine()
     except UnsupportedError as error:
