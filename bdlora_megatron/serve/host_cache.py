@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from bdlora_megatron.errors import CapacityError
@@ -34,12 +34,15 @@ class HostCache(Generic[Value]):
         """Values, without reservations."""
         return sum(value is not None for _, value in self._entries.values())
 
-    def reserve(self, key: Hashable, num_bytes: int) -> bool:
+    def reserve(
+        self, key: Hashable, num_bytes: int, *, keep: Callable[[Hashable], bool] = lambda _: False
+    ) -> bool:
         """Make room for a value to come, dropping others if need be.
 
         Args:
             key: A key that has neither a value nor a reservation.
             num_bytes: Its size at most.
+            keep: Which of the others stay, as pinned ones do.
 
         Returns:
             Whether there is room now; if not, nothing was dropped.
@@ -54,12 +57,12 @@ class HostCache(Generic[Value]):
                 f"{self.capacity_bytes}; set host_cache_bytes={num_bytes} or more"
             )
         going, room = [], self.capacity_bytes - self.used_bytes
-        for other, (size, value) in self._entries.items():
+        for other in self._unpinned():
             if room >= num_bytes:
                 break
-            if value is not None and other not in self._pinned:
+            if not keep(other):
                 going.append(other)
-                room += size
+                room += self._entries[other][0]
         if room < num_bytes:
             return False
         for other in going:
@@ -68,6 +71,11 @@ class HostCache(Generic[Value]):
         self._entries[key] = (num_bytes, None)
         self.used_bytes += num_bytes
         return True
+
+    def could_hold(self, num_bytes: int) -> bool:
+        """Whether there would be room once everything that is not pinned has gone."""
+        going = sum(self._entries[key][0] for key in self._unpinned())
+        return self.capacity_bytes - self.used_bytes + going >= num_bytes
 
     def fill(self, key: Hashable, num_bytes: int, value: Value) -> None:
         """Put a value in the place reserved for it, which shrinks to the value's size."""
@@ -92,3 +100,8 @@ class HostCache(Generic[Value]):
     def pin(self, key: Hashable, *, pinned: bool = True) -> None:
         """Keep a value until it is dropped by name, or let it go again."""
         (self._pinned.add if pinned else self._pinned.discard)(key)
+
+    def _unpinned(self) -> list[Hashable]:
+        """The values that may go, least recently used first."""
+        entries = self._entries.items()
+        return [key for key, (_, value) in entries if value is not None and key not in self._pinned]

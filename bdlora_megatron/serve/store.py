@@ -10,7 +10,7 @@ asking. The one thing that calls do not tell is whether a load has ended, well o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,12 +35,17 @@ from bdlora_megatron.serve.store_types import AdapterKey, StoreOptions, StoreSta
 
 __all__ = ["AdapterStore"]
 
+#: Steps for which host memory keeps an adapter that `acquire` asked for and did not get. Without
+#: that, two adapters that are waited for would push each other out for ever where one has room.
+_KEPT_STEPS = 64
+
 
 @dataclass(slots=True)
 class _Entry:
     """What the store knows of one version.
 
-    ``due`` is the step in which ranks ask about its load; ``load`` is this rank's own.
+    ``due`` is the step in which ranks ask about its load; ``load`` is this rank's own. ``asked`` is
+    the step of the last ``acquire`` in vain, until one succeeds.
     """
 
     source: Callable[[], Adapter]
@@ -49,6 +54,7 @@ class _Entry:
     num_bytes: int | None = None
     load: Load[AdapterShare] | None = None
     due: int = 0
+    asked: int | None = None
     error: str | None = None
     current: bool = True
     waiting: bool = False
@@ -158,7 +164,7 @@ class AdapterStore:
         """
         key = self.key(name)
         del self._current[name]
-        self._entries[key].current = False
+        self._entries[key].current, self._entries[key].asked = False, None
         self.pin(key, pinned=False)
         self._drop_if_unused(key)
         return key
@@ -254,7 +260,8 @@ class AdapterStore:
 
         Returns:
             Its slot, which it keeps until ``release``. None if it is still being loaded (that is
-            begun here if it was not), or if all slots are in use.
+            begun here if it was not), or if all slots are in use; ask again in later steps. What
+            has been loaded stays in host memory for those who do.
 
         Raises:
             AdapterLoadError: It could not be loaded; ``prefetch`` tries again, and so does
@@ -265,16 +272,10 @@ class AdapterStore:
             raise AdapterLoadError(f"adapter {key} could not be loaded: {entry.error}")
         if key in self.slots.ledger:
             self.stats.slot_hits += 1
-            return self.slots.acquire(key)
-        share = self._host.get(key)
-        if share is None:
-            self.prefetch(key)
+        elif not self._move_in(key):
+            entry.asked = self._step
             return None
-        before = len(self.slots.ledger)
-        if self.slots.load(key, share) is None:
-            return None
-        self.stats.slot_loads += 1
-        self.stats.slot_evictions += before + 1 - len(self.slots.ledger)
+        entry.asked = None
         return self.slots.acquire(key)
 
     def release(self, key: AdapterKey) -> None:
@@ -302,6 +303,11 @@ class AdapterStore:
         """Bytes of host memory taken, reservations of loads under way included."""
         return self._host.used_bytes
 
+    @property
+    def host_capacity(self) -> int:
+        """Adapters of the largest rank that host memory holds; at least one."""
+        return self.options.host_cache_bytes // self.slots.largest_bytes
+
     def close(self) -> None:
         """End the threads that load; one that hangs ends with the process."""
         self._threads.close()
@@ -314,14 +320,33 @@ class AdapterStore:
             )
         return entry
 
+    def _move_in(self, key: AdapterKey) -> bool:
+        """Whether an adapter could be copied into a slot now; one not on the host is loaded."""
+        share = self._host.get(key)
+        if share is None:
+            self.prefetch(key)
+            return False
+        before = len(self.slots.ledger)
+        if self.slots.load(key, share) is None:
+            return False
+        self.stats.slot_loads += 1
+        self.stats.slot_evictions += before + 1 - len(self.slots.ledger)
+        return True
+
+    def _is_awaited(self, key: Hashable) -> bool:
+        """Whether somebody wants an adapter that is on the host and could not have a slot yet."""
+        asked = self._entries[key].asked  # type: ignore[index]
+        return asked is not None and self._step - asked < _KEPT_STEPS
+
     def _start_waiting(self) -> None:
         """Start loads in order, as far as host memory reaches."""
         while self._waiting:
             key = self._waiting[0]
             entry = self._entries[key]
-            room = self._host.reserve(key, entry.num_bytes or self.slots.largest_bytes)
+            num_bytes = entry.num_bytes or self.slots.largest_bytes
+            room = self._host.reserve(key, num_bytes, keep=self._is_awaited)
             self.stats.host_evictions = self._host.evictions
-            if not room and self._loading:
+            if not room and (self._loading or self._host.could_hold(num_bytes)):
                 return
             self._waiting.pop(0)
             entry.waiting = False

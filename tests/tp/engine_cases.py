@@ -64,6 +64,7 @@ def engine_for(
     *,
     blocks: int,
     num_slots: int = 2,
+    on_host: float = 3,
     model: Any = None,
     implementation: Any = None,
     layouts: tuple[Layout, ...] = (Layout.BDLORA, Layout.HALF_SHARDED),
@@ -75,7 +76,7 @@ def engine_for(
         max_loras=num_slots, max_lora_rank=8, implementation=implementation, layouts=layouts
     )
     slots = ModelSlots(model, room)
-    store = AdapterStore(slots, StoreOptions(host_cache_bytes=3 * slots.largest_bytes))
+    store = AdapterStore(slots, StoreOptions(host_cache_bytes=int(on_host * slots.largest_bytes)))
     for name in ADAPTERS:
         store.register(name, partial(make, name))
     # Per position: keys and values, 2 layers, 24 / P numbers of 8 bytes; one block is Megatron's.

@@ -250,6 +250,43 @@ def test_an_adapter_that_fails_on_one_rank_fails_its_requests_alone():
     run_ranks(2, failing_body)
 
 
+def small_host_body(rank: int, world: int) -> None:
+    enable_cpu_inference()
+    with runtime.model_parallel(world):
+        model = wide_model(world)
+        for on_host, num_slots in ((1, 1), (1, 2), (1.99, 2), (1, 3), (2, 4)):
+            engine = engine_for(
+                world,
+                blocks=30,
+                model=model,
+                on_host=on_host,
+                num_slots=num_slots,
+                max_per_adapter=1,
+            )
+            # All are absent at first; later ones come while earlier ones load, wait and run.
+            names = ["two", "four", "vanilla", "attention", "four", "two", "two", "attention"]
+            arrivals: dict[int, list[Submit]] = {}
+            for number, name in enumerate(names):
+                request = Submit(
+                    request_id=number,
+                    prompt=(1, 2),
+                    sampling=Sampling(temperature=0.0, max_tokens=3 + number),
+                    adapter=name,
+                )
+                arrivals.setdefault(number // 3, []).append(request)
+            # Two leave again: while their adapters are being loaded, or wait.
+            _, ends = run(engine, arrivals, {1: [0], 3: [7]})
+            assert set(ends) == set(range(1, len(names) - 1)), (on_host, num_slots)
+            assert engine.store is not None
+            engine.store.close()
+            engine.store.slots.detach()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_host_memory_for_one_adapter_serves_requests_for_all(world):
+    run_ranks(world, small_host_body)
+
+
 def same_prompt_body(rank: int, world: int) -> None:
     enable_cpu_inference()
     with runtime.model_parallel(world):

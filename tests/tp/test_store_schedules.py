@@ -7,13 +7,15 @@ at a gate until the schedule opens it, so that it is the schedule that says whic
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -224,3 +226,80 @@ def _schedules(rank, world_size):
 
 def test_ranks_decide_alike_whatever_happens_on_one_of_them():
     run_ranks(2, _schedules)
+
+
+# --- nobody starves --------------------------------------------------------------------------
+
+
+class _Waiter:
+    """Asks for one adapter in every step until it has it, then keeps it for some steps."""
+
+    def __init__(self, key, arrives, runs):
+        self.key, self.arrives, self.left = key, arrives, runs
+        self.has_it = False
+
+    def step(self, store, step):
+        if step < self.arrives or not self.left:
+            return
+        if not self.has_it:
+            self.has_it = store.acquire(self.key) is not None
+            return
+        self.left -= 1
+        if not self.left:
+            store.release(self.key)
+
+
+def _serve_all(model, *, num_slots, room, adapter_ranks, seed):
+    slots = ModelSlots(
+        model, SlotRoom(max_loras=num_slots, max_lora_rank=4, target_modules=("linear_proj",))
+    )
+    store = AdapterStore(slots, StoreOptions(host_cache_bytes=int(room * slots.largest_bytes)))
+    keys = [
+        store.register(f"a{i}", partial(make_adapter, i, rank=adapter_rank, modules=PROJ))
+        for i, adapter_rank in enumerate(adapter_ranks)
+    ]
+    rng = random.Random(seed)
+    waiters = [_Waiter(rng.choice(keys), rng.randint(0, 6), runs=2) for _ in range(8)]
+    try:
+        for step in range(600):
+            store.advance(wait_s=WAIT_S if rng.random() < 0.5 else 0.0)
+            if step % 3 == 0:
+                # Nobody comes for what is only fetched ahead; it must not stand in the way.
+                store.prefetch(keys[step % len(keys)])
+            for waiter in rng.sample(waiters, len(waiters)):
+                waiter.step(store, step)
+            if not any(waiter.left for waiter in waiters):
+                return
+        raise AssertionError(f"{[str(w.key) for w in waiters if w.left]} starved")
+    finally:
+        store.close()
+        slots.detach()
+
+
+def _nobody_starves(rank, world_size):
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+
+        @settings(
+            max_examples=40,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(
+            num_slots=st.integers(1, 3),
+            # From exactly one adapter of the largest rank on, also between whole numbers of them.
+            room=st.sampled_from([1.0, 1.5, 1.99, 2.0, 3.0]),
+            adapter_ranks=st.lists(st.integers(1, 4), min_size=2, max_size=6),
+            seed=st.integers(0, 2**16),
+        )
+        def check(**schedule):
+            _serve_all(model, **schedule)
+
+        check()
+
+
+def test_no_schedule_starves_whatever_host_memory_holds():
+    """From one adapter's room on: what was loaded for somebody stays until it was had."""
+    run_ranks(1, _nobody_starves)

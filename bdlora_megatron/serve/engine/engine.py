@@ -60,7 +60,7 @@ class ServingEngine:
         self.store = store
         self.admission = Admission(
             patience=self.options.patience_steps,
-            lookahead=1 if store is None else store.slots.num_slots,
+            lookahead=1 if store is None else min(store.slots.num_slots, store.host_capacity),
             per_adapter=self.options.max_per_adapter,
         )
         self._sampler = Sampler()
