@@ -136,7 +136,9 @@ class LayerSlots:
             dropout=0.0, dtype=self.room.dtype, like=layer.weight, tp_group=self.tp_group
         )
         rule = layer._make_adapter(layout, list(plans.values()), options, self.geometry)
-        empty = layer.weight.new_empty(0, self._own.in_features, device="cpu", dtype=options.dtype)
+        # The host's, or meta where only shapes are looked at.
+        device = next(iter(modules.values())).A.device
+        empty = layer.weight.new_empty(0, self._own.in_features, device=device, dtype=options.dtype)
         a, b, scales = [empty], [], []
         for projection, columns in zip(self.geometry.projections, self._own.columns, strict=True):
             factors = modules.get(projection.name)

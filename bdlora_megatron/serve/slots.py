@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
+from bdlora_megatron.convert.adapter.lazy import module_facts
 from bdlora_megatron.errors import BDLoRAError, CapacityError, ConfigError, TargetError
 from bdlora_megatron.layers.apply import lora_layers, replace_module
 from bdlora_megatron.layers.classes import lora_layer
@@ -171,6 +173,20 @@ class ModelSlots:
             raise TargetError(f"adapter {adapter.name!r} has no module on this rank's layers")
         return AdapterShare.of(shares, exchanged=layout is Layout.SLORA)
 
+    def check(self, adapter: Adapter, layout: Layout = Layout.BDLORA) -> None:
+        """Refuse what ``share`` would refuse, as far as shapes tell; no module is loaded.
+
+        Args:
+            adapter: As for ``share``.
+            layout: Likewise.
+
+        Raises:
+            CapacityError: As ``share`` does.
+            ConfigError: Likewise.
+            TargetError: Likewise.
+        """
+        self.share(replace(adapter, modules=module_facts(adapter)), layout)
+
     def _layer_share(
         self,
         slots: LayerSlots,
@@ -192,7 +208,8 @@ class ModelSlots:
                 f"rank {ranks}), and slots have room for {self.room.max_lora_rank}; set "
                 f"max_lora_rank={share.rows} or more"
             )
-        return share.pin_memory() if self.device.type == "cuda" else share
+        on_meta = any(factors.A.is_meta for factors in modules.values())
+        return share.pin_memory() if self.device.type == "cuda" and not on_meta else share
 
     def _check_modules(self, adapter: Adapter) -> None:
         check_covered(self._model, adapter, self._decoder)

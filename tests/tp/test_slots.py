@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdlora_megatron.config import Layout, LoRAConfig
-from bdlora_megatron.errors import CapacityError, ConfigError, ShapeError, TargetError
+from bdlora_megatron.errors import BDLoRAError, CapacityError, ConfigError, ShapeError, TargetError
 from bdlora_megatron.layers import LoadOptions, apply_lora, load_adapter, lora_layers, remove_lora
 from bdlora_megatron.layers import slots as layer_slots
 from bdlora_megatron.runtime import record_collectives
@@ -397,6 +397,50 @@ def _refuse(rank, world_size):
 
 def test_what_does_not_fit_is_refused_with_what_to_set():
     run_ranks(2, _refuse)
+
+
+def _outcome(work, adapter, layout):
+    try:
+        work(adapter, layout)
+    except BDLoRAError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _check(rank, world_size):
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+        room = SlotRoom(
+            max_loras=2,
+            max_lora_rank=8,
+            layouts=(Layout.BDLORA, Layout.SLORA),
+            target_modules=("linear_qkv", "linear_proj", "linear_fc1"),
+        )
+        slots = ModelSlots(model, room)
+        wide = make_adapter(5, rank=4, modules=("q_proj",))
+        key = next(iter(wide.modules))
+        factors = wide.modules[key]
+        stretched = replace(factors, A=torch.zeros(4, 40))
+        attention = ("q_proj", "o_proj")
+        adapters = [
+            *(make_adapter(1, rank=r, num_blocks=n, modules=attention)
+              for r, n in ((3, 1), (8, 1), (9, 1), (16, 2), (16, 4), (16, 8), (64, 4))),
+            make_adapter(1, rank=4, modules=("down_proj",)),
+            make_adapter(1, rank=4, modules=attention, layers=(0, 5)),
+            replace(wide, modules={**wide.modules, key: stretched}),
+        ]  # fmt: skip
+        refused = 0
+        for adapter in adapters:
+            for layout in Layout:
+                expected = _outcome(slots.share, adapter, layout)
+                assert _outcome(slots.check, adapter, layout) == expected
+                refused += expected is not None
+        assert 10 < refused < len(adapters) * len(Layout), "all of one kind show little"
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_shapes_alone_tell_whether_an_adapter_could_be_held(world_size):
+    run_ranks(world_size, _check)
 
 
 def test_settings():
