@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from bdlora_megatron.cli import bench, convert, inspect, plan, verify
 from bdlora_megatron.errors import BDLoRAError, explain
-from bdlora_megatron.serve import cli as serve
-from bdlora_megatron.serve import generate
-from bdlora_megatron.train import cli as train
 
 __all__ = ["main"]
 
-_COMMANDS = (convert, inspect, verify, plan, bench, train, serve, generate)
+#: Imported when they are called: half of them need torch, and a server's front is to have none.
+_COMMANDS = {
+    "convert": "bdlora_megatron.cli.convert",
+    "inspect": "bdlora_megatron.cli.inspect",
+    "verify": "bdlora_megatron.cli.verify",
+    "plan": "bdlora_megatron.cli.plan",
+    "bench": "bdlora_megatron.cli.bench",
+    "train": "bdlora_megatron.train.cli",
+    "serve": "bdlora_megatron.serve.cli",
+    "generate": "bdlora_megatron.serve.generate",
+}
 _TROUBLE, _INTERRUPTED = 2, 130
 
 
@@ -31,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 all good, 1 the command found or left something wrong, 2 it could not
         begin (usage, unreadable input of `verify`), 130 interrupted.
     """
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    called = argv[0] if argv else ""
+    arguments = _parser([called] if called in _COMMANDS else _COMMANDS).parse_args(argv)
     logging.basicConfig(format="bdlora: %(levelname)s: %(message)s", level=logging.WARNING)
     try:
         status: int = arguments.run(arguments)
@@ -51,13 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(names: Iterable[str] = tuple(_COMMANDS)) -> argparse.ArgumentParser:
+    """A parser of some commands; of all of them, where none is called or its help is asked for."""
     parser = argparse.ArgumentParser(
         prog="bdlora",
         description="LoRA and BD-LoRA adapters for Megatron-Core: convert, plan, train, serve.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in _COMMANDS:
+    for name in names:
+        command: Any = importlib.import_module(_COMMANDS[name])
         added = command.add_parser(commands)
         # A shortened option means something else once another begins alike.
         added.allow_abbrev = False
