@@ -63,6 +63,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="adapters: one by its name, or a folder whose folders are all adapters",
     )
     parser.add_argument(
+        "--strict-adapters",
+        action="store_true",
+        default=None,
+        help="end where an adapter is refused at the start, instead of serving the others",
+    )
+    parser.add_argument(
         "--tensor-parallel-size",
         "--tp",
         type=int,
@@ -151,6 +157,9 @@ def run(arguments: argparse.Namespace) -> int:
         # An end that was dropped earlier would tell the rank that its front has gone.
         ours.close()
         return status
+    if rank == 0:
+        # The tokenizer's library asks once whether torch is there, and this process will need it.
+        importlib.import_module("torch")
     if rank is None:
         # It imports while this process does, and reads its tokenizer.
         prepare_ranks(settings)

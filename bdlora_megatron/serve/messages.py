@@ -7,6 +7,7 @@ step gave.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -309,7 +310,9 @@ class Ready:
     Attributes:
         max_model_len: The longest prompt and answer together, in tokens.
         vocab_size: Token ids end below this.
+        refused: By name, why adapters of the settings are not served.
     """
 
     max_model_len: int
     vocab_size: int
+    refused: Mapping[str, str] = field(default_factory=dict)

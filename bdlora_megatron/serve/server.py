@@ -171,13 +171,14 @@ class Server:
 
     async def _come_up(self) -> None:
         with suppress(EngineGoneError):
-            ready = await self.front.client.ready()
+            ready = await self.front.come_up()
             logger.info(
                 "ready",
                 extra={
                     "url": f"http://{self.settings.host}:{self.port}",
                     "model": self.settings.base_name,
                     "adapters": len(self.front.adapters),
+                    "refused": list(self.front.refused),
                     "tensor_parallel": self.settings.tensor_parallel_size,
                     "max_model_len": ready.max_model_len,
                 },

@@ -74,6 +74,13 @@ class ServeSettings:
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Folders of adapters by name, registered at the start."""
 
+    strict_adapters: bool = False
+    """End where one of ``adapters`` is refused at the start, instead of serving the others."""
+
+    adapter_tokenizers: bool = False
+    """Use the tokenizer and the chat template beside an adapter for its requests, where they are
+    not the base model's."""
+
     adapter_dirs: tuple[str, ...] = ()
     """Folders below which ``/v1/load_lora_adapter`` may find adapters; without any it is off."""
 
@@ -143,6 +150,9 @@ class ServeSettings:
 
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
+
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask this server from a browser; ``*`` for all."""
 
     api_keys: tuple[ApiKey, ...] = ()
     """Keys of clients; without any, all requests are served."""
@@ -281,7 +291,7 @@ def _plain(name: str, value: Any, kind: str) -> Any:
     """
     if name == "api_keys":
         return tuple(_api_key(item) for item in _list(name, value))
-    if name == "adapter_dirs":
+    if name in {"adapter_dirs", "cors_origins"}:
         return tuple(str(item) for item in _list(name, value))
     if name == "adapters":
         if not isinstance(value, Mapping):

@@ -70,6 +70,11 @@ class RunningServer:
                     found.append(process)
         return found
 
+    @property
+    def front(self) -> psutil.Process:
+        """The process that answers."""
+        return psutil.Process(self.process.pid)
+
     def ranks(self) -> list[psutil.Process]:
         """The ranks' processes, youngest last: those whose link to the front is open."""
         main = self.process.pid

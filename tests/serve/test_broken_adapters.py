@@ -1,13 +1,16 @@
-"""Adapters whose files break after the start and before their first use."""
+"""Adapters whose files are broken at the start, or break between it and their first use."""
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
 
 import httpx2 as httpx
 import pytest
+import safetensors.torch
+import torch
 
 from tests.serve.conftest import SIZES
 from tests.serve.servers import RunningServer
@@ -61,6 +64,48 @@ BREAKS = {
 }
 
 
+def _configure(folder, **changes):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+
+
+def _widen(folder):
+    """A rank that no slot has room for."""
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    wide = {
+        name: tensor.repeat(8, 1) if "lora_A" in name else tensor.repeat(1, 8)
+        for name, tensor in tensors.items()
+    }
+    safetensors.torch.save_file(wide, folder / WEIGHTS)
+    _configure(folder, r=32)
+
+
+def _retarget(folder):
+    """For a base model of another width."""
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    name = next(name for name in tensors if "q_proj.lora_A" in name)
+    tensors[name] = torch.zeros(len(tensors[name]), 40)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+
+
+#: What is wrong with an adapter that is given at the start, and what the server then says.
+REFUSED = {
+    "refused-dora": (lambda folder: _configure(folder, use_dora=True), "dora"),
+    "refused-cut": (_truncate, WEIGHTS),
+    "refused-wide": (_widen, "set max_lora_rank=32 or more"),
+    "refused-base": (_retarget, "40"),
+    "refused-config": (lambda folder: (folder / "adapter_config.json").write_text("{"), "JSON"),
+    "refused-gone": (_vanish, "safetensors"),
+    "refused-text": (lambda f: (f / "tokenizer_config.json").write_text("{"), "chat template"),
+}
+
+
+def _break_some(folder, into):
+    for name, (break_it, _) in REFUSED.items():
+        shutil.copytree(folder / "adapters" / "vanilla", into / name)
+        break_it(into / name)
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def broken(request, folder, tmp_path_factory):
     """A server and the folder of its adapters, all of them broken since it is ready."""
@@ -69,6 +114,7 @@ def broken(request, folder, tmp_path_factory):
         # With their times: what is put back later is what was there.
         shutil.copytree(folder / "adapters" / "blocks", root / "adapters" / name)
         shutil.copytree(root / "adapters" / name, root / "kept" / name)
+    _break_some(folder, root / "adapters")
     with RunningServer(
         folder, root / "log", "--tp", str(request.param), "--adapters", str(root / "adapters"),
         "--set", *SIZES, f"adapter_dirs=[{root / 'adapters'}]",
@@ -77,6 +123,49 @@ def broken(request, folder, tmp_path_factory):
             break_it(root / "adapters" / name)
         with httpx.Client(base_url=server.url, timeout=60) as http:
             yield http, root, server
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_adapter_that_cannot_be_served_is_refused_when_the_server_starts(broken, name):
+    http, _, server = broken
+    says = REFUSED[name][1]
+    listed = http.get("/v1/models").json()
+    assert name not in [card["id"] for card in listed["data"]]
+    (reason,) = [card["reason"] for card in listed["refused"] if card["id"] == name]
+    assert says.lower() in reason.lower()
+    shown = {each["name"]: each["reason"] for each in http.get("/status.json").json()["refused"]}
+    assert shown[name] == reason
+    logged = [json.loads(line) for line in server.log.read_text().splitlines() if "refused" in line]
+    assert name in [line.get("adapter") for line in logged if line["message"] == "adapter refused"]
+    (ready,) = [line for line in logged if line["message"] == "ready"]
+    assert name in ready["refused"]
+    answer = ask(http, name)
+    assert answer.status_code == 404
+    assert reason in answer.json()["error"]["message"]
+
+
+def test_a_refused_adapter_can_be_loaded_once_it_is_mended(broken, folder):
+    http, root, _ = broken
+    name = "refused-cut"
+    path = root / "adapters" / name
+    shutil.copy(folder / "adapters" / "vanilla" / WEIGHTS, path)
+    assert load(http, name, path).status_code == 200
+    assert text(ask(http, name))
+    assert name not in [card["id"] for card in http.get("/v1/models").json()["refused"]]
+
+
+def test_a_strict_server_ends_with_all_that_is_wrong(folder, tmp_path):
+    _break_some(folder, tmp_path / "adapters")
+    del_text = tmp_path / "adapters" / "refused-text" / "tokenizer_config.json"
+    del_text.unlink()
+    with pytest.raises(AssertionError, match="did not start") as caught:
+        RunningServer(
+            folder, tmp_path / "log", "--strict-adapters", "--adapters", str(tmp_path / "adapters"),
+            "--set", *SIZES,
+        )  # fmt: skip
+    for name, (_, says) in REFUSED.items():
+        assert (name in str(caught.value)) == (name != "refused-text")
+        assert says.lower() in (tmp_path / "log").read_text().lower() or name == "refused-text"
 
 
 @pytest.mark.parametrize("name", BREAKS)

@@ -158,6 +158,48 @@ def test_a_stream_says_what_a_whole_answer_says(client):
         assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_a_stream_may_count_its_tokens_as_they_come(client):
+    request = {"model": "model", "prompt": "hello", "max_tokens": 9, "temperature": 0}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(client.completions.create(**request, stream=True, stream_options=options))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    whole = client.completions.create(**request).usage
+    assert all(chunk.usage.prompt_tokens == whole.prompt_tokens for chunk in chunks)
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1] == whole.completion_tokens
+    # Without a total nothing is counted.
+    options = {"continuous_usage_stats": True}
+    plain = client.completions.create(**request, stream=True, stream_options=options)
+    assert all(chunk.usage is None for chunk in plain)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_without_effect_are_named_in_a_header(server, stream):
+    messages = [
+        {"role": "user", "content": "Say hi"},
+        {"role": "assistant", "content": None, "refusal": None, "annotations": []},
+        {"role": "user", "content": "more", "höhe": 1},
+    ]
+    body = {
+        "model": "model", "messages": messages, "max_tokens": 2, "stream": stream, "store": True,
+        "tools": [], "tool_choice": "none", "n": None, "metadata": None, "a field\n": 1,
+    }  # fmt: skip
+    with httpx.Client(base_url=server.url) as raw:
+        answer = raw.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        names = answer.headers["x-ignored-fields"].split(", ")
+        assert sorted(names) == ["a%20field%0A", "messages.h%C3%B6he", "store"]
+        plain = raw.post("/v1/chat/completions", json={**body, "a field\n": None, "store": None})
+        assert plain.headers["x-ignored-fields"] == "messages.h%C3%B6he"
+
+
+def test_the_front_has_no_torch(server):
+    """It answers while ranks compute, and a process with torch is ten times as large."""
+    libraries = {mapped.path for mapped in server.front.memory_maps()}
+    assert any("tokenizers" in path for path in libraries), "no tokenizer was read"
+    assert not any("libtorch" in path for path in libraries)
+
+
 def test_chat_uses_the_models_template(client, alone, tokenizer):
     messages = [
         {"role": "system", "content": "be kind"},

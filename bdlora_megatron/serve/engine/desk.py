@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from bdlora_megatron.config import Layout
+from bdlora_megatron.convert import open_adapter
 from bdlora_megatron.errors import BDLoRAError
 from bdlora_megatron.serve.adapter_files import AdapterFiles
 from bdlora_megatron.serve.engine.engine import ServingEngine
@@ -46,6 +51,35 @@ class AdapterDesk:
     def is_waiting(self) -> bool:
         """Whether an answer is still owed."""
         return bool(self._loading or self._leaving)
+
+    def check(self, folders: Mapping[str, str], layout: str, group: Any) -> dict[str, str]:
+        """Look at adapters before they are served, as far as configs and headers tell.
+
+        Args:
+            folders: By name; the same on every rank.
+            layout: How ranks will hold them.
+            group: The ranks, over gloo, which share the work.
+
+        Returns:
+            Why adapters would be refused, by name.
+
+        Collectives: one exchange of the reasons (``all_gather_object``: two all-gathers).
+        """
+        names, reasons = list(folders)[group.rank() :: group.size()], {}
+        for name in names:
+            try:
+                with open_adapter(folders[name]) as adapter:
+                    self._store.slots.check(adapter, Layout(layout))
+            except Exception as error:
+                # Whatever it is, a first request would meet it too.
+                own = isinstance(error, BDLoRAError)
+                reasons[name] = str(error) if own else f"{type(error).__name__}: {error}"
+        every: list[Any] = [reasons]
+        if group.size() > 1:
+            every = [None] * group.size()
+            torch.distributed.all_gather_object(every, reasons, group=group)
+        found = {name: reason for part in every for name, reason in part.items()}
+        return {name: found[name] for name in folders if name in found}
 
     def load(self, command: Load) -> Answer | None:
         """Register an adapter, and begin to load it where the command waits for that.

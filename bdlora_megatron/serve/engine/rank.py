@@ -29,7 +29,7 @@ from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import load_hf_model, read_hf_config
 from bdlora_megatron.decoder import ModelClass
-from bdlora_megatron.errors import BDLoRAError, MissingDependencyError
+from bdlora_megatron.errors import AdapterLoadError, BDLoRAError, MissingDependencyError
 from bdlora_megatron.runtime.attention import find_attention, use_attention
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.runtime.launch import join_ranks
@@ -133,6 +133,7 @@ def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
         inbox: What ``listen`` made of it.
 
     Raises:
+        AdapterLoadError: ``strict_adapters``, and some of ``adapters`` would be refused.
         BDLoRAError: Model, adapters or sizes are wrong.
 
     Collectives: each round, one broadcast of the commands from rank 0 (two, where there are any);
@@ -146,7 +147,12 @@ def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
             backend="gloo", timeout=timedelta(seconds=settings.rank_timeout_s)
         )
         engine, desk = build_engine(settings, control)
-        for ticket, (name, path) in enumerate(settings.adapters.items(), start=1):
+        refused = desk.check(settings.adapters, settings.layout, control)
+        if refused and settings.strict_adapters:
+            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
+            raise AdapterLoadError(f"strict_adapters, and {len(refused)} are refused: {reasons}")
+        served = {n: path for n, path in settings.adapters.items() if n not in refused}
+        for ticket, (name, path) in enumerate(served.items(), start=1):
             answer = desk.load(
                 Load(ticket=-ticket, name=name, path=path, layout=settings.layout, wait=False)
             )
@@ -155,7 +161,13 @@ def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
         chief = torch.distributed.get_rank() == 0
         torch.distributed.barrier(group=control)
         if chief:
-            link.send(Ready(max_model_len=settings.max_model_len, vocab_size=engine.vocab_size))
+            link.send(
+                Ready(
+                    max_model_len=settings.max_model_len,
+                    vocab_size=engine.vocab_size,
+                    refused=refused,
+                )
+            )
         _Loop(engine, desk, control, inbox, link if chief else None).run()
 
 

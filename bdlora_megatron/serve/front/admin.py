@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastapi.responses import PlainTextResponse, Response
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 from bdlora_megatron.serve.files import Fingerprint, fingerprint
 from bdlora_megatron.serve.front.errors import APIError, BadRequestError
+from bdlora_megatron.serve.front.fields import ignored_fields, ignored_header
 from bdlora_megatron.serve.front.schema import LoadRequest, UnloadRequest
 from bdlora_megatron.serve.front.state import AdapterCard, Front
 from bdlora_megatron.serve.settings import check_adapter_name
@@ -22,10 +24,16 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The base model and the adapters that the key may use."""
+    """The base model and the adapters that the key may use, and those that were refused."""
     front: Front = request.app.state.front
-    names = front.allowed(front.authorize(request))
-    return {"object": "list", "data": [_card(front, name) for name in names]}
+    key = front.authorize(request)
+    names, refused = front.allowed(key), front.refused_for(key)
+    return {
+        "object": "list",
+        "data": [_card(front, name) for name in names],
+        # Not among the models: clients choose from those.
+        "refused": [{"id": name, "reason": why} for name, why in refused.items()],
+    }
 
 
 @router.get("/v1/models/{model:path}")
@@ -37,7 +45,7 @@ async def model(request: Request, model: str) -> dict[str, Any]:
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-async def load_lora_adapter(request: Request, body: LoadRequest) -> str:
+async def load_lora_adapter(request: Request, response: Response, body: LoadRequest) -> str:
     """Load an adapter, or a new version of one whose files or folder have changed.
 
     Raises:
@@ -57,19 +65,25 @@ async def load_lora_adapter(request: Request, body: LoadRequest) -> str:
             "changed since: send load_inplace=true to load them again",
             param="lora_name",
         )
+    version = 1 if known is None else known.version + 1
+    card = AdapterCard(body.lora_name, path, version=version, files=files)
     async with _Changing(front, body.lora_name):
-        error = await front.client.load(body.lora_name, str(path), front.settings.layout)
-        if error is not None:
-            raise BadRequestError(f"adapter {body.lora_name!r} was not loaded: {error}")
-        version = 1 if known is None else known.version + 1
-        front.adapters[body.lora_name] = AdapterCard(
-            body.lora_name, path, version=version, files=files
-        )
-    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+        try:
+            note = await asyncio.to_thread(front.give_text, card)
+        except ConfigError as error:
+            raise BadRequestError(f"adapter {body.lora_name!r} was not loaded: {error}") from error
+        problem = await front.client.load(body.lora_name, str(path), front.settings.layout)
+        if problem is not None:
+            raise BadRequestError(f"adapter {body.lora_name!r} was not loaded: {problem}")
+        front.adapters[body.lora_name] = card
+        front.refused.pop(body.lora_name, None)
+    response.headers.update(ignored_header(_ignored(front, body)))
+    success = f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return success if note is None else f"{success} {note}."
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload_lora_adapter(request: Request, body: UnloadRequest) -> str:
+async def unload_lora_adapter(request: Request, response: Response, body: UnloadRequest) -> str:
     """Unload an adapter: no new request gets it, and it goes when the last one has ended.
 
     Raises:
@@ -88,6 +102,7 @@ async def unload_lora_adapter(request: Request, body: UnloadRequest) -> str:
             front.adapters[body.lora_name] = card
             raise APIError(500, error)
         front.metrics.forget(body.lora_name)
+    response.headers.update(ignored_header(_ignored(front, body)))
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
@@ -117,6 +132,14 @@ async def metrics(request: Request) -> Response:
     if front.settings.api_keys or front.settings.admin_key is not None:
         front.authorize_admin(request)
     return Response(front.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _ignored(front: Front, body: LoadRequest | UnloadRequest) -> list[str]:
+    """Fields without effect; whether an adapter fits the base model, its shapes tell."""
+    undeclared = dict(body.undeclared())
+    if undeclared.get("base_model_name") == front.base_name:
+        del undeclared["base_model_name"]
+    return ignored_fields(undeclared)
 
 
 class _Changing:

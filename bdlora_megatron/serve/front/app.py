@@ -1,13 +1,17 @@
-"""The ASGI app: routes, the limit on bodies, errors."""
+"""The ASGI app: routes, the names of requests, the limit on bodies, errors."""
 
 from __future__ import annotations
 
+import re
+import uuid
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
-from bdlora_megatron.serve.front import admin, errors, megatron_api, openai, status
-from bdlora_megatron.serve.front.errors import APIError
+from bdlora_megatron.serve.front import admin, errors, megatron_api, openai, status, tokens
+from bdlora_megatron.serve.front.errors import APIError, as_api_error
+from bdlora_megatron.serve.front.generation import REQUEST_ID
 from bdlora_megatron.serve.front.state import Front
 
 __all__ = ["make_app"]
@@ -24,11 +28,60 @@ def make_app(front: Front) -> FastAPI:
     """
     app = FastAPI(title="bdlora-megatron", docs_url=None, redoc_url=None)
     app.state.front = front
-    for module in (openai, admin, megatron_api, status):
+    for module in (openai, tokens, admin, megatron_api, status):
         app.include_router(module.router)
     errors.install(app)
+    # The last one is the outermost.
     app.add_middleware(_BodyLimit, most=front.settings.max_body_bytes)
+    app.add_middleware(_Named)
+    if front.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=front.settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Ignored-Fields"],
+        )
     return app
+
+
+class _Named:
+    """Gives every request a name, its client's or a new one; answers HEAD as GET, without a body.
+
+    What was not foreseen is answered here, so that its answer has the name too.
+    """
+
+    _GIVEN = re.compile(rb"[!-~]{1,128}")
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        name = given if self._GIVEN.fullmatch(given) else uuid.uuid4().hex.encode()
+        REQUEST_ID.set(name.decode())
+        bodiless, started = scope["method"] == "HEAD", False
+
+        async def answer(message: Any) -> None:
+            nonlocal started
+            started = True
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), (b"x-request-id", name)]
+                message = {**message, "headers": headers}
+            elif bodiless:
+                message = {**message, "body": b""}
+            await send(message)
+
+        scope = {**scope, "method": "GET"} if bodiless else scope
+        try:
+            await self._app(scope, receive, answer)
+        except Exception as error:
+            if started:
+                raise
+            await as_api_error(error).response()(scope, receive, answer)
 
 
 class _BodyLimit:

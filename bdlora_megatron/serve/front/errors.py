@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from bdlora_megatron.errors import BDLoRAError
@@ -49,6 +50,7 @@ class APIError(Exception):
         param: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message, param = _sendable(message), None if param is None else _sendable(param)
         super().__init__(message)
         self.status = status
         self.headers = headers
@@ -67,6 +69,11 @@ class BadRequestError(APIError):
         super().__init__(400, message, param=param, code=code)
 
 
+def _sendable(text: str) -> str:
+    """A text that may repeat what a client sent, with halves of surrogate pairs spelt out."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def as_api_error(error: Exception) -> APIError:
     """What a client is told of an error.
 
@@ -78,6 +85,8 @@ def as_api_error(error: Exception) -> APIError:
     """
     if isinstance(error, APIError):
         return error
+    if isinstance(error, (RequestValidationError, ValidationError)):
+        return _invalid(list(error.errors()))
     if isinstance(error, EngineGoneError):
         return APIError(503, str(error), headers={"Retry-After": "5"})
     if isinstance(error, RequestFailedError):
@@ -111,17 +120,11 @@ def install(app: FastAPI) -> None:
         headers = None if error.headers is None else dict(error.headers)
         return APIError(error.status_code, what, headers=headers).response()
 
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        del request
-        assert isinstance(error, RequestValidationError)
-        return _invalid(list(error.errors())).response()
-
     app.add_exception_handler(APIError, any_error)
     app.add_exception_handler(BDLoRAError, any_error)
     app.add_exception_handler(TimeoutError, any_error)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, any_error)
+    app.add_exception_handler(RequestValidationError, any_error)
 
 
 def _invalid(problems: list[Any]) -> APIError:

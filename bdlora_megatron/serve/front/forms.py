@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from bdlora_megatron.serve.front.generation import Answer, Job
-from bdlora_megatron.serve.front.state import Front
 from bdlora_megatron.serve.front.text import Piece
 from bdlora_megatron.serve.messages import Choice
 
@@ -20,15 +19,17 @@ class Form:
 
     Attributes:
         job: What to do.
+        ignored: Fields of the request that have no effect.
     """
 
     prefix: str
     kind: str
     chunk_kind: str
 
-    def __init__(self, front: Front, job: Job) -> None:
+    def __init__(self, job: Job) -> None:
         self.job = job
-        self._tokenizer = front.tokenizer
+        self.ignored: tuple[str, ...] = ()
+        self._tokenizer = job.tokenizer
         self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -38,10 +39,9 @@ class Form:
         total = sum(made.tokens for made in answers)
         return {**self._head(self.kind), "choices": choices, "usage": self.usage(total)}
 
-    def chunk(self, choices: list[dict[str, Any]], *, usage: bool) -> dict[str, Any]:
-        """One event of a stream."""
-        empty = {"usage": None} if usage else {}
-        return {**self._head(self.chunk_kind), "choices": choices, **empty}
+    def chunk(self, choices: list[dict[str, Any]], **usage: Any) -> dict[str, Any]:
+        """One event of a stream; with ``usage``, where that was asked for."""
+        return {**self._head(self.chunk_kind), "choices": choices, **usage}
 
     def usage(self, tokens: int) -> dict[str, int]:
         """What the answers cost."""
@@ -81,16 +81,15 @@ class CompletionForm(Form):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, front: Front, job: Job, *, echo: bool, silent: bool) -> None:
+    def __init__(self, job: Job, *, echo: bool, silent: bool) -> None:
         """Say how.
 
         Args:
-            front: The front.
             job: What to do.
             echo: Put the prompt before each answer, with its log-probabilities if the job has them.
             silent: Leave the answers themselves out.
         """
-        super().__init__(front, job)
+        super().__init__(job)
         self._echo = echo
         self._silent = silent
         self._scored = job.sampling.prompt_logprobs

@@ -8,19 +8,23 @@ import random
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from bdlora_megatron.serve.front.errors import BadRequestError, as_api_error
 from bdlora_megatron.serve.front.schema import GenerationFields
 from bdlora_megatron.serve.front.state import Front
-from bdlora_megatron.serve.front.text import Piece, TextStream
+from bdlora_megatron.serve.front.text import Piece, TextStream, Tokenizer
 from bdlora_megatron.serve.messages import Sampling
 
-__all__ = ["Answer", "Job", "Prompt", "answer", "plan", "stream"]
+__all__ = ["REQUEST_ID", "Answer", "Job", "Prompt", "answer", "plan", "stream"]
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+#: What the request at hand is called, for the log.
+REQUEST_ID: ContextVar[str | None] = ContextVar("REQUEST_ID", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Job:
         count: Answers to each; answer ``i`` of prompt ``p`` has index ``p * count + i``.
         sampling: How; each answer gets a seed of its own.
         stop: Texts that end an answer.
+        tokenizer: What its prompts were read by; the adapter may go, or change, meanwhile.
     """
 
     adapter: str | None
@@ -50,6 +55,7 @@ class Job:
     count: int
     sampling: Sampling
     stop: tuple[str, ...]
+    tokenizer: Tokenizer
     arrived_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -121,9 +127,9 @@ def plan(
             code="context_length_exceeded",
             param="max_tokens",
         )
-    stop_ids = frozenset(fields.stop_token_ids or ())
+    stop_ids, tokenizer = frozenset(fields.stop_token_ids or ()), front.tokenizer_of(adapter)
     if not fields.ignore_eos:
-        stop_ids |= front.tokenizer.stop_ids
+        stop_ids |= tokenizer.stop_ids
     top_k = fields.top_k or 0
     sampling = Sampling(
         temperature=1.0 if fields.temperature is None else fields.temperature,
@@ -149,6 +155,7 @@ def plan(
         count=fields.n,
         sampling=sampling,
         stop=fields.stop_texts,
+        tokenizer=tokenizer,
     )
 
 
@@ -239,7 +246,7 @@ async def answer(front: Front, job: Job) -> list[Answer]:
 
 async def _pieces(front: Front, job: Job, index: int) -> AsyncGenerator[Piece, None]:
     prompt = job.prompt_of(index)
-    text = TextStream(front.tokenizer, prompt.ids, job.stop, min_tokens=job.sampling.min_tokens)
+    text = TextStream(job.tokenizer, prompt.ids, job.stop, min_tokens=job.sampling.min_tokens)
     # The same seed for every prompt of a request, another for each answer to it.
     sampling = replace(job.sampling, seed=job.sampling.seed + index % job.count)
     async with aclosing(front.client.stream(prompt.ids, sampling, job.adapter)) as tokens:
@@ -268,6 +275,7 @@ def _record(front: Front, job: Job, status: str, tokens: int, first_s: float | N
     logger.info(
         "request",
         extra={
+            "request_id": REQUEST_ID.get(),
             "model": model,
             "status": status,
             "answers": job.answers,

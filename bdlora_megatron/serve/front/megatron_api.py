@@ -29,7 +29,8 @@ async def generate(request: Request, body: MegatronRequest) -> dict[str, Any]:
     adapter = front.resolve(model, front.authorize(request))
     if body.top_k and body.top_p:
         raise BadRequestError("cannot set both top-k and top-p samplings.", param="top_p")
-    prompts = [Prompt(text, tuple(front.tokenizer.encode(text))) for text in body.prompts]
+    tokenizer = front.tokenizer_of(adapter)
+    prompts = [Prompt(text, tuple(tokenizer.encode(text))) for text in body.prompts]
     fields = GenerationFields(model=model, top_k=body.top_k, seed=body.random_seed)
     # A temperature beyond OpenAI's bound is allowed here; the sampler has a bound of its own.
     fields.temperature, fields.top_p = body.temperature, body.top_p or 1.0
@@ -42,5 +43,5 @@ async def generate(request: Request, body: MegatronRequest) -> dict[str, Any]:
     return {
         "text": [prompt.text + one.text for prompt, one in zip(prompts, made, strict=True)],
         "tokens": ids,
-        "segments": [[front.tokenizer.decode([token], special=True) for token in t] for t in ids],
+        "segments": [[tokenizer.decode([token], special=True) for token in t] for t in ids],
     }

@@ -12,14 +12,21 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bdlora_megatron.serve.front.errors import APIError, BadRequestError, as_api_error
+from bdlora_megatron.serve.front.fields import ignored_fields, ignored_header, refused_field
 from bdlora_megatron.serve.front.forms import ChatForm, CompletionForm, Form
 from bdlora_megatron.serve.front.generation import Prompt, answer, plan, stream
-from bdlora_megatron.serve.front.schema import ChatRequest, CompletionRequest, GenerationFields
+from bdlora_megatron.serve.front.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Conversation,
+    GenerationFields,
+    StreamOptions,
+)
 from bdlora_megatron.serve.front.state import Front
 from bdlora_megatron.serve.front.text import Piece, Tokenizer
 from bdlora_megatron.serve.lines import json_line
 
-__all__ = ["plan_body", "router", "until_gone"]
+__all__ = ["chat_ids", "plan_body", "router", "until_gone"]
 
 router = APIRouter()
 Result = TypeVar("Result")
@@ -56,8 +63,27 @@ def plan_body(front: Front, body: CompletionRequest | ChatRequest, adapter: str 
         BadRequestError: Fields contradict each other, or ask for what can't be.
         ConfigError: Likewise.
     """
-    if isinstance(body, ChatRequest):
-        return _plan_chat(front, body, adapter)
+    undeclared = dict(body.undeclared())
+    refused = refused_field(undeclared)
+    if refused is not None:
+        raise BadRequestError(
+            f"{refused} would change the answer and is not supported; leave it out", param=refused
+        )
+    form = (
+        _plan_chat(front, body, adapter)
+        if isinstance(body, ChatRequest)
+        else _plan_text(front, body, adapter)
+    )
+    form.ignored = (*ignored_fields(undeclared), *form.ignored)
+    return form
+
+
+def _plan_text(front: Front, body: CompletionRequest, adapter: str | None) -> Form:
+    """As ``plan_body``.
+
+    Raises:
+        BadRequestError: Fields contradict each other.
+    """
     if body.best_of not in {None, body.n}:
         raise BadRequestError(
             "best_of must be n or left out: answers are not ranked", param="best_of"
@@ -67,13 +93,14 @@ def plan_body(front: Front, body: CompletionRequest | ChatRequest, adapter: str 
         raise BadRequestError(
             "max_tokens=0 wants echo=true, or nothing is left", param="max_tokens"
         )
-    prompts = [_prompt(front.tokenizer, prompt) for prompt in body.prompts]
+    tokenizer = front.tokenizer_of(adapter)
+    prompts = [_prompt(tokenizer, prompt, body.add_special_tokens) for prompt in body.prompts]
     # The engine gives one token at least; a form that says nothing leaves it out.
     most = 1 if silent else body.max_tokens
     job = plan(front, body, adapter, prompts, max_tokens=most, logprobs=body.logprobs)
     if body.echo and body.logprobs is not None:
         job = replace(job, sampling=replace(job.sampling, prompt_logprobs=True))
-    return CompletionForm(front, job, echo=body.echo, silent=silent)
+    return CompletionForm(job, echo=body.echo, silent=silent)
 
 
 def _plan_chat(front: Front, body: ChatRequest, adapter: str | None) -> Form:
@@ -84,7 +111,7 @@ def _plan_chat(front: Front, body: ChatRequest, adapter: str | None) -> Form:
     """
     if body.top_logprobs and not body.logprobs:
         raise BadRequestError("top_logprobs wants logprobs=true", param="top_logprobs")
-    ids = tuple(front.tokenizer.encode_chat([message.plain() for message in body.messages]))
+    ids, unread = chat_ids(front, body, adapter)
     job = plan(
         front,
         body,
@@ -93,7 +120,51 @@ def _plan_chat(front: Front, body: ChatRequest, adapter: str | None) -> Form:
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return ChatForm(front, job)
+    form = ChatForm(job)
+    form.ignored = unread
+    return form
+
+
+def chat_ids(
+    front: Front, body: Conversation, adapter: str | None
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """A conversation's tokens.
+
+    Args:
+        front: The front.
+        body: The conversation.
+        adapter: Whose chat template it is written by.
+
+    Returns:
+        The tokens, and the fields of messages that the template does not look at.
+
+    Raises:
+        BadRequestError: Fields contradict each other.
+    """
+    # Where the last message goes on, nothing stands before the answer, as in vLLM's API.
+    prompts = body.add_generation_prompt
+    if body.continue_final_message and prompts and "add_generation_prompt" in body.model_fields_set:
+        raise BadRequestError(
+            "add_generation_prompt and continue_final_message exclude each other; send one",
+            param="continue_final_message",
+        )
+    tokenizer = front.tokenizer_of(adapter)
+    messages = [message.plain() for message in body.messages]
+    ids = tuple(
+        tokenizer.encode_chat(
+            messages,
+            special=body.add_special_tokens,
+            continues=body.continue_final_message,
+            prompts=prompts and not body.continue_final_message,
+            variables=body.chat_template_kwargs,
+        )
+    )
+    unread = [
+        *(f"messages.{name}" for message in messages for name in message),
+        *(f"chat_template_kwargs.{name}" for name in body.chat_template_kwargs),
+    ]
+    told = tokenizer.template
+    return ids, tuple(n for n in dict.fromkeys(unread) if n.partition(".")[2] not in told)
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -128,22 +199,23 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> Prompt:
+def _prompt(tokenizer: Tokenizer, prompt: str | list[int], special: bool) -> Prompt:
     if isinstance(prompt, str):
-        return Prompt(prompt, tuple(tokenizer.encode(prompt)))
+        return Prompt(prompt, tuple(tokenizer.encode(prompt, special=special)))
     return Prompt(tokenizer.decode(prompt), tuple(prompt))
 
 
 async def _respond(request: Request, body: GenerationFields, form: Form) -> Response:
     front: Front = request.app.state.front
+    headers = ignored_header(form.ignored)
     if not body.stream:
         answers = await until_gone(request, answer(front, form.job))
-        return JSONResponse(form.whole(answers))
-    usage = body.stream_options is not None and body.stream_options.include_usage
+        return JSONResponse(form.whole(answers), headers=headers)
     pieces = stream(front, form.job)
     # The first piece before the status: a refusal is then told as one.
     first = await until_gone(request, _first(pieces))
-    return _EventStream(_events(form, first, pieces, usage=usage), pieces)
+    events = _events(form, first, pieces, body.stream_options or StreamOptions())
+    return _EventStream(events, pieces, headers)
 
 
 class _EventStream(StreamingResponse):
@@ -154,9 +226,12 @@ class _EventStream(StreamingResponse):
     """
 
     def __init__(
-        self, events: AsyncGenerator[str, None], source: AsyncGenerator[Any, None]
+        self,
+        events: AsyncGenerator[str, None],
+        source: AsyncGenerator[Any, None],
+        headers: dict[str, str],
     ) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
         self._source = source
@@ -171,26 +246,33 @@ async def _first(pieces: AsyncGenerator[tuple[int, Piece], None]) -> tuple[int, 
 
 
 async def _events(
-    form: Form, first: tuple[int, Piece], pieces: Any, *, usage: bool
+    form: Form, first: tuple[int, Piece], pieces: Any, options: StreamOptions
 ) -> AsyncGenerator[str, None]:
     """Server-sent events: a chunk for each piece, and at the end ``[DONE]``."""
     tokens = 0
+
+    def chunk(choice: dict[str, Any]) -> str:
+        if not options.include_usage:
+            return _event(form.chunk([choice]))
+        so_far = form.usage(tokens) if options.continuous_usage_stats else None
+        return _event(form.chunk([choice], usage=so_far))
+
     try:
         async with aclosing(pieces):
             for index in range(form.job.answers):
                 opening = form.opening(index)
                 if opening is not None:
-                    yield _event(form.chunk([opening], usage=usage))
+                    yield chunk(opening)
             item: tuple[int, Piece] | None = first
             while item is not None:
                 tokens += len(item[1].choices)
-                yield _event(form.chunk([form.piece(*item)], usage=usage))
+                yield chunk(form.piece(*item))
                 item = await anext(pieces, None)
     except Exception as error:
         yield _event(as_api_error(error).body)
         return
-    if usage:
-        yield _event({**form.chunk([], usage=False), "usage": form.usage(tokens)})
+    if options.include_usage:
+        yield _event(form.chunk([], usage=form.usage(tokens)))
     yield "data: [DONE]\n\n"
 
 

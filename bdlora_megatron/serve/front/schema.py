@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
     "ChatMessage",
     "ChatRequest",
     "CompletionRequest",
+    "Conversation",
+    "DetokenizeRequest",
     "GenerationFields",
     "LoadRequest",
     "MegatronRequest",
     "StreamOptions",
+    "TokenizeChatRequest",
+    "TokenizeTextRequest",
     "UnloadRequest",
 ]
 
@@ -25,14 +31,34 @@ _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class _Body(BaseModel):
-    # A field that is not known is refused: a client that sends it expects it to work.
-    model_config = ConfigDict(extra="forbid")
+    # Fields that are not declared are kept: `fields` tells what becomes of them.
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """Null is a field's default, as if it had been left out, but where it means something."""
+        if not isinstance(data, dict):
+            return data
+        return {name: v for name, v in data.items() if v is not None or name == "max_tokens"}
+
+    def undeclared(self) -> Iterator[tuple[str, Any]]:
+        """The fields that are not declared, by their paths, in this body and in what it holds."""
+        yield from (self.model_extra or {}).items()
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            items = value if isinstance(value, list) else [value]
+            # All items of a list are of one kind, and lists of tokens are long.
+            if items and isinstance(items[0], _Body):
+                for item in items:
+                    yield from ((f"{name}.{below}", v) for below, v in item.undeclared())
 
 
 class StreamOptions(_Body):
     """What a stream ends with."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class GenerationFields(_Body):
@@ -59,7 +85,11 @@ class GenerationFields(_Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _empty_stops_nothing(cls, stop: Any) -> Any:
+        return None if stop == "" else stop
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -84,6 +114,7 @@ class CompletionRequest(GenerationFields):
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
+    add_special_tokens: bool = True
     best_of: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
 
     @property
@@ -102,19 +133,59 @@ class TextPart(_Body):
     text: str
 
 
+class CalledFunction(_Body):
+    """What a tool call calls."""
+
+    name: str
+    arguments: str = ""
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_json(cls, text: str) -> str:
+        json.loads(text or "{}")
+        return text
+
+
+class ToolCall(_Body):
+    """A call of a tool in an earlier answer."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it, its arguments as values."""
+        arguments = json.loads(self.function.arguments or "{}")
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
 class ChatMessage(_Body):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    function_call: None = None
+    audio: None = None
 
-    def plain(self) -> dict[str, str]:
-        """Role and text, as chat templates take them."""
-        text = self.content
+    @model_validator(mode="after")
+    def _only_answers_may_be_silent(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} has no content; send a text")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """Role, text and what else was sent, as chat templates take them."""
+        text = self.content or ""
         if not isinstance(text, str):
             text = "".join(part.text for part in text)
-        return {"role": self.role, "content": text}
+        more = {name: getattr(self, name) for name in ("name", "tool_call_id", "reasoning_content")}
+        more["tool_calls"] = [call.plain() for call in self.tool_calls or ()]
+        return {"role": self.role, "content": text, **{k: v for k, v in more.items() if v}}
 
 
 class TextFormat(_Body):
@@ -123,15 +194,47 @@ class TextFormat(_Body):
     type: Literal["text"]
 
 
-class ChatRequest(GenerationFields):
-    """The body of ``/v1/chat/completions``."""
+class Conversation(_Body):
+    """Messages, and how the chat template writes them down."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class ChatRequest(GenerationFields, Conversation):
+    """The body of ``/v1/chat/completions``."""
+
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: TextFormat | None = None
+
+
+class _Tokenize(_Body):
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    return_token_strs: bool = False
+
+
+class TokenizeTextRequest(_Tokenize):
+    """The body of ``/tokenize`` with a text, as vLLM has it."""
+
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class TokenizeChatRequest(_Tokenize, Conversation):
+    """The body of ``/tokenize`` with a conversation, as vLLM has it."""
+
+
+class DetokenizeRequest(_Body):
+    """The body of ``/detokenize``, as vLLM has it."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    tokens: list[_TokenId]
 
 
 class LoadRequest(_Body):
@@ -151,6 +254,9 @@ class UnloadRequest(_Body):
 
 class MegatronRequest(_Body):
     """The body of ``PUT /api``, as Megatron-LM's text generation server has it; and ``adapter``."""
+
+    # Megatron-LM's API is closed: what it does not know can only be a mistake.
+    model_config = ConfigDict(extra="forbid")
 
     prompts: Annotated[list[str], Field(min_length=1, max_length=128)]
     tokens_to_generate: Annotated[int, Field(ge=1, lt=2**31)] = 64

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import Request
 
+from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.serve.files import Fingerprint
 from bdlora_megatron.serve.front.client import EngineClient
 from bdlora_megatron.serve.front.errors import APIError
 from bdlora_megatron.serve.front.metrics import Metrics
+from bdlora_megatron.serve.front.own_text import own_text
 from bdlora_megatron.serve.front.text import Tokenizer
+from bdlora_megatron.serve.messages import Ready
 from bdlora_megatron.serve.settings import ApiKey, ServeSettings
 
 __all__ = ["AdapterCard", "Front"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -30,6 +37,7 @@ class AdapterCard:
         version: Counted from 1 each time that it is loaded.
         created: When it was loaded last, in seconds since 1970.
         files: What its files were like then.
+        tokenizer: Its own, where it has one and may use it.
     """
 
     name: str
@@ -37,6 +45,7 @@ class AdapterCard:
     version: int = 1
     created: int = field(default_factory=lambda: int(time.time()))
     files: Fingerprint = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
 
 
 class Front:
@@ -45,6 +54,7 @@ class Front:
     Attributes:
         base_name: What requests call the base model.
         adapters: By name, those that new requests may use.
+        refused: By name, why the other adapters of the settings are not served.
         changing: Names that are being loaded or unloaded.
         draining: No further requests are taken.
         open_answers: Answers that clients have not had to their end, by adapter; None stands for
@@ -57,6 +67,9 @@ class Front:
         Args:
             settings: The server's.
             tokenizer: The model's.
+
+        Raises:
+            ConfigError: ``strict_adapters``, and what an adapter brings along can't be read.
         """
         self.settings = settings
         # Once: where no name is set, it is found by resolving a path.
@@ -67,10 +80,75 @@ class Front:
         self.started = int(time.time())
         self.draining = False
         self.open_answers: Counter[str | None] = Counter()
-        self.adapters = {
-            name: AdapterCard(name, Path(path)) for name, path in settings.adapters.items()
-        }
+        self.adapters: dict[str, AdapterCard] = {}
+        self.refused: dict[str, str] = {}
+        for name, path in settings.adapters.items():
+            card = AdapterCard(name, Path(path))
+            try:
+                self.give_text(card)
+            except ConfigError as error:
+                if settings.strict_adapters:
+                    raise
+                self.refuse({name: str(error)})
+            else:
+                self.adapters[name] = card
         self.changing: set[str] = set()
+
+    # --- adapters ------------------------------------------------------------------------------
+
+    async def come_up(self) -> Ready:
+        """Wait until the model is loaded, and the adapters of the settings are looked at.
+
+        Returns:
+            What the engine can take.
+
+        Raises:
+            EngineGoneError: The ranks ended first.
+        """
+        ready = await self.client.ready()
+        self.refuse(ready.refused)
+        return ready
+
+    def refuse(self, reasons: Mapping[str, str]) -> None:
+        """Serve some adapters of the settings no longer, and say so.
+
+        Args:
+            reasons: Why, by name.
+        """
+        for name, reason in reasons.items():
+            self.adapters.pop(name, None)
+            self.refused[name] = reason
+            logger.warning("adapter refused", extra={"adapter": name, "reason": reason})
+
+    def give_text(self, card: AdapterCard) -> str | None:
+        """Let an adapter use the tokenizer and the chat template that it brings along, if it may.
+
+        Args:
+            card: Its card.
+
+        Returns:
+            What is not used though it differs from the base model's, in a sentence.
+
+        Raises:
+            ConfigError: What it brings along can't be read.
+        """
+        own = own_text(card.path, Path(self.settings.model))
+        if not own:
+            return None
+        if self.settings.adapter_tokenizers:
+            card.tokenizer = self.tokenizer.with_own(card.path, own)
+            return None
+        note = (
+            f"The {' and '.join(own)} beside adapter {card.name!r} differ from the base model's, "
+            "which are used; adapter_tokenizers=true uses the adapter's"
+        )
+        logger.warning(note, extra={"adapter": card.name})
+        return note
+
+    def tokenizer_of(self, adapter: str | None) -> Tokenizer:
+        """The tokenizer and chat template of requests for an adapter; None is the base model."""
+        card = self.adapters.get(adapter or "")
+        return self.tokenizer if card is None or card.tokenizer is None else card.tokenizer
 
     # --- keys ----------------------------------------------------------------------------------
 
@@ -134,6 +212,11 @@ class Front:
             return names
         return [name for name in names if name in key.models]
 
+    def refused_for(self, key: ApiKey | None) -> dict[str, str]:
+        """The refused adapters that a key could use, with the reasons."""
+        models = self.refused if key is None or key.models is None else key.models
+        return {name: why for name, why in self.refused.items() if name in models}
+
     def resolve(self, model: str, key: ApiKey | None) -> str | None:
         """The adapter that a request's ``model`` means.
 
@@ -148,9 +231,12 @@ class Front:
             APIError: Status 404; there is no such model, or not for this key.
         """
         if model not in self.allowed(key):
+            why = self.refused_for(key).get(model)
             raise APIError(
                 404,
-                f"the model {model!r} does not exist, or this key may not use it",
+                f"the model {model!r} does not exist, or this key may not use it"
+                if why is None
+                else f"adapter {model!r} was refused when the server started: {why}",
                 code="model_not_found",
                 param="model",
             )

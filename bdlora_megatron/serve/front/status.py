@@ -30,7 +30,8 @@ async def page() -> HTMLResponse:
 async def numbers(request: Request) -> dict[str, Any]:
     """What the page shows, for the models that the key may use."""
     front: Front = request.app.state.front
-    names = front.allowed(front.authorize(request))
+    key = front.authorize(request)
+    names = front.allowed(key)
     base, client, metrics = front.base_name, front.client, front.metrics
     snapshot = asdict(client.snapshot)
     resident = set(snapshot.pop("resident"))
@@ -59,6 +60,7 @@ async def numbers(request: Request) -> dict[str, Any]:
             }
             for name in names
         ],
+        "refused": [{"name": name, "reason": r} for name, r in front.refused_for(key).items()],
     }
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,10 @@ from typing import Any
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.serve.messages import Choice, FinishReason, Token
 
-__all__ = ["Piece", "TextStream", "Tokenizer"]
+__all__ = ["VOCABULARIES", "Piece", "TextStream", "Tokenizer", "chat_template"]
+
+#: Files that hold a tokenizer, one of which is enough.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 #: So many tokens of the prompt decide how the first token of the answer is spelt.
 _CONTEXT = 6
@@ -34,32 +41,76 @@ class Tokenizer:
         Raises:
             ConfigError: There is no tokenizer in it.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"no tokenizer could be read from {folder}: {error}; copy the model's tokenizer "
-                "files there"
-            ) from error
+        self._tokenizer: Any = _read_tokenizer(folder)
+        self._template = ""
         self.stop_ids = _stop_ids(Path(folder), self._tokenizer.eos_token_id)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the model says how a conversation is written down."""
-        return bool(self._tokenizer.chat_template)
+    def with_own(self, folder: Path, own: Collection[str]) -> Tokenizer:
+        """This one, with what an adapter brings along.
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with what the model puts before every text."""
-        ids: list[int] = self._tokenizer.encode(text)
+        Args:
+            folder: The adapter's.
+            own: Of ``chat template`` and ``tokenizer``, what to take from there.
+
+        Returns:
+            The adapter's. An answer ends at this one's ends, too.
+
+        Raises:
+            ConfigError: There is no such thing.
+        """
+        made = Tokenizer(str(folder)) if "tokenizer" in own else copy.copy(self)
+        made._template = chat_template(folder) if "chat template" in own else self.template
+        made.stop_ids = self.stop_ids | made.stop_ids
+        return made
+
+    @property
+    def template(self) -> str:
+        """How the model writes a conversation down, in Jinja; empty where it does not say."""
+        if self._template or not self._tokenizer.chat_template:
+            return self._template
+        template: str = self._tokenizer.get_chat_template()
+        return template
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: The text.
+            special: With what the model puts before every text.
+
+        Returns:
+            The ids.
+
+        Raises:
+            ConfigError: The text is none: it holds half of a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"the text holds half of a surrogate pair, {text[error.start]!a}, as its "
+                f"character {error.start}; send whole characters"
+            ) from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         return ids
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        special: bool = False,
+        continues: bool = False,
+        prompts: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation, up to where the answer begins.
 
         Args:
-            messages: ``role`` and ``content`` of each.
+            messages: ``role`` and ``content`` of each, and what else templates look at.
+            special: As for ``encode``; templates write such tokens by themselves.
+            continues: The answer goes on with the last message.
+            prompts: Write what stands before an answer.
+            variables: What else the template is told.
 
         Returns:
             The ids.
@@ -67,21 +118,28 @@ class Tokenizer:
         Raises:
             ConfigError: The model has no chat template, or it refuses the conversation.
         """
-        if not self.has_chat_template:
+        if not self.template:
             raise ConfigError(
                 "this model has no chat template; use /v1/completions, or put a chat_template "
                 "into its tokenizer_config.json"
             )
-        from jinja2 import TemplateError
-
+        write = self._tokenizer.apply_chat_template
+        taken = sorted(inspect.signature(write).parameters.keys() & (variables or {}).keys())
+        if taken:
+            raise ConfigError(f"chat_template_kwargs has {taken}, which no template is told")
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
+            text = write(
+                list(messages),
+                chat_template=self.template,
+                add_generation_prompt=prompts,
+                continue_final_message=continues,
+                tokenize=False,
+                **(variables or {}),
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:
+            # Whatever a program that came with the model makes of what a client sent.
             raise ConfigError(f"the model's chat template refuses the messages: {error}") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        return self.encode(text, special=special)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of some tokens.
@@ -97,6 +155,54 @@ class Tokenizer:
             list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def chat_template(folder: Path) -> str:
+    """The chat template in a folder, as its files have it; empty where there is none.
+
+    Raises:
+        ConfigError: The file with it can't be read.
+    """
+    own, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    try:
+        if own.is_file():
+            return own.read_text()
+        listed = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"no chat template could be read from {folder}: {error}") from error
+    if isinstance(listed, list):
+        # Several, each with a name.
+        listed = {one.get("name"): one.get("template") for one in listed}.get("default")
+    return listed or ""
+
+
+def _read_tokenizer(folder: str) -> Any:
+    """Hugging Face's tokenizer.
+
+    Its reader would import torch where that is installed: ten seconds and 600 MiB, of which
+    tokenizers use nothing. A process that has torch already keeps it.
+
+    Raises:
+        ConfigError: There is none in the folder.
+    """
+    quiet, hidden = logging.root.manager.disable, "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        # It advises to install torch.
+        logging.disable(logging.WARNING)
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer could be read from {folder}: {error}; copy the model's tokenizer "
+            "files there"
+        ) from error
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+            logging.disable(quiet)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,349 @@
+"""Bodies as clients send them: what passes, what is refused, what is named as ignored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from fastapi.testclient import TestClient
+
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.serve.front.app import make_app
+from bdlora_megatron.serve.front.errors import APIError
+from bdlora_megatron.serve.front.fields import ignored_header
+from bdlora_megatron.serve.front.openai import plan_body
+from bdlora_megatron.serve.front.schema import ChatRequest, CompletionRequest
+from bdlora_megatron.serve.front.state import Front
+from bdlora_megatron.serve.front.text import Tokenizer
+from bdlora_megatron.serve.settings import ServeSettings
+from tests.serve.models import make_tokenizer
+
+MESSAGES = [{"role": "user", "content": "Say hi"}]
+#: What `message.model_dump()` of OpenAI's client makes of an answer.
+DUMPED = {
+    "role": "assistant", "content": "hi", "refusal": None, "annotations": [], "audio": None,
+    "function_call": None, "tool_calls": None,
+}  # fmt: skip
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+CALLED = [
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "2"},
+]
+TOOLS_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.a }}]"
+    "{% endfor %}{{ m.tool_call_id or '' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if mood is defined %}({{ mood }}){% endif %}"
+    "{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    make_tokenizer(folder / "model")
+    return folder
+
+
+def make_front(folder, **settings):
+    settings = ServeSettings(model=str(folder / "model"), max_model_len=256, **settings)
+    return Front(settings, Tokenizer(settings.model))
+
+
+@pytest.fixture(scope="module")
+def front(folder):
+    return make_front(folder)
+
+
+def plan(front, body, adapter=None):
+    kind = ChatRequest if "messages" in body else CompletionRequest
+    return plan_body(front, kind.model_validate({"model": "model", **body}), adapter)
+
+
+def read(front, body, adapter=None):
+    """What the model gets to read."""
+    (prompt,) = plan(front, body, adapter).job.prompts
+    return front.tokenizer.decode(prompt.ids)
+
+
+def post(client, path, body):
+    """Halves of surrogate pairs as escapes: clients that encode to UTF-8 raise before sending."""
+    return client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+
+
+NEUTRAL = {
+    "tools": [], "tool_choice": "none", "functions": None, "n": None, "stream": None,
+    "store": False, "parallel_tool_calls": True, "service_tier": "auto", "temperature": None,
+    "seed": None, "presence_penalty": None, "logit_bias": {}, "stop": [], "modalities": ["text"],
+    "skip_special_tokens": True, "priority": 0, "use_beam_search": False, "length_penalty": 1.0,
+    "continue_final_message": False, "add_generation_prompt": True, "chat_template_kwargs": {},
+    "kv_transfer_params": None, "stream_options": None, "metadata": {}, "reasoning_effort": None,
+    "response_format": {"type": "text"}, "logprobs": None, "min_tokens": None,
+    "ignore_eos": None, "top_k": -1, "echo": False, "best_of": 1, "guided_json": None,
+    "structured_outputs": {}, "bad_words": [], "documents": [], "user": "", "verbosity": "medium",
+    "include_reasoning": True, "audio": None, "top_logprobs": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_a_value_that_asks_for_nothing_changes_nothing(front, field):
+    for body in ({"messages": MESSAGES}, {"prompt": "The sky is"}):
+        if "prompt" in body and field in {"continue_final_message", "add_generation_prompt"}:
+            continue
+        form = plan(front, {**body, "seed": 3, field: NEUTRAL[field]})
+        plain = plan(front, {**body, "seed": 3})
+        assert form.ignored == ()
+        assert form.job.prompts == plain.job.prompts
+        if field != "seed":
+            assert form.job.sampling == plain.job.sampling
+        assert form.job.count == 1
+
+
+IGNORED = {
+    "store": True, "metadata": {"a": "b"}, "service_tier": "flex", "safety_identifier": "u",
+    "prompt_cache_key": "k", "request_id": "abc", "priority": 3, "user": "me", "temperatur": 0,
+    "cache_salt": "s",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", IGNORED)
+def test_a_field_that_changes_no_answer_is_named_as_ignored(front, field):
+    for body in ({"messages": MESSAGES}, {"prompt": "The sky is"}):
+        assert plan(front, {**body, field: IGNORED[field]}).ignored == (field,)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n", "ä", "\ud83d", "a, b", "x" * 5000])
+def test_any_name_of_a_field_makes_a_header(name):
+    (value,) = ignored_header([name]).values()
+    assert value == value.strip() != ""
+    assert all("!" <= c <= "~" and c != "," for c in value)
+    assert len(ignored_header([name] * 900)["X-Ignored-Fields"]) < 2**15
+
+
+def test_fields_below_the_top_are_named_by_their_paths(front):
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    messages = [{"role": "user", "content": [part], "mood": "bad"}, {**DUMPED, "refusal": "no"}]
+    body = {"messages": messages, "stream_options": {"include_usage": True, "chatty": 1}}
+    assert sorted(plan(front, body).ignored) == [
+        "messages.content.cache_control", "messages.mood", "messages.refusal",
+        "stream_options.chatty",
+    ]  # fmt: skip
+
+
+CHANGING = {
+    "use_beam_search": True, "tools": [{"type": "function"}], "tool_choice": "required",
+    "functions": [{}], "modalities": ["text", "audio"], "reasoning_effort": "low",
+    "skip_special_tokens": False, "length_penalty": 1.2, "guided_json": {},
+    "structured_outputs": {"regex": "a"}, "bad_words": ["a"], "prompt_logprobs": 0,
+    "allowed_token_ids": [1], "truncate_prompt_tokens": 5, "chat_template": "x",
+    "include_stop_str_in_output": True, "logits_processors": ["x"], "audio": {"voice": "x"},
+    "web_search_options": {"a": 1}, "return_token_ids": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", CHANGING)
+def test_a_field_that_would_change_the_answer_is_refused_by_name(front, field):
+    for body in ({"messages": MESSAGES}, {"prompt": "The sky is"}):
+        with pytest.raises(APIError, match=field) as caught:
+            plan(front, {**body, field: CHANGING[field]})
+        assert caught.value.status == 400
+        assert caught.value.body["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a", "suffix": "x"},
+        {"prompt": "a", "max_completion_tokens": 3},
+        {"messages": MESSAGES, "echo": True},
+        {"messages": MESSAGES, "best_of": 2},
+    ],
+    ids=str,
+)
+def test_fields_of_the_other_endpoint_are_refused_where_they_would_matter(front, body):
+    with pytest.raises(APIError, match="would change the answer"):
+        plan(front, body)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "\ud83d x"}),
+        ("completions", {"prompt": ["fine", "x \udc00"]}),
+        ("completions", {"prompt": "a", "stop": "\ud83d"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud83d"}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [
+            {"type": "text", "text": "\ud83d"}]}]}),
+        ("chat/completions", {"messages": [*MESSAGES, {**CALLED[0], "tool_calls": [
+            {**CALL, "function": {"name": "x", "arguments": "{"}}]}]}),
+        ("completions", {"prompt": "a", "logit_bias": {"\ud83d": 1}}),
+        ("completions", {"prompt": "a", "model": "\ud83d"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": None}]}),
+        ("chat/completions", {"messages": [{**DUMPED, "function_call": {"name": "f"}}]}),
+        ("chat/completions", {"messages": MESSAGES, "chat_template_kwargs": {"chat_template": ""}}),
+        ("chat/completions", {"messages": [*MESSAGES, DUMPED], "add_generation_prompt": True,
+                              "continue_final_message": True}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_read_gets_a_clear_refusal(front, path, body):
+    with TestClient(make_app(front), raise_server_exceptions=False) as client:
+        answer = post(client, f"/v1/{path}", {"model": "model", **body})
+    assert answer.status_code == 400, answer.text
+    message = answer.json()["error"]["message"]
+    assert message
+    assert "Input should be a valid dictionary" not in message, "it was not even read"
+
+
+def test_an_answer_of_before_may_come_back_as_it_was_dumped(front):
+    body = {"messages": [*MESSAGES, DUMPED, {"role": "user", "content": "more"}]}
+    assert read(front, body) == "<user>Say hi\n<assistant>hi\n<user>more\n<assistant>"
+    assert plan(front, body).ignored == ()
+
+
+def test_tool_calls_reach_a_template_that_knows_them_and_are_named_where_it_does_not(
+    front, folder, tmp_path
+):
+    body = {"messages": [*MESSAGES, *CALLED]}
+    assert read(front, body) == "<user>Say hi\n<assistant>\n<tool>2\n<assistant>"
+    assert plan(front, body).ignored == ("messages.tool_calls", "messages.tool_call_id")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
+    knows = make_front(tmp_path)
+    assert read(knows, body) == "<user>Say hi\n<assistant>[add 1]\n<tool>2c1\n<assistant>"
+    assert plan(knows, body).ignored == ()
+    told = {**body, "chat_template_kwargs": {"mood": "glad", "enable_thinking": False}}
+    assert read(knows, told).endswith("<assistant>(glad)")
+    assert plan(knows, told).ignored == ("chat_template_kwargs.enable_thinking",)
+
+
+def test_an_answer_may_go_on_with_the_last_message(front):
+    body = {"messages": [*MESSAGES, DUMPED], "continue_final_message": True}
+    assert read(front, body) == "<user>Say hi\n<assistant>hi"
+    bare = {"messages": MESSAGES, "add_generation_prompt": False}
+    assert read(front, bare) == "<user>Say hi\n"
+
+
+# --- an adapter's own tokenizer and template ---------------------------------------------------
+
+
+@pytest.fixture
+def with_adapters(folder, tmp_path):
+    """Folders of adapters with what people leave beside the weights; and none, and the same."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    for name in ("none", "same", "template", "words"):
+        (tmp_path / name).mkdir()
+    for name in ("same", "template", "words"):
+        for path in (folder / "model").iterdir():
+            shutil.copy(path, tmp_path / name)
+    # Training leaves this behind; the tokens are the same.
+    file = tmp_path / "same" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding": {"pad_id": 0}}))
+    (tmp_path / "template" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    words = json.loads((tmp_path / "words" / "tokenizer.json").read_text())
+    vocab = words["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "words" / "tokenizer.json").write_text(json.dumps(words))
+    return {name: str(tmp_path / name) for name in ("none", "same", "template", "words")}
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_an_adapters_own_text_is_used_when_asked_for_and_else_named(
+    with_adapters, folder, used, caplog
+):
+    front = make_front(folder, adapters=with_adapters, adapter_tokenizers=used)
+    body, plain = {"messages": [{"role": "user", "content": "ab"}]}, "<user>ab\n<assistant>"
+    base = front.tokenizer.encode(plain)
+    read = {name: list(plan(front, body, name).job.prompts[0].ids) for name in with_adapters}
+    assert read["none"] == read["same"] == base
+    notes = " ".join(record.getMessage() for record in caplog.records)
+    if not used:
+        assert read["template"] == read["words"] == base
+        assert "chat template beside adapter 'template'" in notes
+        assert "tokenizer beside adapter 'words'" in notes
+        assert "'same'" not in notes
+        assert "'none'" not in notes
+        return
+    assert not notes
+    assert read["template"] == front.tokenizer.encode("ab!")
+    # Two letters have changed places, so another text is read and written by the same tokens.
+    assert read["words"] == front.tokenizer.encode(plain.translate({97: "b", 98: "a"}))
+    assert front.tokenizer_of("words").decode(front.tokenizer.encode("ba")) == "ab"
+
+
+def test_a_template_that_cannot_be_read_is_an_adapters_refusal(folder, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{not json")
+    adapters = {"broken": str(tmp_path)}
+    front = make_front(folder, adapters=adapters)
+    assert "chat template" in front.refused["broken"]
+    assert "broken" not in front.adapters
+    with pytest.raises(APIError, match="refused when the server started"):
+        front.resolve("broken", None)
+    with pytest.raises(ConfigError, match="chat template"):
+        make_front(folder, adapters=adapters, strict_adapters=True)
+
+
+# --- what surrounds a server -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def http(folder):
+    front = make_front(folder, cors_origins=("https://chat.example",))
+    with TestClient(make_app(front), raise_server_exceptions=False) as client:
+        yield client
+
+
+def test_every_answer_names_its_request(http):
+    given = http.get("/version", headers={"X-Request-Id": "abc-1"})
+    assert given.headers["x-request-id"] == "abc-1"
+    first, second = http.get("/version"), http.post("/v1/completions", content="{")
+    assert second.status_code == 400
+    assert len({first.headers["x-request-id"], second.headers["x-request-id"]}) == 2
+    strange = http.get("/version", headers={"X-Request-Id": "a b" * 99})
+    assert strange.headers["x-request-id"] != "a b" * 99
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/version", "/health", "/nothing"])
+def test_head_is_get_without_a_body(http, path):
+    head, get = http.head(path), http.get(path)
+    assert head.status_code == get.status_code
+    assert head.content == b""
+    assert head.headers["content-length"] == str(len(get.content))
+
+
+def test_pages_of_named_origins_may_ask(http, front):
+    ours = {"Origin": "https://chat.example"}
+    asked = {**ours, "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization,content-type"
+    allowed = http.options("/v1/chat/completions", headers=asked)
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == ours["Origin"]
+    refusal = http.post("/v1/completions", content="{", headers=ours)
+    assert refusal.headers["access-control-allow-origin"] == ours["Origin"]
+    other = http.get("/version", headers={"Origin": "https://elsewhere.example"})
+    assert "access-control-allow-origin" not in other.headers
+    with TestClient(make_app(front)) as plain:
+        assert "access-control-allow-origin" not in plain.get("/version", headers=ours).headers
+
+
+def test_texts_and_conversations_are_tokenized_as_requests_are(http, front):
+    made = http.post("/tokenize", json={"prompt": "hé", "return_token_strs": True}).json()
+    ids = front.tokenizer.encode("hé")
+    assert made == {
+        "count": 3, "max_model_len": 256, "tokens": ids, "token_strs": ["h", "\ufffd", "\ufffd"],
+    }  # fmt: skip
+    chat = http.post("/tokenize", json={"model": "model", "messages": MESSAGES, "x": 1})
+    assert chat.json()["tokens"] == front.tokenizer.encode("<user>Say hi\n<assistant>")
+    assert chat.headers["x-ignored-fields"] == "x"
+    back = http.post("/detokenize", json={"tokens": [*ids, 1]}).json()
+    assert back == {"prompt": "hé</s>"}
+    for wrong in ({}, {"prompt": "\ud83d"}, {"prompt": 3}):
+        assert post(http, "/tokenize", wrong).status_code == 400
+    assert http.post("/tokenize", json={"model": "nobody", "prompt": "a"}).status_code == 404
+
+
+def test_the_version_is_the_packages(http):
+    import bdlora_megatron
+
+    assert http.get("/version").json() == {"version": bdlora_megatron.__version__}
