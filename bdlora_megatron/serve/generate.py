@@ -7,22 +7,29 @@ import asyncio
 import json
 import os
 import sys
+import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve.cli import add_model_arguments, check_device, settings_of
 from bdlora_megatron.serve.lines import json_line
 from bdlora_megatron.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
+    from bdlora_megatron.serve.front.schema import ChatRequest, CompletionRequest
     from bdlora_megatron.serve.front.state import Front
 
 __all__ = ["add_parser", "run"]
+
+_CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
+#: A line being answered, and the fields of it that have no effect.
+_Answering: TypeAlias = "asyncio.Task[tuple[dict[str, Any], tuple[str, ...]]]"
 
 _LOOK_S = 0.2
 _STOP_S = 10.0
@@ -42,11 +49,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "generate",
         help="answer a file of requests",
-        description="Answer a file of requests. Each line of INPUT is the body of a request to "
-        "/v1/completions, or, with `messages`, to /v1/chat/completions, in JSON; `model` names an "
-        "adapter, or the base model where it is left out, and `custom_id` is copied. OUTPUT gets "
-        "one line per request, in the same order, with the answer under `response` or what was "
-        "wrong under `error`. Exit status: 0 all answered, 1 some not, 2 it could not begin.",
+        description="Answer a file of requests, in OpenAI's batch format: each line of INPUT has "
+        "`custom_id`, `method`, `url` (/v1/completions or /v1/chat/completions) and `body`. A line "
+        "may also be such a body alone. `model` names an adapter, or the base model where it is "
+        "left out. OUTPUT gets one line per request, in the same order, with `custom_id` and the "
+        "answer or refusal under `response`; where a line was no request, `error` tells why. Exit "
+        "status: 0 all answered, 1 some not, 2 it could not begin.",
     )
     parser.add_argument("input", metavar="INPUT", type=Path, help="requests, JSON lines")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="answers, JSON lines")
@@ -79,7 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
     # Nobody is refused here: what waits is bounded by what is read ahead.
     settings = replace(settings, max_queue=2**31, request_timeout_s=10.0**9)
     try:
-        with arguments.input.open() as lines, partial.open("w") as out:
+        # A byte-order mark is no part of the first line.
+        with (
+            arguments.input.open(encoding="utf-8-sig") as lines,
+            partial.open("w", encoding="utf-8") as out,
+        ):
             total = sum(1 for line in lines if line.strip())
             lines.seek(0)
             failed = asyncio.run(_answer_all(settings, lines, out, total))
@@ -96,11 +108,9 @@ async def _answer_all(settings: ServeSettings, lines: IO[str], out: IO[str], tot
     """Answer every line in order; returns how many failed."""
     from tqdm import tqdm
 
-    failed = 0
-    started: set[asyncio.Task[dict[str, Any]]] = set()
-    ahead: asyncio.Queue[asyncio.Task[dict[str, Any]] | None] = asyncio.Queue(
-        settings.max_num_seqs * _AHEAD
-    )
+    failed, without_effect = 0, Counter[str]()
+    started: set[_Answering] = set()
+    ahead: asyncio.Queue[_Answering | None] = asyncio.Queue(settings.max_num_seqs * _AHEAD)
 
     async def read(front: Front) -> None:
         for number, line in _numbered(lines):
@@ -114,9 +124,10 @@ async def _answer_all(settings: ServeSettings, lines: IO[str], out: IO[str], tot
             reading = asyncio.create_task(read(front))
             try:
                 while (task := await ahead.get()) is not None:
-                    answer = await task
+                    answer, ignored = await task
                     started.discard(task)
-                    failed += "error" in answer
+                    failed += (answer["response"] or {}).get("status_code") != 200
+                    without_effect.update(ignored)
                     out.write(json_line(answer) + "\n")
                     out.flush()
                     bar.update()
@@ -124,6 +135,9 @@ async def _answer_all(settings: ServeSettings, lines: IO[str], out: IO[str], tot
                 for each in (reading, *started):
                     each.cancel()
                 await asyncio.gather(reading, *started, return_exceptions=True)
+        if without_effect:
+            told = ", ".join(f"{name} (lines: {n})" for name, n in without_effect.items())
+            bar.write(f"bdlora: fields without effect: {ascii(told)[1:-1]}", file=sys.stderr)
     return failed
 
 
@@ -133,41 +147,66 @@ def _numbered(lines: IO[str]) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-async def _one(front: Front, number: int, line: str) -> dict[str, Any]:
-    """One line of the output.
+async def _one(front: Front, number: int, line: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """One line of the output, and the fields of the request that have no effect.
 
     Raises:
         ConfigError: Never; it becomes a line.
         EngineGoneError: The ranks have ended, and with them the whole run.
     """
-    from pydantic import ValidationError
-
     from bdlora_megatron.serve.front.client import EngineGoneError
-    from bdlora_megatron.serve.front.errors import APIError, as_api_error
+    from bdlora_megatron.serve.front.errors import as_api_error
     from bdlora_megatron.serve.front.generation import answer
     from bdlora_megatron.serve.front.openai import plan_body
-    from bdlora_megatron.serve.front.schema import ChatRequest, CompletionRequest
 
-    head: dict[str, Any] = {"line": number}
+    head: dict[str, Any] = {"id": f"batch_req_{number}", "custom_id": None}
     try:
-        body = json.loads(line)
-        if not isinstance(body, dict):
+        asked = json.loads(line)
+        if not isinstance(asked, dict):
             raise ConfigError("not a JSON object")
-        if "custom_id" in body:
-            head["custom_id"] = body.pop("custom_id")
-        kind = ChatRequest if "messages" in body else CompletionRequest
-        fields = kind.model_validate({"model": front.base_name, **body, "stream": False})
+        head["custom_id"] = asked.pop("custom_id", None)
+        url, body = _url_and_body(asked)
+    except ValueError as error:
+        wrong = {"code": "invalid_json_line", "message": f"line {number}: {error}"}
+        return {**head, "response": None, "error": wrong}, ()
+    ignored: tuple[str, ...] = ()
+    try:
+        if body.get("stream"):
+            raise ConfigError("stream=true, and a file has no streams; leave it out")
+        fields = _kind(url).model_validate({"model": front.base_name, **body})
         form = plan_body(front, fields, front.resolve(fields.model, None))
-        return {**head, "response": form.whole(await answer(front, form.job))}
+        status, made = 200, form.whole(await answer(front, form.job))
+        ignored = form.ignored
     except EngineGoneError:
         raise
-    except json.JSONDecodeError as error:
-        return {**head, "error": {"message": f"not JSON: {error}"}}
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        return {**head, "error": {"message": problems}}
-    except (APIError, BDLoRAError) as error:
-        return {**head, **as_api_error(error).body}
+    except Exception as error:
+        # Whatever it was, the other lines have theirs.
+        refusal = as_api_error(error)
+        status, made = refusal.status, refusal.body
+    response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": made}
+    return {**head, "response": response, "error": None}, ignored
+
+
+def _url_and_body(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where a line's request would be sent, and what.
+
+    Raises:
+        ConfigError: It has parts of OpenAI's batch format, and not all.
+    """
+    if "body" not in asked:
+        return (_CHAT if "messages" in asked else _TEXT), asked
+    url, method = asked.get("url"), asked.get("method", "POST")
+    if url not in (_CHAT, _TEXT) or method != "POST":
+        raise ConfigError(f"{method} {url!r}; wanted POST to {_CHAT} or {_TEXT}")
+    if not isinstance(asked["body"], dict):
+        raise ConfigError("body is no JSON object")
+    return url, asked["body"]
+
+
+def _kind(url: str) -> type[ChatRequest] | type[CompletionRequest]:
+    from bdlora_megatron.serve.front.schema import ChatRequest, CompletionRequest
+
+    return ChatRequest if url == _CHAT else CompletionRequest
 
 
 @asynccontextmanager
@@ -193,7 +232,7 @@ async def _running(settings: ServeSettings) -> AsyncIterator[Front]:
     watching = asyncio.create_task(watch())
     try:
         front.client.attach(ranks.link)
-        await front.client.ready()
+        await front.come_up()
         yield front
     except EngineGoneError as error:
         raise ConfigError(f"a rank has ended ({ranks.dead}); its messages tell why") from error

@@ -1,4 +1,4 @@
-"""`bdlora generate`: a file in, a file out, in order, with what was wrong told line by line."""
+"""`bdlora generate`: OpenAI's batch format in and out, in order, with what was wrong by line."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def run(folder, source, target, *more):
     )  # fmt: skip
 
 
+def batch(custom_id, path, body):
+    """A line of OpenAI's batch format."""
+    return json.dumps(
+        {"custom_id": custom_id, "method": "POST", "url": f"/v1/{path}", "body": body}
+    )
+
+
 def test_a_file_is_answered_in_order(folder, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     names = ["model", *models.ADAPTERS]
@@ -38,22 +45,52 @@ def test_a_file_is_answered_in_order(folder, tmp_path, monkeypatch, capfd):
         for i in range(60)
     ]  # fmt: skip
     chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "temperature": 0}
-    lines += ["", json.dumps(chat), "{not json", json.dumps({"prompt": "x", "temperatur": 0})]
-    lines += [json.dumps({"prompt": "x", "model": "nobody"}), json.dumps([1])]
+    lines += ["", batch("chat", "chat/completions", chat), json.dumps(chat)]
+    text = {"model": "blocks", "prompt": "x", "max_tokens": 2, "temperatur": 0}
+    lines += [batch("text", "completions", text)]
+    # Requests that are refused, then lines that are none.
+    lines += [
+        batch("a", "completions", {"prompt": "x", "model": "nobody"}),
+        batch("b", "completions", {"prompt": "x", "suffix": "y"}),
+        batch("\ud83d", "completions", {"prompt": "x \ud83d"}),
+        batch("d", "completions", {"prompt": "x", "stream": True}),
+        "{not json", json.dumps([1]), batch("e", "embeddings", {"input": "x"}),
+        json.dumps({"custom_id": "f", "method": "GET", "url": "/v1/completions", "body": {}}),
+    ]  # fmt: skip
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(lines))
+    # With a byte-order mark, as some editors leave it.
+    source.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     assert run(folder, source, target) == 1
     answers = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [a["line"] for a in answers] == [*range(1, 61), 62, 63, 64, 65, 66]
-    assert [a["custom_id"] for a in answers[:60]] == [f"id{i}" for i in range(60)]
-    for i, answer in enumerate(answers[:60]):
-        assert answer["response"]["model"] == names[i % 4]
-        assert 1 <= answer["response"]["usage"]["completion_tokens"] <= 1 + i % 7
-    assert answers[60]["response"]["object"] == "chat.completion"
-    wrong = [a["error"]["message"] for a in answers[61:]]
-    for message, says in zip(wrong, ["JSON", "temperatur", "nobody", "object"], strict=True):
+    assert all(set(a) == {"id", "custom_id", "response", "error"} for a in answers)
+    assert len({a["id"] for a in answers}) == len(answers) == 71
+    assert [a["custom_id"] for a in answers] == [
+        *(f"id{i}" for i in range(60)),
+        "chat", None, "text", "a", "b", "\ud83d", "d", None, None, "e", "f",
+    ]  # fmt: skip
+    for answer in answers[:67]:
+        assert answer["error"] is None
+        assert set(answer["response"]) == {"status_code", "request_id", "body"}
+    good, refused = answers[:63], answers[63:67]
+    assert all(a["response"]["status_code"] == 200 for a in good)
+    for i, answer in enumerate(good[:60]):
+        assert answer["response"]["body"]["model"] == names[i % 4]
+        assert 1 <= answer["response"]["body"]["usage"]["completion_tokens"] <= 1 + i % 7
+    asked, alone, written = (a["response"]["body"] for a in good[60:])
+    assert asked["object"] == alone["object"] == "chat.completion"
+    assert asked["choices"] == alone["choices"]
+    assert written["model"] == "blocks"
+    assert [a["response"]["status_code"] for a in refused] == [404, 400, 400, 400]
+    wrong = [a["response"]["body"]["error"]["message"] for a in refused]
+    for message, says in zip(wrong, ["nobody", "suffix", "surrogate", "stream"], strict=True):
         assert says in message
+    for answer, says in zip(answers[67:], ["line 69", "object", "embeddings", "GET"], strict=True):
+        assert answer["response"] is None
+        assert answer["error"]["code"] == "invalid_json_line"
+        assert says in answer["error"]["message"]
     assert not target.with_name("out.jsonl.partial").exists()
-    assert "65/65" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "71/71" in told
+    assert "without effect: temperatur (lines: 1)" in told
     with pytest.raises(ConfigError, match="--overwrite"):
         run(folder, source, target)
