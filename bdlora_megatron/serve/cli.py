@@ -40,7 +40,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         description="Serve a base model and many adapters behind OpenAI's API. Every setting can "
         "stand in a YAML file (--config) or be set with --set; what stands later wins. Keys come "
         "from the file, or from BDLORA_API_KEYS (comma-separated) and BDLORA_ADMIN_KEY. Exit "
-        "status: 0 after SIGTERM and a drain, 1 when a rank has died, 2 wrong settings.",
+        "status: 0 after SIGTERM and a drain, 1 when a rank has died or, with --strict-adapters, "
+        "refused an adapter, 2 wrong settings.",
     )
     add_model_arguments(parser)
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")

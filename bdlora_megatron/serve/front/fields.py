@@ -39,7 +39,6 @@ _CHANGE: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "logits_processors": (),
     "logprob_token_ids": (),
-    "max_completion_tokens": (),
     "media_io_kwargs": (),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),

@@ -112,10 +112,22 @@ class CompletionRequest(GenerationFields):
         ]
     )
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
+    # Chat's name of the same: guidellm sends both.
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     add_special_tokens: bool = True
     best_of: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> CompletionRequest:
+        length = self.max_completion_tokens
+        if length is not None:
+            given = self.max_tokens if "max_tokens" in self.model_fields_set else None
+            if given not in {None, length}:
+                raise ValueError("max_tokens and max_completion_tokens differ; send one")
+            self.max_tokens = length
+        return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -169,6 +181,7 @@ class ChatMessage(_Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     function_call: None = None
     audio: None = None
 
@@ -183,7 +196,8 @@ class ChatMessage(_Body):
         text = self.content or ""
         if not isinstance(text, str):
             text = "".join(part.text for part in text)
-        more = {name: getattr(self, name) for name in ("name", "tool_call_id", "reasoning_content")}
+        told = ("name", "tool_call_id", "reasoning_content", "reasoning")
+        more = {name: getattr(self, name) for name in told}
         more["tool_calls"] = [call.plain() for call in self.tool_calls or ()]
         return {"role": self.role, "content": text, **{k: v for k, v in more.items() if v}}
 

@@ -155,7 +155,7 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name(front, field):
     "body",
     [
         {"prompt": "a", "suffix": "x"},
-        {"prompt": "a", "max_completion_tokens": 3},
+        {"prompt": "a", "top_logprobs": 3},
         {"messages": MESSAGES, "echo": True},
         {"messages": MESSAGES, "best_of": 2},
     ],
@@ -194,6 +194,20 @@ def test_what_cannot_be_read_gets_a_clear_refusal(front, path, body):
     message = answer.json()["error"]["message"]
     assert message
     assert "Input should be a valid dictionary" not in message, "it was not even read"
+
+
+def test_a_length_may_have_either_name_or_both(front):
+    for fields in (
+        {"max_tokens": 3}, {"max_completion_tokens": 3},
+        {"max_tokens": 3, "max_completion_tokens": 3},
+        {"max_tokens": None, "max_completion_tokens": 3},
+    ):  # fmt: skip
+        for body in ({"prompt": "a"}, {"messages": MESSAGES}):
+            form = plan(front, {**body, **fields})
+            assert form.job.sampling.max_tokens == 3
+            assert form.ignored == ()
+    with pytest.raises(ValueError, match="differ"):
+        plan(front, {"prompt": "a", "max_tokens": 4, "max_completion_tokens": 3})
 
 
 def test_an_answer_of_before_may_come_back_as_it_was_dumped(front):
