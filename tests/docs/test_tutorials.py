@@ -70,6 +70,8 @@ def test_serve(demo, port):
     (line,) = (demo / "answers.jsonl").read_text("utf-8").splitlines()
     generated = json.loads(line)
     assert generated["custom_id"] == "1"
+    assert generated["response"]["status_code"] == 200
+    assert generated["response"]["body"]["model"] == "poet"
 
 
 @pytest.mark.timeout(900)

@@ -11,7 +11,7 @@ import torch
 
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import open_adapter
-from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.errors import BDLoRAError, explain
 from bdlora_megatron.serve.adapter_files import AdapterFiles
 from bdlora_megatron.serve.engine.engine import ServingEngine
 from bdlora_megatron.serve.messages import Answer, Load, Unload
@@ -72,8 +72,9 @@ class AdapterDesk:
                     self._store.slots.check(adapter, Layout(layout))
             except Exception as error:
                 # Whatever it is, a first request would meet it too.
-                own = isinstance(error, BDLoRAError)
-                reasons[name] = str(error) if own else f"{type(error).__name__}: {error}"
+                told = explain(error, Path(folders[name]))
+                foreseen = isinstance(error, (BDLoRAError, OSError))
+                reasons[name] = told if foreseen else f"{type(error).__name__}: {told}"
         every: list[Any] = [reasons]
         if group.size() > 1:
             every = [None] * group.size()

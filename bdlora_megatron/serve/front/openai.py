@@ -117,7 +117,7 @@ def _plan_chat(front: Front, body: ChatRequest, adapter: str | None) -> Form:
         body,
         adapter,
         [Prompt("", ids)],
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        max_tokens=body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     form = ChatForm(job)

@@ -99,7 +99,24 @@ class GenerationFields(_Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-class CompletionRequest(GenerationFields):
+class _WithLength(GenerationFields):
+    """A request whose length has two names; guidellm sends both, to either endpoint."""
+
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> _WithLength:
+        length = self.max_completion_tokens
+        if length is not None:
+            given = self.max_tokens if "max_tokens" in self.model_fields_set else None
+            if given not in {None, length}:
+                raise ValueError("max_tokens and max_completion_tokens differ; send one")
+            self.max_tokens = length
+        return self
+
+
+class CompletionRequest(_WithLength):
     """The body of ``/v1/completions``."""
 
     prompt: (
@@ -112,22 +129,10 @@ class CompletionRequest(GenerationFields):
         ]
     )
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
-    # Chat's name of the same: guidellm sends both.
-    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     add_special_tokens: bool = True
     best_of: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
-
-    @model_validator(mode="after")
-    def _one_length(self) -> CompletionRequest:
-        length = self.max_completion_tokens
-        if length is not None:
-            given = self.max_tokens if "max_tokens" in self.model_fields_set else None
-            if given not in {None, length}:
-                raise ValueError("max_tokens and max_completion_tokens differ; send one")
-            self.max_tokens = length
-        return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -218,7 +223,7 @@ class Conversation(_Body):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
-class ChatRequest(GenerationFields, Conversation):
+class ChatRequest(_WithLength, Conversation):
     """The body of ``/v1/chat/completions``."""
 
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None

@@ -193,7 +193,7 @@ def _read_tokenizer(folder: str) -> Any:
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer could be read from {folder}: {error}; copy the model's tokenizer "

@@ -206,8 +206,9 @@ def test_a_length_may_have_either_name_or_both(front):
             form = plan(front, {**body, **fields})
             assert form.job.sampling.max_tokens == 3
             assert form.ignored == ()
-    with pytest.raises(ValueError, match="differ"):
-        plan(front, {"prompt": "a", "max_tokens": 4, "max_completion_tokens": 3})
+    for body in ({"prompt": "a"}, {"messages": MESSAGES}):
+        with pytest.raises(ValueError, match="differ"):
+            plan(front, {**body, "max_tokens": 4, "max_completion_tokens": 3})
 
 
 def test_an_answer_of_before_may_come_back_as_it_was_dumped(front):
