@@ -136,7 +136,7 @@ def test_an_adapter_that_cannot_be_served_is_refused_when_the_server_starts(brok
     shown = {each["name"]: each["reason"] for each in http.get("/status.json").json()["refused"]}
     assert shown[name] == reason
     logged = [json.loads(line) for line in server.log.read_text().splitlines() if "refused" in line]
-    assert name in [line.get("adapter") for line in logged if line["message"] == "adapter refused"]
+    assert f"adapter '{name}' is refused: {reason}" in [line["message"] for line in logged]
     (ready,) = [line for line in logged if line["message"] == "ready"]
     assert name in ready["refused"]
     answer = ask(http, name)

@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 from bdlora_megatron.convert import Adapter
 from bdlora_megatron.errors import AdapterLoadError, AdapterNotFoundError
 from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
+from bdlora_megatron.serve.engine.admission import Admission, Take
 from tests.harness import run_ranks
 from tests.tp.serving_cases import make_adapter, serving_model
 from tests.tp.session import model_parallel
@@ -276,7 +277,80 @@ def _serve_all(model, *, num_slots, room, adapter_ranks, seed):
         slots.detach()
 
 
-def _nobody_starves(rank, world_size):
+class _Queue:
+    """What the engine's queue asks about adapters, answered by a store as the engine does."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def is_resident(self, adapter):
+        return self.store.key(adapter) in self.store.slots.ledger
+
+    def take(self, adapter):
+        key = self.store.key(adapter)
+        if self.store.acquire(key) is not None:
+            return Take.TAKEN
+        return Take.LOADING if self.store.is_loading(key) else Take.NO_SLOT
+
+
+def _disturb(step, rng, store, admission, asked, sources):
+    """What a step may bring: a request, one that leaves, a load ahead of need, a new version."""
+    name = rng.choice(list(sources))
+    if rng.random() < 0.5:
+        asked[step] = name
+        admission.add(step, name)
+    if rng.random() < 0.2 and asked:
+        left = rng.choice(list(asked))
+        admission.remove(left)
+        del asked[left]
+    if rng.random() < 0.15:
+        store.prefetch(store.key(rng.choice(list(sources))))
+    if rng.random() < 0.1:
+        name = rng.choice(list(sources))
+        store.register(name, sources[name])
+
+
+def _serve_queue(model, *, num_slots, room, adapter_ranks, seed):
+    """Requests come, leave, run and end; adapters are loaded anew and ahead of need meanwhile."""
+    slots = ModelSlots(
+        model, SlotRoom(max_loras=num_slots, max_lora_rank=4, target_modules=("linear_proj",))
+    )
+    store = AdapterStore(slots, StoreOptions(host_cache_bytes=int(room * slots.largest_bytes)))
+    sources = {
+        f"a{i}": partial(make_adapter, i, rank=adapter_rank, modules=PROJ)
+        for i, adapter_rank in enumerate(adapter_ranks)
+    }
+    for name, source in sources.items():
+        store.register(name, source)
+    rng, queue = random.Random(seed), _Queue(store)
+    admission = Admission(
+        patience=rng.choice([2, 8, 64]),
+        lookahead=min(num_slots, store.host_capacity),
+        per_adapter=rng.choice([None, 1]),
+    )
+    asked, running = {}, {}
+    try:
+        for step in range(1500):
+            store.advance(wait_s=0.0 if running or rng.random() < 0.2 else WAIT_S)
+            if step < 60:
+                _disturb(step, rng, store, admission, asked, sources)
+            for admitted in admission.admit(max(rng.choice([1, 4]) - len(running), 0), queue):
+                name = asked.pop(admitted.request_id)
+                running[admitted.request_id] = (store.key(name), step + rng.randint(1, 6))
+            for request_id, (key, ends) in list(running.items()):
+                if ends <= step:
+                    del running[request_id]
+                    store.release(key)
+                    admission.finished(key.name)
+            if step >= 60 and not asked and not running:
+                return
+        raise AssertionError(f"{asked} starved")
+    finally:
+        store.close()
+        slots.detach()
+
+
+def _nobody_starves(rank, world_size, serve):
     with model_parallel(world_size):
         model = serving_model(world_size)
 
@@ -295,11 +369,12 @@ def _nobody_starves(rank, world_size):
             seed=st.integers(0, 2**16),
         )
         def check(**schedule):
-            _serve_all(model, **schedule)
+            serve(model, **schedule)
 
         check()
 
 
-def test_no_schedule_starves_whatever_host_memory_holds():
+@pytest.mark.parametrize("serve", [_serve_all, _serve_queue])
+def test_no_schedule_starves_whatever_host_memory_holds(serve):
     """From one adapter's room on: what was loaded for somebody stays until it was had."""
-    run_ranks(1, _nobody_starves)
+    run_ranks(1, _nobody_starves, serve)

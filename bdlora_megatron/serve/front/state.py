@@ -118,7 +118,8 @@ class Front:
         for name, reason in reasons.items():
             self.adapters.pop(name, None)
             self.refused[name] = reason
-            logger.warning("adapter refused", extra={"adapter": name, "reason": reason})
+            told = {"adapter": name, "reason": reason}
+            logger.warning("adapter %r is refused: %s", name, reason, extra=told)
 
     def give_text(self, card: AdapterCard) -> str | None:
         """Let an adapter use the tokenizer and the chat template that it brings along, if it may.
