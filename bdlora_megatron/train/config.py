@@ -167,6 +167,9 @@ def _convert(hint: Any, value: Any) -> Any:
         items = [value] if isinstance(value, str) else value
         good = isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items)
         return tuple(items) if good else _WRONG
+    if origin is dict:
+        named = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        return value if named else {} if value is None else _WRONG
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, bool):
@@ -182,6 +185,8 @@ def _describe(hint: Any) -> str:
         return f"one of {', '.join(options)}"
     if origin is tuple:
         return "a list of names"
+    if origin is dict:
+        return "a section with keys"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return words.get(hint, "nothing")
 
@@ -219,10 +224,20 @@ def _contradictions(config: TrainConfig) -> list[str]:
             f"scheduler.lr_warmup_iters is {config.scheduler.lr_warmup_iters}; it must be less "
             f"than the {decay} steps of the schedule"
         )
-    if not config.dataset.train and config.peft.scheme != "none":
+    return problems + _about_data(config)
+
+
+def _about_data(config: TrainConfig) -> list[str]:
+    dataset, problems = config.dataset, []
+    if not dataset.train and config.peft.scheme != "none":
         problems.append("dataset.train is empty; name JSONL files")
-    if config.peft.scheme == "none" and not config.dataset.validation:
+    if config.peft.scheme == "none" and not dataset.validation:
         problems.append("dataset.validation is empty; scheme none only evaluates")
+    if dataset.format == "text" and (dataset.train_on != "all" or dataset.chat_template_kwargs):
+        problems.append(
+            "dataset.train_on and chat_template_kwargs are for conversations; leave them out with "
+            "dataset.format=text"
+        )
     return problems
 
 

@@ -2,8 +2,10 @@
 
 | format | a line |
 |---|---|
-| `chat` | `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}` |
-| `prompt_completion` | `{"prompt": ..., "completion": ...}` |
+| `chat` | `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}`, or \
+ShareGPT's `{"conversations": [{"from": "human", "value": ...}, ...]}` |
+| `prompt_completion` | `{"prompt": ..., "completion": ...}`, text or messages; or NeMo's `input` \
+and `output` |
 | `text` | `{"text": ...}` |
 
 Loss counts on what the assistant says, on completions, and on all of a plain text.
@@ -11,11 +13,10 @@ Loss counts on what the assistant says, on completions, and on all of a plain te
 
 from __future__ import annotations
 
-import json
+import codecs
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdlora_megatron.errors import ConfigError, MissingDependencyError
+from bdlora_megatron.train.chats import ChatEncoder, ChatOptions, Encoder, Marked
+from bdlora_megatron.train.lines import BadLineError, Keys, read_chat, read_pair, read_record
 
 __all__ = ["Example", "Format", "TooLong", "load_tokenizer", "read_examples"]
 
@@ -48,10 +51,6 @@ class Example:
     def __len__(self) -> int:
         """Positions in a row: every token but the last predicts the next one."""
         return max(len(self.tokens) - 1, 0)
-
-
-#: What tells tokens to learn from others: pieces of one document, in order.
-_Pieces = list[tuple[list[int], bool]]
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -95,6 +94,8 @@ def read_examples(
     format: Format,
     seq_length: int,
     too_long: TooLong = "error",
+    vocab_size: int | None = None,
+    chats: ChatOptions | None = None,
 ) -> list[Example]:
     """Read and tokenize every line of some JSONL files.
 
@@ -104,6 +105,8 @@ def read_examples(
         format: What a line holds.
         seq_length: Positions in a row.
         too_long: What becomes of a longer example. Plain text is cut into rows instead.
+        vocab_size: Rows of the base model's embedding, within which every token has to be.
+        chats: How conversations are read.
 
     Returns:
         The examples, in the order of the lines.
@@ -112,62 +115,89 @@ def read_examples(
         ConfigError: A file or line is not what ``format`` says, is too long, or has nothing to
             learn; the first bad lines are listed.
     """
-    encode = _ENCODERS[format]
+    chats = chats or ChatOptions()
+    keys = Keys(chats.ignore_keys)
+    documents = _Documents(tokenizer, chats, keys).of(format)
     fit: Callable[[Example, int], list[Example]] = _cut if format == "text" else _FITS[too_long]
     examples: list[Example] = []
     problems: list[str] = []
-    dropped = 0
+    silent = dropped = 0
     for where, line in _lines(paths):
         try:
-            fitted = fit(_example(encode(json.loads(line), tokenizer)), seq_length)
-        except json.JSONDecodeError as error:
-            problems.append(f"{where}: not JSON: {error}")
-        except _BadLineError as error:
+            made = [_example(marked) for marked in documents(read_record(line, keys))]
+            for example in made:
+                _check_vocabulary(example, vocab_size, tokenizer)
+            fitted = [part for example in made for part in fit(example, seq_length)]
+        except BadLineError as error:
             problems.append(f"{where}: {error}")
         else:
             examples += fitted
-            dropped += not fitted
+            silent += not made
+            dropped += bool(made) and not fitted
     if problems:
         more = f"\n- and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         lines = "".join(f"\n- {problem}" for problem in problems[:_SHOWN])
         raise ConfigError(f"{len(problems)} line(s) of format {format!r} are refused:{lines}{more}")
+    for note, count in keys.notes.items():
+        logger.warning("%s: %s (%d times)", ", ".join(map(str, paths)), note, count)
     kept = [example for example in examples if example.learnt[1:].any()]
     if paths and not kept:
         raise ConfigError(f"{', '.join(map(str, paths))} hold no example with a token to learn")
-    if dropped or len(kept) < len(examples):
+    silent += len(examples) - len(kept)
+    if dropped or silent:
         logger.warning(
             "%d examples are empty or longer than model.seq_length=%d and dropped; %d have nothing "
             "to learn within it and are left out; %d are left",
             dropped,
             seq_length,
-            len(examples) - len(kept),
+            silent,
             len(kept),
         )
     return kept
 
 
-class _BadLineError(Exception):
-    """What is wrong with one line."""
-
-
 def _lines(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
     for path in paths:
-        try:
-            text = Path(path).read_text("utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; name a JSONL file") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+        text = _decode(path)
         # Not splitlines(): JSON strings may hold other line breaks, such as U+2028.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield f"{path} line {number}", line
 
 
-def _example(pieces: _Pieces) -> Example:
-    tokens = [token for ids, _ in pieces for token in ids]
-    learnt = [flag for ids, flag in pieces for _ in ids]
-    return Example(np.array(tokens, dtype=np.int32), np.array(learnt, dtype=np.bool_))
+def _decode(path: str | Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ConfigError: The file can't be read or is in another encoding.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; name a JSONL file") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(
+            f"{path} is not UTF-8 text but UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path} line {line} is not UTF-8 text: {error}") from error
+
+
+def _example(marked: Marked) -> Example:
+    return Example(np.array(marked[0], dtype=np.int32), np.array(marked[1], dtype=np.bool_))
+
+
+def _check_vocabulary(example: Example, vocab_size: int | None, tokenizer: Any) -> None:
+    largest = int(example.tokens.max(initial=0))
+    if vocab_size is not None and largest >= vocab_size:
+        raise BadLineError(
+            f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is not among the "
+            f"{vocab_size} of the base model's embedding; use the tokenizer that belongs to the "
+            "base, or a base whose embedding was resized for it"
+        )
 
 
 def _part(example: Example, start: int, positions: int) -> Example:
@@ -182,7 +212,7 @@ def _cut(example: Example, seq_length: int) -> list[Example]:
 
 def _refuse_long(example: Example, seq_length: int) -> list[Example]:
     if len(example) > seq_length:
-        raise _BadLineError(
+        raise BadLineError(
             f"{len(example)} positions, over model.seq_length={seq_length}; raise it, or set "
             "dataset.too_long to truncate or drop"
         )
@@ -196,79 +226,39 @@ _FITS: dict[str, Callable[[Example, int], list[Example]]] = {
 }
 
 
-def _field(record: Any, name: str) -> str:
-    value = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(value, str):
-        found = list(record) if isinstance(record, dict) else type(record).__name__
-        raise _BadLineError(f"wanted text under {name!r}; found {found}")
-    return value
+class _Documents:
+    """From a line's object to documents, for each format."""
 
+    def __init__(self, tokenizer: Any, options: ChatOptions, keys: Keys) -> None:
+        self._tokenizer, self._keys = tokenizer, keys
+        self._encoder = Encoder(tokenizer)
+        self._chats = ChatEncoder(self._encoder, options, keys)
 
-def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return ids
+    def of(self, format: Format) -> Callable[[Mapping[str, Any]], list[Marked]]:
+        formats: dict[Format, Callable[[Mapping[str, Any]], list[Marked]]] = {
+            "chat": lambda record: self._chats.documents(read_chat(record, self._keys)),
+            "prompt_completion": self._pair,
+            "text": self._text,
+        }
+        return formats[format]
 
+    def _text(self, record: Mapping[str, Any]) -> list[Marked]:
+        if not isinstance(record.get("text"), str):
+            raise BadLineError(f"wanted text under 'text'; found {list(record)}")
+        self._keys.rest_of_line(record, ("text",))
+        ids = [*self._whole(record["text"]), self._tokenizer.eos_token_id]
+        return [(ids, [True] * len(ids))]
 
-def _text(record: Any, tokenizer: Any) -> _Pieces:
-    ids = _encode(tokenizer, _field(record, "text"), special=True)
-    return [([*_without_eos(ids, tokenizer), tokenizer.eos_token_id], True)]
+    def _pair(self, record: Mapping[str, Any]) -> list[Marked]:
+        pair = read_pair(record, self._keys)
+        if not isinstance(pair, tuple):
+            return self._chats.documents(pair)
+        prompt, whole = self._whole(pair[0]), self._whole(pair[0] + pair[1])
+        answer = [*self._encoder.after(prompt, whole, pair[1]), self._tokenizer.eos_token_id]
+        return [(prompt + answer, [False] * len(prompt) + [True] * len(answer))]
 
-
-def _prompt_completion(record: Any, tokenizer: Any) -> _Pieces:
-    prompt = _encode(tokenizer, _field(record, "prompt"), special=True)
-    completion = _encode(tokenizer, _field(record, "completion"), special=False)
-    return [
-        (_without_eos(prompt, tokenizer), False),
-        ([*completion, tokenizer.eos_token_id], True),
-    ]
-
-
-def _without_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    # Some tokenizers add it by themselves; it comes once, at the end.
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _chat(record: Any, tokenizer: Any) -> _Pieces:
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    ):
-        raise _BadLineError('wanted {"messages": [{"role": ..., "content": ...}, ...]}')
-    texts = [("", False)]
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _render(tokenizer, messages[:index], add_generation_prompt=True)
-            texts += [(before, False), (_render(tokenizer, messages[: index + 1]), True)]
-    if len(texts) == 1:
-        raise _BadLineError("no message has the role 'assistant', so there is nothing to learn")
-    pieces = []
-    for (before, _), (text, flag) in pairwise(texts):
-        if not text.startswith(before):
-            raise _BadLineError(
-                "the chat template writes earlier turns differently once a later one follows, so "
-                "the answers can't be told from the rest; give one line for each answer"
-            )
-        # Piece by piece, as when serving: there the prompt ends where the answer will begin.
-        pieces.append((_encode(tokenizer, text[len(before) :], special=False), flag))
-    return pieces
-
-
-def _render(
-    tokenizer: Any, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False
-) -> str:
-    if not messages:
-        raise _BadLineError("the first message is the assistant's; wanted a user's before it")
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # Templates are programs of their own and raise what they like.
-        raise _BadLineError(f"the chat template refuses it: {error}") from error
-    return text
-
-
-_ENCODERS: dict[str, Callable[[Any, Any], _Pieces]] = {
-    "chat": _chat,
-    "prompt_completion": _prompt_completion,
-    "text": _text,
-}
+    def _whole(self, text: str) -> list[int]:
+        """Tokens of what begins a sequence, without the token that ends one."""
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        # Some tokenizers add it by themselves; it comes once, at the end.
+        return ids[:-1] if ids and ids[-1] == self._tokenizer.eos_token_id else ids

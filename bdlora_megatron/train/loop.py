@@ -17,8 +17,10 @@ from megatron.core import parallel_state
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.export import main_weights, write_peft_folders
 from bdlora_megatron.layers import collect_adapter
+from bdlora_megatron.models import read_hf_config
 from bdlora_megatron.models.check import base_shape
 from bdlora_megatron.runtime import model_parallel, refuse_together
+from bdlora_megatron.train.chats import ChatOptions
 from bdlora_megatron.train.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -85,8 +87,9 @@ class _Run:
         self.folder = Path(config.checkpoint.save)
         self.share = _share(config)
         tokenizer = load_tokenizer(config.model.hf_path)
-        self.examples = _examples(config, tokenizer, config.dataset.train)
-        validation = _examples(config, tokenizer, config.dataset.validation)
+        vocab_size = read_hf_config(config.model.hf_path).vocab_size
+        self.examples = _examples(config, tokenizer, config.dataset.train, vocab_size)
+        validation = _examples(config, tokenizer, config.dataset.validation, vocab_size)
         self.validation = _rows(config, validation, shuffled=False)
         self.model, self.hf = build_model(config)
         self.steps_done = 0
@@ -217,13 +220,21 @@ def _share(config: TrainConfig) -> ShareOfBatch:
     )
 
 
-def _examples(config: TrainConfig, tokenizer: Any, paths: tuple[str, ...]) -> list[Example]:
+def _examples(
+    config: TrainConfig, tokenizer: Any, paths: tuple[str, ...], vocab_size: int
+) -> list[Example]:
     return read_examples(
         paths,
         tokenizer,
         format=config.dataset.format,
         seq_length=config.model.seq_length,
         too_long=config.dataset.too_long,
+        vocab_size=vocab_size,
+        chats=ChatOptions(
+            train_on=config.dataset.train_on,
+            template_kwargs=config.dataset.chat_template_kwargs,
+            ignore_keys=config.dataset.ignore_keys,
+        ),
     )
 
 

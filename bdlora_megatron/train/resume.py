@@ -34,7 +34,11 @@ _FREE = (
 )
 
 #: Settings that older checkpoints do not know, with what they then were.
-_SINCE_THEN = {"train.precision": "fp32"}
+_SINCE_THEN = {
+    "train.precision": "fp32",
+    "dataset.train_on": "all",
+    "dataset.ignore_keys": [],
+}
 
 
 def run_facts(config: TrainConfig, hf: HFConfig, examples: Sequence[Example]) -> dict[str, Any]:

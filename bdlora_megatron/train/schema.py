@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from bdlora_megatron.config import DEFAULT_TARGETS
 from bdlora_megatron.decoder import ModelClass
@@ -99,6 +99,14 @@ class DatasetSection:
     """Put several examples in a row; they don't see one another."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What becomes of examples longer than a row. Plain text is cut into rows instead."""
+    train_on: Literal["all", "last"] = "all"
+    """Which answers of a conversation are learnt. ``last`` is for chat templates that write earlier
+    turns differently once a later one follows."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, such as ``enable_thinking: false``. Requests to the server
+    should be made with the same ones."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of lines and messages to leave out, where they would be refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -160,3 +160,18 @@ def test_files_and_arguments_that_are_no_settings(tmp_path):
     path.write_text(YAML.replace("base,", "'???',"))
     with pytest.raises(ConfigError, match=r"(?s)cannot be read as settings.*hf_path"):
         load_config(path)
+
+
+def test_how_chats_are_read():
+    section = {"train": "a.jsonl", "chat_template_kwargs": {"enable_thinking": False}}
+    config = from_mapping(changed(dataset=section, dataset__train_on="last"))
+    assert config.dataset.chat_template_kwargs == {"enable_thinking": False}
+    assert from_mapping(to_mapping(config)) == config
+    assert (
+        from_mapping(changed(dataset__chat_template_kwargs=None)).dataset
+        == from_mapping(GOOD).dataset
+    )
+    with pytest.raises(ConfigError, match="dataset.chat_template_kwargs is 3; wanted a section"):
+        from_mapping(changed(dataset__chat_template_kwargs=3))
+    with pytest.raises(ConfigError, match="are for conversations"):
+        from_mapping(changed(dataset__train_on="last", dataset__format="text"))

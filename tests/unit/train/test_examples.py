@@ -96,7 +96,7 @@ def test_long_examples_are_refused_cut_or_left_out(tmp_path, tokenizer, caplog):
         ({"text": "a"}, "chat", 'wanted {"messages"'),
         ({"messages": [{"role": "user", "content": "a"}]}, "chat", "has the role 'assistant'"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "chat", "wanted a user's before"),
-        ({"prompt": "a"}, "prompt_completion", r"wanted text under 'completion'; found \['prompt"),
+        ({"prompt": "a"}, "prompt_completion", r"wanted text under 'completion'.*found \['prompt"),
         ({"text": 3}, "text", "wanted text under 'text'"),
         ([1], "text", "found list"),
     ],
@@ -121,10 +121,3 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
         read_examples([path], tokenizer, format="text", seq_length=8)
     with pytest.raises(ConfigError, match="no tokenizer can be read"):
         load_tokenizer(tmp_path)
-
-
-def test_a_template_that_rewrites_what_was_said_is_refused(tmp_path):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
-    with pytest.raises(ConfigError, match="writes earlier turns differently"):
-        read(tmp_path, tokenizer, [CHAT], "chat")
