@@ -141,7 +141,7 @@ def build_model(
         ShapeError: The layers cannot be divided over the pipeline's stages.
         UnsupportedError: Attention would see less than ``max_sequence_length`` positions.
     """
-    _check_stages(hf, config.pipeline_model_parallel_size)
+    hf.check_stages(config.pipeline_model_parallel_size)
     length = max_sequence_length or hf.max_positions
     if hf.sliding_window is not None and hf.sliding_window < length:
         raise UnsupportedError(
@@ -254,15 +254,6 @@ def hybrid_stack_spec(spec: ModuleSpec) -> ModuleSpec:
             mlp_layer=replace(spec, module=MLPLayer, submodules=replace(layer, **no_attention)),
         ),
     )
-
-
-def _check_stages(hf: HFConfig, stages: int) -> None:
-    if hf.num_layers % stages:
-        fit = [size for size in range(1, hf.num_layers + 1) if hf.num_layers % size == 0]
-        raise ShapeError(
-            f"num_hidden_layers={hf.num_layers} cannot be divided over {stages} pipeline stages; "
-            f"use one of {fit}"
-        )
 
 
 def _fixed_fields(hf: HFConfig, dtype: torch.dtype) -> dict[str, Any]:

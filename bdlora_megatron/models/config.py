@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bdlora_megatron.errors import ConfigError, UnsupportedError
+from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.models.rope import RopeSettings, read_rope
 
 __all__ = ["HFConfig", "parse_hf_config", "read_hf_config"]
@@ -61,6 +61,22 @@ class HFConfig:
     tied: bool
     sliding_window: int | None
     eos_token_ids: tuple[int, ...]
+
+    def check_stages(self, stages: int) -> None:
+        """Refuse a pipeline-parallel size that the layers do not divide by.
+
+        Args:
+            stages: Pipeline stages.
+
+        Raises:
+            ShapeError: With the sizes that would do.
+        """
+        if self.num_layers % stages:
+            fit = [size for size in range(1, self.num_layers + 1) if self.num_layers % size == 0]
+            raise ShapeError(
+                f"num_hidden_layers={self.num_layers} cannot be divided over {stages} pipeline "
+                f"stages; use one of {fit}"
+            )
 
 
 def read_hf_config(folder: str | Path) -> HFConfig:

@@ -11,6 +11,7 @@ from typing import Any
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.runtime.launch import INTERFACE_HELP
 from bdlora_megatron.train.config import load_config
+from bdlora_megatron.train.stop import STATUS, PreemptedError
 
 __all__ = ["add_parser", "run"]
 
@@ -50,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes to start; one copy of the model, or all GPUs, when unset",
     )
     parser.add_argument("--interface", metavar="NAME", help=INTERFACE_HELP)
-    parser.add_argument("--check", action="store_true", help="check the settings and stop")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check the settings against the base model's config and the ranks, and stop",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         args: Parsed arguments.
 
     Returns:
-        The exit status.
+        The exit status; 75 where SIGTERM stopped the run and it can be started again.
 
     Raises:
         ConfigError: The settings are wrong; further errors are those of ``train``.
@@ -69,11 +74,18 @@ def run(args: argparse.Namespace) -> int:
     if args.ranks is not None and args.ranks < 1:
         raise ConfigError(f"--ranks is {args.ranks}; wanted at least 1")
     if args.check:
+        from bdlora_megatron.train.launch import check_launch
+
+        check_launch(config, ranks=args.ranks)
         return 0
     # Only now: importing Megatron-Core takes seconds, which a misspelt key need not wait for.
     from bdlora_megatron.train.launch import launch
 
-    result = launch(config, ranks=args.ranks, interface=args.interface)
+    try:
+        result = launch(config, ranks=args.ranks, interface=args.interface)
+    except PreemptedError as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return STATUS
     if os.environ.get("RANK", "0") != "0":
         return 0  # one of torchrun's; the first one tells
     if args.json:

@@ -9,7 +9,9 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,14 @@ import torch
 
 from bdlora_megatron import runtime
 from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.models import read_hf_config
+from bdlora_megatron.plan import ModelShape
 from bdlora_megatron.runtime.launch import bind_gloo, join_ranks, rank_context
+from bdlora_megatron.train.data import ShareOfBatch
 from bdlora_megatron.train.schema import TrainConfig
+from bdlora_megatron.train.stop import PreemptedError, StopRequest
 
-__all__ = ["RankDiedError", "launch"]
+__all__ = ["RankDiedError", "check_launch", "launch"]
 
 _PRELOAD = ("bdlora_megatron.train.preload",)
 _GRACE_S = 5.0
@@ -49,6 +55,7 @@ def launch(config: TrainConfig, *, ranks: int | None = None, interface: str | No
         ConfigError: The number of ranks doesn't fit the settings or the machine.
         BDLoRAError: What a rank raised; the others are ended.
         RankDiedError: A rank died without such an error.
+        PreemptedError: This process or a rank was sent SIGTERM.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if ranks is not None:
@@ -71,15 +78,69 @@ def launch(config: TrainConfig, *, ranks: int | None = None, interface: str | No
             for rank in range(count)
         ]
         try:
-            for process in processes:
-                process.start()
-            for _, sender in answers:
-                sender.close()
-            return _outcome([receiver for receiver, _ in answers])
+            with StopRequest(partial(_terminate, processes)) as stop:
+                for process in processes:
+                    process.start()
+                for _, sender in answers:
+                    sender.close()
+                if stop.asked:
+                    _terminate(processes)  # those that had not started when it came
+                return _outcome([receiver for receiver, _ in answers], stop)
         finally:
             held.close()
             alive.close()
             _end(processes)
+
+
+def check_launch(config: TrainConfig, *, ranks: int | None = None) -> None:
+    """Refuse what ``launch`` would refuse before it reads weights and data; starts nothing.
+
+    Args:
+        config: The settings.
+        ranks: As for ``launch``; under torchrun its number counts.
+
+    Raises:
+        ConfigError: The settings don't fit the base model or the ranks; all problems are listed.
+    """
+    # It knows the layers, and with them imports Megatron-Core, which ``launch`` leaves to ranks.
+    from bdlora_megatron.train.peft import resolve_peft
+
+    model, problems = config.model, []
+    hf = read_hf_config(model.hf_path)
+    shape = ModelShape.from_hf(hf)
+    adapted = config.peft.scheme != "none"
+    checks: list[Callable[[], object]] = [
+        lambda: hf.check_stages(model.pipeline_model_parallel_size),
+        lambda: shape.check_tp(model.tensor_model_parallel_size) if adapted else None,
+        lambda: resolve_peft(config.peft, hf),
+        lambda: _check_batch(config, _world(config, ranks)),
+    ]
+    for check in checks:
+        try:
+            check()
+        except BDLoRAError as error:
+            problems.append(str(error))
+    if problems:
+        lines = "".join(f"\n- {problem}" for problem in problems)
+        raise ConfigError(f"{len(problems)} problem(s) in the training settings:{lines}")
+
+
+def _world(config: TrainConfig, ranks: int | None) -> int:
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return _count(config, ranks)
+    world, copy = int(os.environ["WORLD_SIZE"]), config.model_parallel_size
+    if world % copy:
+        raise ConfigError(f"{world} ranks of torchrun; one copy of the model takes {copy}")
+    return world
+
+
+def _check_batch(config: TrainConfig, ranks: int) -> None:
+    ShareOfBatch(
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=0,
+        dp_size=ranks // config.model_parallel_size,
+    )
 
 
 def _count(config: TrainConfig, ranks: int | None) -> int:
@@ -142,7 +203,14 @@ def _die_with_parent(alive: Connection) -> None:
         os._exit(1)
 
 
-def _outcome(receivers: Sequence[Connection]) -> Any:
+def _terminate(processes: Sequence[Any]) -> None:
+    for process in processes:
+        if process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
+
+
+def _outcome(receivers: Sequence[Connection], stop: StopRequest) -> Any:
     waiting = {receiver: rank for rank, receiver in enumerate(receivers)}
     result: Any = None
     failure: tuple[str, Any] | None = None
@@ -166,6 +234,11 @@ def _outcome(receivers: Sequence[Connection]) -> Any:
         return result
     if failure[0] == "error":
         raise failure[1]
+    if stop.asked:
+        raise PreemptedError(
+            "stopped by SIGTERM while no step was computed; the last checkpoint, if there is one, "
+            "is kept"
+        )
     raise RankDiedError(failure[1])
 
 

@@ -31,9 +31,10 @@ from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch
 from bdlora_megatron.train.examples import Example, load_tokenizer, read_examples
 from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.report import Report
-from bdlora_megatron.train.resume import check_resumable, run_facts
+from bdlora_megatron.train.resume import check_resumable, run_facts, weights_digest
 from bdlora_megatron.train.schema import TrainConfig
 from bdlora_megatron.train.step import Stepper, mean_loss
+from bdlora_megatron.train.stop import PreemptedError, StopRequest
 
 __all__ = ["ADAPTER", "DENSE_ADAPTER", "RunResult", "train"]
 
@@ -71,6 +72,8 @@ def train(config: TrainConfig) -> RunResult:
         ConfigError: The settings don't fit the number of ranks, the data or the checkpoint; nothing
             was changed.
         DivergedError: The loss is no longer finite; the last checkpoint is still good.
+        PreemptedError: A rank was sent SIGTERM between the first step and the last; all ranks have
+            saved the step they had reached.
     """
     model = config.model
     with model_parallel(
@@ -99,10 +102,12 @@ class _Run:
         if self.config.peft.scheme == "none":
             return self._evaluate_base()
         stepper = Stepper(self.model, self.config)
-        facts = run_facts(self.config, self.hf, self.examples)
+        weights = weights_digest(self.config.model.hf_path, self.hf)
+        facts = run_facts(self.config, self.hf, weights, self.examples)
         self._resume(stepper, facts)
         with self._reporting():
-            loss = self._steps(stepper, facts)
+            with StopRequest() as stop:
+                loss = self._steps(stepper, facts, stop)
             if self.report is not None:
                 self.report.draw()
             with main_weights(self.model):
@@ -155,7 +160,7 @@ class _Run:
             f"{len(self.examples)} examples{resumed}"
         )
 
-    def _steps(self, stepper: Stepper, facts: dict[str, Any]) -> float | None:
+    def _steps(self, stepper: Stepper, facts: dict[str, Any], stop: StopRequest) -> float | None:
         settings, checkpoint = self.config.train, self.config.checkpoint
         rows = _rows(self.config, self.examples, shuffled=True)
         loss = None
@@ -171,10 +176,17 @@ class _Run:
                 tokens = settings.global_batch_size * self.config.model.seq_length
                 seconds = time.perf_counter() - started
                 self.report.step(self.steps_done, result, tokens / seconds)
-            if _due(self.steps_done, settings.eval_interval, last=last):
+            stopping = stop.agreed()
+            if not stopping and _due(self.steps_done, settings.eval_interval, last=last):
                 loss = self._evaluate()
-            if _due(self.steps_done, checkpoint.save_interval, last=last):
+                stopping = stop.agreed()
+            if stopping or _due(self.steps_done, checkpoint.save_interval, last=last):
                 save_checkpoint(self.folder, self.steps_done, stepper, facts, keep=checkpoint.keep)
+            if stopping:
+                raise PreemptedError(
+                    f"stopped by SIGTERM and saved after step {self.steps_done} of "
+                    f"{settings.train_iters}; the same command goes on from there"
+                )
         # A finished run that is started again tells its result again.
         return self._evaluate() if loss is None else loss
 

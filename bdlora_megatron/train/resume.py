@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.models import HFConfig
+from bdlora_megatron.models import HFConfig, TensorFiles
 from bdlora_megatron.train.config import to_mapping
 from bdlora_megatron.train.examples import Example
 from bdlora_megatron.train.schema import TrainConfig
 
-__all__ = ["check_resumable", "run_facts"]
+__all__ = ["check_resumable", "run_facts", "weights_digest"]
+
+#: Rows of each tensor that its digest looks at.
+_ROWS = 16
 
 #: Settings that change nothing about what is learnt: where, how fast, and what is told of it.
 _FREE = (
@@ -41,12 +47,52 @@ _SINCE_THEN = {
 }
 
 
-def run_facts(config: TrainConfig, hf: HFConfig, examples: Sequence[Example]) -> dict[str, Any]:
+_COMPARED = {
+    "base": "the base model's config differs",
+    "weights": "the base model's weights differ",
+    "data": "the training data differs",
+}
+
+
+def weights_digest(folder: str | Path, hf: HFConfig) -> str:
+    """A digest of names, shapes and some rows of every weight, whatever files hold them.
+
+    It tells a base that was trained, merged or quantised from the one before. A change of single
+    rows, of the embedding for one, may pass it by.
+
+    Args:
+        folder: The base model's folder.
+        hf: Its facts.
+
+    Returns:
+        The digest, in hexadecimal.
+    """
+    digest = hashlib.sha256()
+    with TensorFiles(folder) as files:
+        for name, shape in sorted(files.shapes.items()):
+            # Copies and buffers that some versions of transformers store and others leave out.
+            copied = hf.tied and name == "lm_head.weight"
+            if copied or not shape or not name.endswith((".weight", ".bias")):
+                continue
+            digest.update(f"{name} {shape}".encode())
+            count = min(shape[0], _ROWS) if len(shape) > 1 else 1
+            for number in range(count):
+                first = number * shape[0] // count
+                rows = files.rows(name, first, first + 1 if len(shape) > 1 else shape[0])
+                digest.update(f"{rows.dtype}".encode())
+                digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run_facts(
+    config: TrainConfig, hf: HFConfig, weights: str, examples: Sequence[Example]
+) -> dict[str, Any]:
     """What has to be equal for a run to go on as if it had never stopped.
 
     Args:
         config: The settings.
         hf: The base model's facts; files may have moved.
+        weights: Of ``weights_digest``.
         examples: The training data; likewise.
 
     Returns:
@@ -56,7 +102,12 @@ def run_facts(config: TrainConfig, hf: HFConfig, examples: Sequence[Example]) ->
     for example in examples:
         digest.update(example.tokens.tobytes())
         digest.update(example.learnt.tobytes())
-    return {"settings": to_mapping(config), "base": repr(hf), "data": digest.hexdigest()}
+    return {
+        "settings": to_mapping(config),
+        "base": repr(hf),
+        "weights": weights,
+        "data": digest.hexdigest(),
+    }
 
 
 def check_resumable(saved: Mapping[str, Any], facts: Mapping[str, Any], path: str) -> None:
@@ -83,9 +134,10 @@ def check_resumable(saved: Mapping[str, Any], facts: Mapping[str, Any], path: st
             "scheduler.lr_decay_iters from the start to train longer than planned"
         )
     problems += [
-        f"{what} differs from the checkpoint's"
-        for key, what in (("base", "the base model's config"), ("data", "the training data"))
-        if saved[key] != facts[key]
+        f"{what} from the checkpoint's"
+        for key, what in _COMPARED.items()
+        # Older checkpoints know nothing of the weights.
+        if key in saved and saved[key] != facts[key]
     ]
     if problems:
         raise ConfigError(

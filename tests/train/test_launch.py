@@ -102,6 +102,24 @@ def test_problems_are_one_message_and_nothing_is_written(root, tmp_path):
     assert done.stderr.splitlines()[-1].endswith("did you mean peft.bdlora.rank?")
     assert _command(path, "--check").returncode == 0
     assert not (tmp_path / "run").exists()
+    done = _command(
+        path,
+        "model.pipeline_model_parallel_size=3",
+        "model.tensor_model_parallel_size=5",
+        "peft.bdlora.num_blocks=5",
+        "--ranks=16",
+        "--check",
+    )
+    assert done.returncode == 2
+    assert "num_hidden_layers=2 cannot be divided over 3 pipeline stages; use one of [1, 2]" in (
+        done.stderr
+    )
+    for problem in (
+        "tp=5 does not divide 12 heads",
+        "rank=12",
+        "16 ranks; one copy of the model takes 15",
+    ):
+        assert problem in done.stderr
     two = settings(root, tmp_path / "run", model__pipeline_model_parallel_size=2)
     with pytest.raises(ConfigError, match="3 ranks; one copy of the model takes 2"):
         launch(two, ranks=3)
@@ -139,6 +157,56 @@ def test_no_rank_outlives_its_launcher(root, tmp_path, ending, status):
     assert len(_processes(tmp_path)) > 1
     process.send_signal(ending)
     assert process.wait(timeout=60) == status
+    _wait(lambda: not _processes(tmp_path))
+
+
+@pytest.mark.parametrize("told", ["launcher", "all processes"])
+def test_a_run_that_is_sent_sigterm_saves_and_goes_on_as_if_it_had_not_stopped(
+    root, tmp_path, told
+):
+    changes = {"model__tensor_model_parallel_size": 2, "scheduler": {"lr_decay_style": "constant"}}
+    saves = {"checkpoint": {"save": str(tmp_path / "run")}, "train__train_iters": 10_000}
+    path = _yaml(settings(root, tmp_path / "run", **changes, **saves), tmp_path / "run.yaml")
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "bdlora_megatron.train", str(path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**ENVIRONMENT, "RUN_OF_THIS_TEST": str(tmp_path)},
+        start_new_session=True,
+    )
+    _wait(lambda: len(read_metrics(tmp_path / "run")) > 2)
+    # A scheduler tells the first process, or every one that belongs to the job.
+    (os.kill if told == "launcher" else os.killpg)(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    ((step, _),) = checkpoints(tmp_path / "run")
+    assert f"saved after step {step} of 10000; the same command goes on from there" in errors
+    _wait(lambda: not _processes(tmp_path))
+    assert _command(path, f"train.train_iters={step + 2}").returncode == 0
+    whole = [path, f"train.train_iters={step + 2}", f"checkpoint.save={tmp_path / 'whole'}"]
+    assert _command(*whole).returncode == 0
+    runs = (read_metrics(tmp_path / name) for name in ("run", "whole"))
+    stopped, never = ([m["loss"] for m in run if "loss" in m] for run in runs)
+    assert stopped == never
+    assert len(never) == step + 2
+
+
+def test_a_run_that_is_sent_sigterm_before_its_first_step_has_the_same_status(root, tmp_path):
+    config = settings(root, tmp_path / "run", train__train_iters=10_000, scheduler={})
+    path = _yaml(config, tmp_path / "run.yaml")
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "bdlora_megatron.train", str(path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**ENVIRONMENT, "RUN_OF_THIS_TEST": str(tmp_path)},
+    )
+    _wait((tmp_path / "run" / ".lock").exists)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "stopped by SIGTERM" in errors
     _wait(lambda: not _processes(tmp_path))
 
 

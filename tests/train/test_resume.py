@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
+import shutil
+import signal
+import threading
 import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.train.checkpoint import checkpoints
 from bdlora_megatron.train.loop import ADAPTER
 from bdlora_megatron.train.report import read_metrics
+from bdlora_megatron.train.stop import PreemptedError
 from tests.harness import RankError, run_ranks
 from tests.train.runs import make_files, settings, train_rank
 
@@ -203,3 +208,58 @@ def test_a_loss_that_is_no_number_stops_the_run(root, tmp_path):
     config = _config(root, tmp_path, optimizer={"lr": 1e30, "clip_grad": 0.0})
     with pytest.raises(RankError, match=r"DivergedError: the .* of step \d is (nan|inf).*lower"):
         run_ranks(1, train_rank, config)
+
+
+def test_other_base_weights_are_not_gone_on_with(root, tmp_path):
+    run_ranks(1, train_rank, _config(root, tmp_path / "run", train__train_iters=2))
+    base = tmp_path / "base"
+    shutil.copytree(root / "base", base)
+    moved = _config(root, tmp_path / "run", model={"hf_path": str(base), "seq_length": 48})
+    weights = load_file(base / "model.safetensors")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        save_file({**weights, name: weights[name] * 1.3}, base / "model.safetensors")
+        run_ranks(1, _refusals, [(moved, "the base model's weights differ from the checkpoint's")])
+    save_file(weights, base / "model.safetensors")
+    (result,) = run_ranks(1, train_rank, moved)
+    assert result.steps == 6
+
+
+def test_a_checkpoint_that_knows_no_weights_is_gone_on_with(root, tmp_path):
+    run_ranks(1, train_rank, _config(root, tmp_path, train__train_iters=2))
+    facts = tmp_path / "step_00000002" / "run.json"
+    old = json.loads(facts.read_text())
+    for section, key in (("dataset", "train_on"), ("dataset", "ignore_keys")):
+        del old["settings"][section][key]
+    facts.write_text(json.dumps({key: value for key, value in old.items() if key != "weights"}))
+    (result,) = run_ranks(1, train_rank, _config(root, tmp_path, train__train_iters=4))
+    assert result.steps == 4
+
+
+def _asked_on_one_rank(rank, world_size, config):
+    """A run in which the last rank is sent SIGTERM; where each rank stopped."""
+
+    def ask():
+        while len(_losses(config.checkpoint.save)) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if rank == world_size - 1:
+        threading.Thread(target=ask).start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(PreemptedError, match="stopped by SIGTERM and saved after step") as stopped:
+        train_rank(rank, world_size, config)
+    assert signal.getsignal(signal.SIGTERM) == before
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+def test_all_ranks_stop_at_the_step_at_which_one_is_asked(root, tmp_path, parallel):
+    sizes = {f"model__{parallel}_model_parallel_size": 2}
+    endless = {"train__train_iters": 10_000, "scheduler": {"lr_decay_style": "constant"}}
+    saves = {"checkpoint": {"save": str(tmp_path)}}
+    config = _config(root, tmp_path, **sizes, **endless, **saves)
+    told = run_ranks(2, _asked_on_one_rank, config)
+    ((step, _),) = checkpoints(tmp_path)
+    assert len(set(told)) == 1
+    assert f"after step {step} of" in told[0]
+    assert step == max(_losses(tmp_path)) >= 3

@@ -171,7 +171,7 @@ def test_how_chats_are_read():
         from_mapping(changed(dataset__chat_template_kwargs=None)).dataset
         == from_mapping(GOOD).dataset
     )
-    with pytest.raises(ConfigError, match="dataset.chat_template_kwargs is 3; wanted a section"):
+    with pytest.raises(ConfigError, match=r"dataset.chat_template_kwargs is 3; wanted a section"):
         from_mapping(changed(dataset__chat_template_kwargs=3))
     with pytest.raises(ConfigError, match="are for conversations"):
         from_mapping(changed(dataset__train_on="last", dataset__format="text"))
