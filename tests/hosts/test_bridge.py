@@ -25,7 +25,6 @@ from tests.hosts.bridge_runs import (
     train,
 )
 from tests.tolerances import MODEL_BFLOAT16, assert_close
-from tests.unit.convert.random_adapters import assert_same
 
 
 def has_bridge():
@@ -182,7 +181,15 @@ def test_pretrain_trains_goes_on_and_peft_computes_the_same(name, runs):
         _assert_float32_copies(adapter, [whole for whole, _ in ranks])
     if not case.distributed:
         # The checkpoint itself is an adapter too, at any step.
-        assert_same(read_adapter(folder / "whole" / f"iter_{STEPS:07}"), adapter)
+        saved = read_adapter(folder / "whole" / f"iter_{STEPS:07}")
+        assert saved.modules.keys() == adapter.modules.keys()
+        for key, factors in adapter.modules.items():
+            assert (saved.modules[key].scale, saved.modules[key].num_blocks) == (
+                factors.scale,
+                factors.num_blocks,
+            )
+            assert torch.equal(saved.modules[key].A, factors.A)
+            assert torch.equal(saved.modules[key].B, factors.B)
     resumed = read_adapter(folder / "rest" / "hf_adapter")
     for key, factors in adapter.modules.items():
         assert torch.equal(resumed.modules[key].A, factors.A)
