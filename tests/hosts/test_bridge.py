@@ -340,6 +340,7 @@ def _contender(rank, world_size):
     from bdlora_megatron.bench.run import measure_rank
     from bdlora_megatron.config import Layout, LoRAConfig
     from bdlora_megatron.layers import lora_layers
+    from bdlora_megatron.layers.anatomy import named_modules_global
 
     small = {"ranks": (4,), "layers": 2, "repeats": 1, "bridge": True, "latencies_s": (0.0,)}
     sizes = {"decode": ((2, 4),), "mixed": ((2, 4),), "prefill": ((1, 4),), "train": ((2, 4),)}
@@ -349,10 +350,10 @@ def _contender(rank, world_size):
         theirs = contenders.model_of(Arm(rank=4, bridge=True))
         ours = contenders.model
         lora = LoRAConfig(rank=4, alpha=4.0, layout=Layout.SLORA, fused=True)
-        pairs = []
+        pairs, counterparts = [], dict(named_modules_global(theirs))
         for name, layer in lora_layers(ours):
             adapter = layer.attach_config(lora, name.rpartition(".")[2])
-            other = theirs.get_submodule(name).adapter
+            other = counterparts[name].adapter
             for factor in ("linear_in", "linear_out"):
                 mine, yours = (getattr(x, factor).weight for x in (adapter, other))
                 mine.data.copy_(torch.nn.init.normal_(yours, std=0.3))
