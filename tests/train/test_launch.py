@@ -183,9 +183,9 @@ def test_a_run_that_is_sent_sigterm_saves_and_goes_on_as_if_it_had_not_stopped(
     ((step, _),) = checkpoints(tmp_path / "run")
     assert f"saved after step {step} of 10000; the same command goes on from there" in errors
     _wait(lambda: not _processes(tmp_path))
-    assert _command(path, f"train.train_iters={step + 2}").returncode == 0
-    whole = [path, f"train.train_iters={step + 2}", f"checkpoint.save={tmp_path / 'whole'}"]
-    assert _command(*whole).returncode == 0
+    changes["train__train_iters"] = step + 2
+    for name in ("run", "whole"):
+        launch(settings(root, tmp_path / name, **changes))
     runs = (read_metrics(tmp_path / name) for name in ("run", "whole"))
     stopped, never = ([m["loss"] for m in run if "loss" in m] for run in runs)
     assert stopped == never
