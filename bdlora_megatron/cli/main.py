@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 all good, 1 the command found or left something wrong, 2 it could not
-        begin (usage, unreadable input of `verify`), 130 interrupted.
+        begin (usage, unreadable input of `verify`), 75 training was stopped by SIGTERM and can be
+        started again, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     called = argv[0] if argv else ""

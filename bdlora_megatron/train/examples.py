@@ -233,6 +233,7 @@ class _Documents:
         self._tokenizer, self._keys = tokenizer, keys
         self._encoder = Encoder(tokenizer)
         self._chats = ChatEncoder(self._encoder, options, keys)
+        self._chat_settings = options.train_on != "all" or bool(options.template_kwargs)
 
     def of(self, format: Format) -> Callable[[Mapping[str, Any]], list[Marked]]:
         formats: dict[Format, Callable[[Mapping[str, Any]], list[Marked]]] = {
@@ -253,6 +254,11 @@ class _Documents:
         pair = read_pair(record, self._keys)
         if not isinstance(pair, tuple):
             return self._chats.documents(pair)
+        if self._chat_settings:
+            self._keys.notes[
+                "a prompt of plain text is no conversation, so dataset.train_on and "
+                "chat_template_kwargs are not used"
+            ] += 1
         prompt, whole = self._whole(pair[0]), self._whole(pair[0] + pair[1])
         answer = [*self._encoder.after(prompt, whole, pair[1]), self._tokenizer.eos_token_id]
         return [(prompt + answer, [False] * len(prompt) + [True] * len(answer))]

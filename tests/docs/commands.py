@@ -49,8 +49,10 @@ def check_make(arguments: list[str]) -> None:
 
 
 def _check_pip(arguments: list[str]) -> None:
-    assert arguments[0] == "install"
+    assert arguments[0] in {"install", "wheel"}
     for requirement in arguments[1:]:
+        named, _, address = requirement.partition(" @ ")
+        assert address or not named.startswith("bdlora-megatron"), "no package index has it yet"
         if requirement.partition("[")[0] in (".", "bdlora-megatron"):
             assert extras_in(requirement) <= declared_extras()
 

@@ -268,9 +268,13 @@ def test_a_system_beside_the_turns_and_answers_in_a_prompt(tmp_path):
     assert learnt(tmp_path, PLAIN, line, format="prompt_completion") == [["b<|end|>"]]
 
 
-def test_nemos_input_and_output(tmp_path):
-    documents = chats(tmp_path, PLAIN, {"input": "q", "output": "a"}, format="prompt_completion")
+def test_nemos_input_and_output(tmp_path, caplog):
+    pair = {"input": "q", "output": "a"}
+    documents = chats(tmp_path, PLAIN, pair, format="prompt_completion")
     assert documents == [[(False, "q"), (True, "a<|end|>")]]
+    assert not caplog.records
+    chats(tmp_path, PLAIN, pair, format="prompt_completion", train_on="last")
+    assert "dataset.train_on and chat_template_kwargs are not used (1 times)" in caplog.text
     alpaca = {"instruction": "i", "input": "q", "output": "a"}
     with pytest.raises(ConfigError, match="'instruction' is not supported here"):
         chats(tmp_path, PLAIN, alpaca, format="prompt_completion")
