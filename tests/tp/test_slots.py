@@ -270,10 +270,18 @@ def _products(rank, world_size):
                 return own(*args, **kwargs)
 
             setattr(layer_slots, name, counted)
-        used = (slora, slora)
-        with torch.no_grad(), slots.serving(slots.batch(slots_of_rows(*used)), used):
-            model(**tokens())
-        return dict(calls)
+        # Less rank than there is room for, and a rank of its own in some of the layers.
+        other = make_adapter(6, rank=8, modules=("q_proj", "v_proj", "up_proj"))
+        wide = slots.load("w", slots.share(other, Layout.SLORA))
+        used = (slora, wide)
+        with slots.serving(slots.batch(slots_of_rows(*used)), used):
+            made = logits(model)
+        counted_calls = dict(calls)
+        slots.detach()
+        for row, adapter in enumerate((make_adapter(5, rank=4), other)):
+            load_adapter(model, adapter, LoadOptions())
+            assert_close(made[row], logits(model)[row], f"row {row}")
+        return counted_calls
 
 
 def test_slora_layers_run_one_product_each_however_many_ranks_share_it():
