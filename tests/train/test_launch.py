@@ -22,7 +22,7 @@ from bdlora_megatron.train.launch import RankDiedError, launch
 from bdlora_megatron.train.loop import ADAPTER
 from bdlora_megatron.train.report import read_metrics
 from tests.harness import run_ranks
-from tests.train.runs import make_files, settings, train_rank
+from tests.train.runs import make_base, make_files, settings, train_rank
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -129,6 +129,15 @@ def test_an_error_of_a_rank_is_the_launchers(root, tmp_path):
     config = settings(root, tmp_path / "run", dataset={"train": str(tmp_path / "none.jsonl")})
     with pytest.raises(ConfigError, match=r"cannot read .*none\.jsonl"):
         launch(config, ranks=2)
+    # Tokens without a row in the embedding, which a rank of two would look up as zeros.
+    make_base(root / "small", vocab_size=270)
+    small = settings(
+        root,
+        tmp_path / "run",
+        model={"hf_path": str(root / "small"), "tensor_model_parallel_size": 2},
+    )
+    with pytest.raises(ConfigError, match=r"line 2: token \d+ .* is not among the 270 of the base"):
+        launch(small)
     (root / "broken").mkdir(exist_ok=True)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         source = root / "base" / name
