@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from examples.demo.base import prepare_base
-from examples.demo.compare import agreement_rows, cost_rows
+from examples.demo.compare import agreement_rows, cost_rows, speed_rows
 from examples.demo.megatron import TP, LayoutCost, MegatronResult, run_megatron
-from examples.demo.reference import Answer, Reference, peft_reference
+from examples.demo.reference import Answer, Reference, Speed, peft_reference
 from examples.demo.report import format_answer, format_table
 from examples.demo.train import read_record, train_adapters
 
@@ -35,6 +36,7 @@ def main() -> None:
     megatron = run_megatron(base_dir, adapters, reference.prompt_ids)
     print_answers(PROMPTS, megatron.answers, AutoTokenizer.from_pretrained(base_dir))
     print_agreement(reference, megatron)
+    print_speeds([*reference.speeds, megatron.speed])
     print_costs(megatron.costs)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
@@ -75,6 +77,16 @@ def print_agreement(reference: Reference, megatron: MegatronResult) -> None:
     print(f"\nMegatron at TP={TP} against PEFT in one process, fp32, same prompts")
     headers = ("adapter", "largest logit difference", "largest logit", "same answers")
     print(format_table(headers, agreement_rows(reference.answers, megatron.answers)))
+
+
+def print_speeds(speeds: Sequence[Speed]) -> None:
+    """Print how fast the answers came."""
+    print(
+        f"\nGreedy answers in fp32: PEFT in one process with {torch.get_num_threads()} threads, "
+        f"Megatron in {TP} with one thread each, on the same cores"
+    )
+    headers = ("answers by", "tokens", "passes", "seconds", "tokens/s")
+    print(format_table(headers, speed_rows(speeds)))
 
 
 def print_costs(costs: Sequence[LayoutCost]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from examples.demo.megatron import LayoutCost
-from examples.demo.reference import Answer
+from examples.demo.reference import Answer, Speed
 
 
 def agreement_rows(
@@ -29,6 +29,20 @@ def agreement_rows(
         same = sum(a.token_ids == b.token_ids for a, b in pairs)
         rows.append((name, f"{difference:.1e}", f"{size:.0f}", f"{same} of {len(pairs)}"))
     return rows
+
+
+def speed_rows(speeds: Sequence[Speed]) -> list[tuple[str, int, int, str, str]]:
+    """One row for each way to generate the answers, with its tokens per second."""
+    return [
+        (
+            speed.name,
+            speed.tokens,
+            speed.passes,
+            f"{speed.seconds:.1f}",
+            f"{speed.tokens / speed.seconds:.1f}",
+        )
+        for speed in speeds
+    ]
 
 
 def cost_rows(costs: Sequence[LayoutCost]) -> list[tuple[str, str, str, str, str, str]]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bdlora_megatron.config import Layout
-from examples.demo.compare import agreement_rows, cost_rows
+from examples.demo.compare import agreement_rows, cost_rows, speed_rows
 from examples.demo.megatron import TP, LayoutCost, run_megatron
-from examples.demo.reference import Answer, peft_reference
+from examples.demo.reference import Answer, Speed, peft_reference
 from tests.golden.peft_cases import blocks, make_adapter, make_base
 from tests.tolerances import assert_close
 
@@ -42,6 +42,13 @@ def test_megatron_answers_as_peft_does(base, adapters):
     texts = {tuple(answers[0].token_ids) for answers in result.answers.values()}
     assert len(texts) == 3, "the adapters must change the answer, or equality shows nothing"
 
+    lengths = [len(a.token_ids) for answers in result.answers.values() for a in answers]
+    alone, mixed = reference.speeds
+    assert alone.tokens == mixed.tokens == result.speed.tokens == sum(lengths)
+    # All prompts are read in the first pass, and each pass has a token of every open answer.
+    assert result.speed.passes == mixed.passes == max(lengths) < alone.passes == sum(lengths)
+    assert min(speed.seconds for speed in (alone, mixed, result.speed)) > 0
+
     costs = {cost.layout: cost for cost in result.costs}
     tokens = len(reference.prompt_ids[0])
     assert set(costs) == set(Layout)
@@ -64,6 +71,11 @@ def test_agreement_tells_the_largest_difference():
     wanted = {"base": [answer(-8.0, [1, 2]), answer(2.0, [3])]}
     ours = {"base": [answer(-8.5, [1, 2]), answer(2.0, [4])]}
     assert agreement_rows(wanted, ours) == [("base", "5.0e-01", "8", "1 of 2")]
+
+
+def test_speeds_are_tokens_over_seconds():
+    speed = Speed(name="PEFT, one after another", tokens=300, passes=300, seconds=25.0)
+    assert speed_rows([speed]) == [("PEFT, one after another", 300, 300, "25.0", "12.0")]
 
 
 def test_costs_name_their_collectives():
