@@ -232,7 +232,12 @@ def _count(plan: BenchPlan, cell: Cell, size: int, *, fused: bool) -> _Counted:
     at, arm = cell.setting, cell.arm
     load = None
     if arm.layout is not None:
-        load = AdapterLoad(layout=arm.layout, rank=arm.rank, distinct=at.adapters or 1)
+        load = AdapterLoad(
+            layout=arm.layout,
+            rank=arm.rank,
+            distinct=at.adapters or 1,
+            target_modules=plan.target_modules,
+        )
     if at.phase == "train":
         step = TrainStep(sequences=at.batch, length=at.length, bytes_per_element=size, fused=False)
         there, back = training_work(plan.shape, step, plan.tp, load)

@@ -51,7 +51,11 @@ class Contenders:
         assert arm.layout is not None
         blocks = self.plan.tp if arm.layout is Layout.BDLORA else None
         lora = LoRAConfig(
-            rank=arm.rank, alpha=float(arm.rank), layout=arm.layout, num_blocks=blocks
+            rank=arm.rank,
+            alpha=float(arm.rank),
+            layout=arm.layout,
+            num_blocks=blocks,
+            target_modules=self.plan.target_modules,
         )
         layers = list(lora_layers(self.model))
         if not layers:
@@ -79,7 +83,8 @@ class Contenders:
         own = dict(self.model.named_parameters())
         for name, parameter in model.named_parameters():
             parameter.data = own[name].data
-        self._hosts[arm] = lora(dim=arm.rank, alpha=arm.rank)(model)
+        targets = list(self.plan.target_modules)
+        self._hosts[arm] = lora(dim=arm.rank, alpha=arm.rank, target_modules=targets)(model)
         adapters = [p for n, p in model.named_parameters() if ".adapter." in n]
         for parameter in adapters:
             nn.init.normal_(parameter, std=0.02)

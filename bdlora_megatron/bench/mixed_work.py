@@ -80,8 +80,9 @@ def _on_cpu(
     counts = [len(range(first, at.tokens, load.distinct)) for first in range(load.distinct)]
     products: list[Product] = []
     messages: list[Message] = []
-    grouped = [_grouped(shape, linear, load, tp, size) for linear in shape.linears()]
-    for linear, layer in zip(shape.linears(), grouped, strict=True):
+    linears = load.linears(shape)
+    grouped = [_grouped(shape, linear, load, tp, size) for linear in linears]
+    for linear, layer in zip(linears, grouped, strict=True):
         products += layer.forward(counts)
         messages += exchanged(linear, size * at.tokens, load, layer.slices * layer.rank, tp)
     # Layers whose slots hold the same rows share what they read of the batch.

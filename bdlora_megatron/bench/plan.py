@@ -9,7 +9,7 @@ from typing import Literal
 
 from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.plan.model import PRESETS, ModelShape
+from bdlora_megatron.plan.model import PRESETS, TARGETS, ModelShape, check_targets
 
 __all__ = ["MODELS", "Arm", "BenchPlan", "Phase", "Setting"]
 
@@ -121,6 +121,7 @@ class BenchPlan:
         repeats: Times that each step is measured.
         warmup: Rounds before them.
         bridge: Whether Megatron-Bridge's LoRA takes part.
+        target_modules: The layers that every contender's adapters change, of ``TARGETS``.
     """
 
     model: str = "small"
@@ -136,6 +137,7 @@ class BenchPlan:
     repeats: int = 7
     warmup: int = 1
     bridge: bool = False
+    target_modules: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -162,6 +164,7 @@ class BenchPlan:
             raise ConfigError(
                 f"ranks {bad or 'none'} with tp={self.tp}; each must be a multiple of {self.tp}"
             )
+        check_targets(self.target_modules)
         self.shape.check_tp(self.tp)
 
     @property

@@ -172,6 +172,7 @@ class BenchReport:
             f"{shape.ffn_size}, {shape.num_heads} heads, random weights, {here['dtype']}; "
             f"{plan.tp} tensor-parallel ranks with {here['backend']}, one thread each."
         )
+        yield f"- Adapters on {', '.join(plan.target_modules)}."
         yield (
             f"- Each cell is the median of {plan.repeats} rounds, with the quartiles. In a round "
             "every setting and every contender is visited once, in a random order. A time is the "

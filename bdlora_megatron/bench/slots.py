@@ -54,7 +54,12 @@ class SlotAdapters:
             layer.adapter = None
         number = max(self._plan.adapters)
         width = arm.rank // self._plan.tp if arm.layout is Layout.BDLORA else arm.rank
-        room = SlotRoom(max_loras=number, max_lora_rank=width, layouts=(arm.layout,))
+        room = SlotRoom(
+            max_loras=number,
+            max_lora_rank=width,
+            layouts=(arm.layout,),
+            target_modules=self._plan.target_modules,
+        )
         slots = self._slots[arm] = ModelSlots(self._model, room)
         share = slots.share(adapter, arm.layout)
         for key in range(number):

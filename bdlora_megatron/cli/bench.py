@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.cli import output
+from bdlora_megatron.cli.lists import add_target_modules, numbers
 from bdlora_megatron.runtime.launch import INTERFACE_HELP
 
 __all__ = ["add_parser", "run"]
@@ -41,10 +42,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="decoder layers instead of the model's own")
     parser.add_argument(
         "--lora-ranks",
-        type=_numbers,
+        type=numbers,
         metavar="R,R",
         help="ranks of vanilla LoRA (default: 16,64)",
     )
+    add_target_modules(parser)
     for phase in _PHASES:
         parser.add_argument(
             f"--{phase}",
@@ -54,7 +56,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         )
     parser.add_argument(
         "--adapters",
-        type=_numbers,
+        type=numbers,
         metavar="N,...",
         help="how many different adapters the requests of a mixed step use (default: 1,8,32)",
     )
@@ -115,6 +117,7 @@ def _plan(arguments: argparse.Namespace) -> Any:
 
     chosen = {
         "ranks": arguments.lora_ranks,
+        "target_modules": arguments.target_modules,
         "adapters": arguments.adapters,
         **{phase: getattr(arguments, phase) for phase in _PHASES},
         "latencies_s": arguments.latency_ms,
@@ -137,6 +140,8 @@ def _said(arguments: argparse.Namespace) -> Iterator[str]:
         yield from ("--layers", str(arguments.layers))
     if arguments.lora_ranks is not None:
         yield from ("--lora-ranks", ",".join(map(str, arguments.lora_ranks)))
+    if arguments.target_modules is not None:
+        yield from ("--target-modules", ",".join(arguments.target_modules))
     for phase in _PHASES:
         sizes = getattr(arguments, phase)
         if sizes is not None:
@@ -148,10 +153,6 @@ def _said(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.bridge:
         yield "--bridge"
     yield from ("--repeats", str(arguments.repeats))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def _latencies(text: str) -> tuple[float, ...]:

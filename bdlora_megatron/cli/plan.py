@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.cli import output
+from bdlora_megatron.cli.lists import add_target_modules, numbers
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.plan import HARDWARE, PRESETS, ModelShape
-from bdlora_megatron.plan.report import Deployment, make_plan
+from bdlora_megatron.plan.model import TARGETS
+from bdlora_megatron.plan.report import Deployment, make_plan, make_sweep
 
 __all__ = ["add_parser", "run"]
 
@@ -46,7 +48,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     for name, what in (
         ("lora-rank", "rank of the vanilla LoRA whose parameters a BD-LoRA is to match"),
         ("adapters", "different adapters in one batch"),
-        ("requests", "requests that decode at once"),
         ("context", "tokens of each request, prompt and answer"),
         ("prompt", "tokens of a prompt, for the prefill step"),
         ("sequences", "sequences of a training step"),
@@ -56,6 +57,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)"
         )
+    parser.add_argument(
+        "--requests",
+        type=numbers,
+        default=(defaults["requests"].default,),
+        metavar="N,...",
+        help="requests that decode at once; of several numbers, a table of all and the plan of the "
+        f"largest (default: {defaults['requests'].default})",
+    )
+    add_target_modules(parser)
     parser.add_argument("--sequence-parallel", action="store_true", help="for the training step")
     return parser
 
@@ -70,22 +80,23 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status.
     """
     name, shape = _shape(arguments.model)
-    plan = make_plan(
-        Deployment(
-            model=name,
-            shape=shape,
-            hardware=HARDWARE[arguments.hardware],
-            tp=arguments.tp,
-            lora_rank=arguments.lora_rank,
-            adapters=arguments.adapters,
-            requests=arguments.requests,
-            context=arguments.context,
-            prompt=arguments.prompt,
-            sequences=arguments.sequences,
-            sequence=arguments.sequence,
-            sequence_parallel=arguments.sequence_parallel,
-        )
+    asked = Deployment(
+        model=name,
+        shape=shape,
+        hardware=HARDWARE[arguments.hardware],
+        tp=arguments.tp,
+        lora_rank=arguments.lora_rank,
+        adapters=arguments.adapters,
+        requests=arguments.requests[0],
+        context=arguments.context,
+        prompt=arguments.prompt,
+        sequences=arguments.sequences,
+        sequence=arguments.sequence,
+        sequence_parallel=arguments.sequence_parallel,
+        target_modules=arguments.target_modules or TARGETS,
     )
+    several = len(arguments.requests) > 1
+    plan = make_sweep(asked, arguments.requests) if several else make_plan(asked)
     output.result(plan.table(), plan.to_dict(), as_json=arguments.json)
     return 0
 

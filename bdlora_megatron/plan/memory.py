@@ -47,7 +47,7 @@ def adapter_bytes(shape: ModelShape, load: AdapterLoad, tp: int, *, bytes_per_el
         ConfigError: The blocks do not fit the ranks, or the blocks the rank.
     """
     elements = 0
-    for linear in shape.linears():
+    for linear in load.linears(shape):
         a_sizes, b_sizes, _ = factor_sizes(linear, load, tp)
         elements += sum(a_sizes) + sum(b_sizes)
     return shape.num_layers * elements * bytes_per_element

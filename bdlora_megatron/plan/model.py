@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bdlora_megatron.blocks import Blocked, ModuleShape
-from bdlora_megatron.decoder import LINEARS
+from bdlora_megatron.decoder import LINEARS, MODULE_NAMES, facts_of
 from bdlora_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from bdlora_megatron.models import HFConfig
 
-__all__ = ["PRESETS", "Linear", "ModelShape"]
+__all__ = ["PRESETS", "TARGETS", "Linear", "ModelShape", "check_targets"]
+
+#: The layers of a decoder layer that an adapter may change, by Megatron-Core's names.
+TARGETS = tuple(linear.name for linear in LINEARS)
+
+
+def check_targets(names: Sequence[str]) -> None:
+    """Refuse layers that the cost model does not know.
+
+    Args:
+        names: Of the layers that an adapter changes.
+
+    Raises:
+        ConfigError: There are none, or one of them is not in ``TARGETS`` or comes twice.
+    """
+    unknown = [name for name in names if name not in TARGETS]
+    parts = [f"{name} is in {facts_of(name)[0].name}" for name in MODULE_NAMES if name in unknown]
+    if unknown or not names or len(set(names)) < len(names):
+        hint = f" ({', '.join(parts)})" if parts else ""
+        raise ConfigError(
+            f"target_modules={','.join(names)}{hint}; wanted one or more of "
+            f"{', '.join(TARGETS)}, each once"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +114,12 @@ class ModelShape:
             tied=hf.tied,
         )
 
-    def linears(self) -> tuple[Linear, ...]:
-        """The four adapted layers of one decoder layer."""
+    def linears(self, targets: Sequence[str] = TARGETS) -> tuple[Linear, ...]:
+        """The tensor-parallel layers of one decoder layer, in order.
+
+        Args:
+            targets: Leave out what is not named here.
+        """
         sizes = {
             "hidden_size": self.hidden_size,
             "ffn_size": self.ffn_size,
@@ -107,11 +134,12 @@ class ModelShape:
                 blocked=linear.blocked,
             )
             for linear in LINEARS
+            if linear.name in targets
         )
 
-    def module_shapes(self) -> list[ModuleShape]:
-        """The seven projections, for ``matching_rank``."""
-        return [shape for linear in self.linears() for shape in linear.module_shapes()]
+    def module_shapes(self, targets: Sequence[str] = TARGETS) -> list[ModuleShape]:
+        """The projections of these layers, for ``matching_rank``."""
+        return [shape for linear in self.linears(targets) for shape in linear.module_shapes()]
 
     def num_parameters(self) -> int:
         """Weights of all layers, embedding and output; norms and biases are left out."""

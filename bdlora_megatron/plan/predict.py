@@ -129,7 +129,7 @@ def local_work(shape: ModelShape, at: LocalStep, tp: int, load: AdapterLoad | No
     layer = local_forward(shape, at, tp)
     reduced = Message(kind="all_reduce", payload_bytes=size * tokens * shape.hidden_size)
     sent = [reduced, reduced] if tp > 1 else []
-    for linear in shape.linears() if load is not None else ():
+    for linear in () if load is None else load.linears(shape):
         assert load is not None
         adapter = assemble(shape, linear, load, tp, size=size)
         layer += adapter.forward(tokens)

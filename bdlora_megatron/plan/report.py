@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bdlora_megatron.blocks import matching_rank
@@ -11,12 +12,12 @@ from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.plan.hardware import Hardware
 from bdlora_megatron.plan.memory import MemoryPlan, memory_plan
-from bdlora_megatron.plan.model import ModelShape
+from bdlora_megatron.plan.model import TARGETS, ModelShape, check_targets
 from bdlora_megatron.plan.predict import StepTime, predict_step
 from bdlora_megatron.plan.training import TrainStep, predict_training
 from bdlora_megatron.plan.work import AdapterLoad, Step
 
-__all__ = ["Deployment", "LayoutPlan", "Plan", "make_plan"]
+__all__ = ["Deployment", "LayoutPlan", "Plan", "Sweep", "make_plan", "make_sweep"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,7 @@ class Deployment:
         sequences: Sequences of a training step.
         sequence: Tokens of each.
         sequence_parallel: In training, norms and residuals are split along the sequence.
+        target_modules: The layers that adapters change, by Megatron-Core's names.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Deployment:
     sequences: int = 1
     sequence: int = 2048
     sequence_parallel: bool = False
+    target_modules: tuple[str, ...] = TARGETS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +132,8 @@ class Plan:
         first = self.layouts[0].memory
         return (
             f"{asked.model} on {asked.tp} x {asked.hardware.name}; {asked.requests} requests of "
-            f"{asked.context} tokens, {asked.adapters} adapters in a batch\n"
+            f"{asked.context} tokens, {asked.adapters} adapters in a batch, on "
+            f"{', '.join(asked.target_modules)}\n"
             f"each rank: weights {format_bytes(first.weights)}, cache {format_bytes(first.cache)}; "
             f"base model alone: decode {1e3 * self.base_decode.total:.2f} ms, prefill of "
             f"{asked.prompt} tokens {1e3 * self.base_prefill.total:.1f} ms\n\n"
@@ -177,6 +181,68 @@ class Plan:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """One deployment under several numbers of requests.
+
+    Attributes:
+        plans: One for each number, in increasing order.
+    """
+
+    plans: tuple[Plan, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Each plan as JSON takes it."""
+        return {"plans": [plan.to_dict() for plan in self.plans]}
+
+    def table(self) -> str:
+        """The plan of the most requests, and a table over all numbers before it."""
+        most = self.plans[-1]
+        header = (
+            "requests",
+            "adapters among them",
+            "base ms",
+            *(f"{plan.layout.value} {plan.rank} ms" for plan in most.layouts),
+            "BD-LoRA vs S-LoRA",
+            "unconverted: use",
+            "BD-LoRA that fit",
+        )
+        rows = [
+            (
+                str(plan.deployment.requests),
+                str(min(plan.deployment.adapters, plan.deployment.requests)),
+                *(
+                    f"{1e3 * step.total:.2f}"
+                    for step in (plan.base_decode, *(found.decode for found in plan.layouts))
+                ),
+                f"{plan.layouts[-1].decode.total / plan.layouts[0].decode.total:.2f}x",
+                plan.unconverted.value,
+                f"{plan.layouts[0].memory.adapters_that_fit:,}",
+            )
+            for plan in self.plans
+        ]
+        return f"a decoding step by requests\n\n{format_table(header, rows)}\n\n{most.table()}"
+
+
+def make_sweep(deployment: Deployment, requests: Sequence[int]) -> Sweep:
+    """Predict every layout of a deployment under several numbers of requests.
+
+    Args:
+        deployment: What is to be served, and on what; its own number of requests is not used.
+        requests: The numbers; each counts once.
+
+    Returns:
+        The plans.
+
+    Raises:
+        ConfigError: As of ``make_plan``, or there is no number.
+    """
+    if not requests:
+        raise ConfigError("requests=(); wanted one number at least")
+    asked = [replace(deployment, requests=number) for number in sorted(set(requests))]
+    return Sweep(plans=tuple(make_plan(one) for one in asked))
+
+
 def make_plan(deployment: Deployment) -> Plan:
     """Predict every layout of a deployment.
 
@@ -187,7 +253,8 @@ def make_plan(deployment: Deployment) -> Plan:
         The plan.
 
     Raises:
-        ConfigError: A number is not positive, or layers and ranks do not divide.
+        ConfigError: A number is not positive, a target is not known, or layers and ranks do not
+            divide.
     """
     asked = deployment
     _check(asked)
@@ -200,14 +267,15 @@ def make_plan(deployment: Deployment) -> Plan:
         length=asked.sequence,
         sequence_parallel=asked.sequence_parallel,
     )
+    targets = asked.target_modules
     blocked_rank = matching_rank(
-        asked.shape.module_shapes(), lora_rank=asked.lora_rank, num_blocks=asked.tp
+        asked.shape.module_shapes(targets), lora_rank=asked.lora_rank, num_blocks=asked.tp
     )
     layouts = []
     for layout in (Layout.BDLORA, Layout.HALF_SHARDED, Layout.SLORA):
         rank = blocked_rank if layout is Layout.BDLORA else asked.lora_rank
-        many = AdapterLoad(layout=layout, rank=rank, distinct=min(asked.adapters, asked.requests))
-        one = AdapterLoad(layout=layout, rank=rank)
+        one = AdapterLoad(layout=layout, rank=rank, target_modules=targets)
+        many = replace(one, distinct=min(asked.adapters, asked.requests))
         layouts.append(
             LayoutPlan(
                 layout=layout,
@@ -249,3 +317,4 @@ def _check(asked: Deployment) -> None:
     wrong = [f"{name}={getattr(asked, name)}" for name in names if getattr(asked, name) < 1]
     if wrong:
         raise ConfigError(f"{', '.join(wrong)}; all must be positive")
+    check_targets(asked.target_modules)

@@ -172,7 +172,7 @@ def adapter_training_work(
     sent: list[Message] = []
     returned: list[Message] = []
     adapters = _assemble(shape, at, load, tp)
-    for linear in shape.linears():
+    for linear in load.linears(shape):
         adapter = adapters[linear.name]
         forward += adapter.forward(at.tokens)
         backward += adapter.backward(at.tokens)
@@ -192,7 +192,9 @@ def _assemble(shape: ModelShape, at: TrainStep, load: AdapterLoad, tp: int) -> d
             "blocks as ranks"
         )
     size = at.bytes_per_element
-    return {linear.name: assemble(shape, linear, load, tp, size=size) for linear in shape.linears()}
+    return {
+        linear.name: assemble(shape, linear, load, tp, size=size) for linear in load.linears(shape)
+    }
 
 
 def _returned(adapter: Assembled, at: TrainStep, load: AdapterLoad, tp: int) -> Iterator[Message]:

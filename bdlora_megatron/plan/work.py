@@ -13,7 +13,7 @@ from typing import Literal
 
 from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.plan.model import Linear, ModelShape
+from bdlora_megatron.plan.model import TARGETS, Linear, ModelShape, check_targets
 
 __all__ = [
     "AdapterLoad",
@@ -64,15 +64,25 @@ class AdapterLoad:
         rank: R of each.
         distinct: U, how many different ones the step's tokens use.
         num_blocks: Blocks N of a block-diagonal one; the ranks' number when unset.
+        target_modules: The layers that they change, of ``TARGETS``.
+
+    Raises:
+        ConfigError: The layout or a layer is not known.
     """
 
     layout: Layout
     rank: int
     distinct: int = 1
     num_blocks: int | None = None
+    target_modules: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout(self.layout))
+        check_targets(self.target_modules)
+
+    def linears(self, shape: ModelShape) -> tuple[Linear, ...]:
+        """The layers of one decoder layer that they change."""
+        return shape.linears(self.target_modules)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +225,7 @@ def adapter_work(shape: ModelShape, step: Step, load: AdapterLoad, tp: int) -> W
         tp: P.
 
     Returns:
-        Two products for each layer, and the layout's own collectives.
+        Two products for each adapted layer, and the layout's own collectives.
 
     Raises:
         ConfigError: The blocks do not fit the ranks, or the blocks the rank.
@@ -223,7 +233,7 @@ def adapter_work(shape: ModelShape, step: Step, load: AdapterLoad, tp: int) -> W
     shape.check_tp(tp)
     products: list[Product] = []
     messages: list[Message] = []
-    for linear in shape.linears():
+    for linear in load.linears(shape):
         a_sizes, b_sizes, width = factor_sizes(linear, load, tp)
         products += _shrink_expand(linear, step, load, (sum(a_sizes), sum(b_sizes), width), tp)
         messages += exchanged(linear, step.tokens * step.bytes_per_element, load, width, tp)

@@ -90,6 +90,21 @@ def test_the_command_measures_counts_and_writes(tmp_path, capsys):
     assert extra["all_reduce"] == base["all_reduce"] + 4
 
 
+def test_the_command_measures_adapters_of_attention_alone(capsys):
+    options = ["--layers", "1", "--lora-ranks", "4", "--latency-ms", "0", "--repeats", "1"]
+    steps = ["--decode", "2x8", "--mixed", "2x8", "--prefill", "none", "--train", "none"]
+    only = ["--adapters", "2", "--target-modules", "linear_qkv,linear_proj"]
+    assert main(["bench", *options, *steps, *only, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert " --target-modules linear_qkv,linear_proj " in data["command"]
+    assert data["plan"]["target_modules"] == ["linear_qkv", "linear_proj"]
+    assert {cell["phase"] for cell in data["cells"]} == {"decode", "mixed"}
+    for cell in data["cells"]:
+        extra = 1 if cell["arm"] == "slora 4" else 0
+        # One layer: S-LoRA gathers for qkv, reduces for proj, and sends nothing for the MLP.
+        assert cell["collectives"] == {"all_reduce": 3 + extra, "all_gather": 1 + extra}
+
+
 def _same(rank, world_size):
     """Slots compute what the layers do: a mixed step's times are of the contender's own adapter."""
     plan = BenchPlan(
@@ -139,6 +154,8 @@ def test_a_picture_that_cannot_be_drawn_is_told_before_measuring(tmp_path, capsy
 def test_impossible_options_are_told(capsys):
     assert main(["bench", "--tp", "5", "--lora-ranks", "5"]) == 2
     assert "tp=5 does not divide 12 heads" in capsys.readouterr().err
+    assert main(["bench", "--target-modules", "o_proj"]) == 2
+    assert "o_proj is in linear_proj" in capsys.readouterr().err
     assert main(["bench", "--adapters", "64"]) == 2
     assert "adapters=(64,) in mixed steps of 32 requests" in capsys.readouterr().err
     with pytest.raises(SystemExit):

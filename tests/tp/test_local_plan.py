@@ -17,7 +17,7 @@ from bdlora_megatron.plan.predict import local_work
 from bdlora_megatron.runtime.versions.inference import inference
 from tests.harness import run_ranks
 from tests.tp.session import model_parallel
-from tests.tp.test_training_plan import kernels_of, messages_of, record
+from tests.tp.test_training_plan import SOME_TARGETS, kernels_of, messages_of, record
 
 
 def _recorded(plan, world_size):
@@ -33,7 +33,10 @@ def _recorded(plan, world_size):
             cache = _fill(contenders, setting)
             for arm in plan.arms():
                 load = arm.layout and AdapterLoad(
-                    layout=arm.layout, rank=arm.rank, distinct=setting.adapters or 1
+                    layout=arm.layout,
+                    rank=arm.rank,
+                    distinct=setting.adapters or 1,
+                    target_modules=plan.target_modules,
                 )
                 _, kernels, calls = record(lambda: _run(contenders, arm, setting, cache))  # noqa: B023
                 yield step, load, kernels, calls, (arm.label, setting.label)
@@ -51,8 +54,8 @@ def _check_sums(kernels, wanted, where):
     assert 0.85 < started[1] / started[0] < 1.15, (where, started)
 
 
-def _compare(rank, world_size):
-    plan = _plan(world_size, 4, decode=((3, 5), (1, 40)), prefill=((2, 6), (1, 6)))
+def _compare(rank, world_size, sizes):
+    plan = _plan(world_size, 4, **sizes)
     for step, load, kernels, calls, where in _recorded(plan, world_size):
         work = local_work(plan.shape, step, world_size, load)
         assert calls == messages_of(work.messages), where
@@ -62,9 +65,8 @@ def _compare(rank, world_size):
         _check_sums(kernels, wanted, where)
 
 
-def _compare_mixed(rank, world_size):
-    """Adapters of which all have several tokens, none has, and one has not."""
-    plan = _plan(world_size, 8 * world_size, mixed=((8, 5), (16, 5)), adapters=(1, 2, 3, 8))
+def _compare_mixed(rank, world_size, sizes):
+    plan = _plan(world_size, 8 * world_size, **sizes)
     seen = set()
     for step, load, kernels, calls, where in _recorded(plan, world_size):
         work = mixed_work(plan.shape, step, world_size, load, fused=False)
@@ -74,7 +76,7 @@ def _compare_mixed(rank, world_size):
         assert found == counted, where
         _check_sums(kernels, wanted, where)
         seen.add((load is None, *sorted(found)))
-    assert len(seen) > 8
+    assert len(seen) > len(plan.adapters) * 2
 
 
 def _multiplications(kernels):
@@ -109,9 +111,19 @@ def _run(contenders, arm, setting, cache):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_product_and_message_is_counted_and_nearly_every_byte(world_size):
-    run_ranks(world_size, _compare)
+    sizes = {"decode": ((3, 5), (1, 40)), "prefill": ((2, 6), (1, 6))}
+    run_ranks(world_size, _compare, sizes)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_mixed_batch_is_counted_too(world_size):
-    run_ranks(world_size, _compare_mixed)
+    """Adapters of which all have several tokens, none has, and one has not."""
+    sizes = {"mixed": ((8, 5), (16, 5)), "adapters": (1, 2, 3, 8)}
+    run_ranks(world_size, _compare_mixed, sizes)
+
+
+@pytest.mark.parametrize("targets", SOME_TARGETS, ids=" ".join)
+def test_adapters_of_some_layers_are_counted(targets):
+    some = {"target_modules": targets}
+    run_ranks(2, _compare, {"decode": ((3, 5),), "prefill": ((2, 6),), **some})
+    run_ranks(2, _compare_mixed, {"mixed": ((8, 5),), "adapters": (2, 3), **some})

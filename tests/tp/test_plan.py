@@ -10,12 +10,14 @@ from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import load_hf_model, read_hf_config, read_peft
 from bdlora_megatron.layers import LoadOptions, adapters_disabled, load_adapter, lora_layers
 from bdlora_megatron.plan import AdapterLoad, ModelShape, Step, adapter_bytes, adapter_work
+from bdlora_megatron.plan.model import TARGETS
 from bdlora_megatron.plan.work import base_layer_work
 from tests.golden.peft_cases import blocks, make_adapter, make_base, token_ids
 from tests.harness import run_ranks
 from tests.tp.session import model_parallel
 
 FLOAT = 4
+ATTENTION = ("linear_qkv", "linear_proj")
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,12 @@ def folder(tmp_path_factory):
     base = make_base(root / "base")
     make_adapter(base, root / "vanilla", r=6, lora_alpha=12)
     make_adapter(base, root / "bdlora", r=8, lora_alpha=8, use_bdlora=blocks(4))
+    column = ["q_proj", "k_proj", "v_proj"]
+    only = {"target_modules": [*column, "o_proj"]}
+    sides = {"target_modules_bd_a": ["o_proj"], "target_modules_bd_b": column}
+    make_adapter(base, root / "attention-vanilla", r=6, lora_alpha=12, **only)
+    split = blocks(4, **sides)
+    make_adapter(base, root / "attention-bdlora", r=8, lora_alpha=8, use_bdlora=split, **only)
     return root
 
 
@@ -37,7 +45,7 @@ def _calls(model):
     return [(call.kind, call.payload_bytes) for call in log.calls]
 
 
-def _compare(rank, world_size, root):
+def _compare(rank, world_size, root, kind, targets):
     with model_parallel(world_size):
         model = load_hf_model(root / "base", dtype=torch.float32).eval()
         hf = read_hf_config(root / "base")
@@ -48,8 +56,12 @@ def _compare(rank, world_size, root):
             ("vanilla", Layout.SLORA, 6, None),
             ("vanilla", Layout.HALF_SHARDED, 6, None),
         ):
-            load_adapter(model, read_peft(root / name), LoadOptions(layout=layout))
-            load = AdapterLoad(layout=layout, rank=rank_of, num_blocks=num_blocks)
+            load_adapter(model, read_peft(root / f"{kind}{name}"), LoadOptions(layout=layout))
+            load = AdapterLoad(
+                layout=layout, rank=rank_of, num_blocks=num_blocks, target_modules=targets
+            )
+            adapted = [name.rpartition(".")[2] for name, _ in lora_layers(model)]
+            assert sorted(adapted) == sorted(targets * shape.num_layers)
             held = sum(
                 parameter.numel() * FLOAT
                 for _, layer in lora_layers(model)
@@ -71,6 +83,7 @@ def _compare(rank, world_size, root):
             assert len(plain) == 1
 
 
+@pytest.mark.parametrize(("kind", "targets"), [("", TARGETS), ("attention-", ATTENTION)])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_counts_are_those_of_the_layers(folder, world_size):
-    run_ranks(world_size, _compare, folder)
+def test_counts_are_those_of_the_layers(folder, world_size, kind, targets):
+    run_ranks(world_size, _compare, folder, kind, targets)

@@ -13,6 +13,7 @@ from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.layers import adapters_disabled, apply_lora, lora_layers
 from bdlora_megatron.plan import AdapterLoad, ModelShape, TrainStep
+from bdlora_megatron.plan.model import TARGETS
 from bdlora_megatron.plan.training import (
     adapter_training_work,
     base_training_work,
@@ -33,6 +34,8 @@ from tests.tp.models import (
 from tests.tp.session import model_parallel
 
 FLOAT = 4
+#: Attention alone, as in a part of the paper's evaluation; and layers of either kind alone.
+SOME_TARGETS = (("linear_qkv", "linear_proj"), ("linear_proj", "linear_fc1"))
 SHAPE = ModelShape(
     num_layers=2,
     hidden_size=24,
@@ -139,17 +142,23 @@ def record_step(model):
     return forward, backward
 
 
-def _loads(tp):
-    return {
-        Layout.BDLORA: AdapterLoad(layout=Layout.BDLORA, rank=8),
-        Layout.HALF_SHARDED: AdapterLoad(layout=Layout.HALF_SHARDED, rank=6),
-        Layout.SLORA: AdapterLoad(layout=Layout.SLORA, rank=8),
-    }
+def _loads(targets):
+    ranks = {Layout.BDLORA: 8, Layout.HALF_SHARDED: 6, Layout.SLORA: 8}
+    return [
+        AdapterLoad(layout=layout, rank=rank, target_modules=targets)
+        for layout, rank in ranks.items()
+    ]
 
 
 def _config(load, tp):
     blocks = tp if load.layout is Layout.BDLORA else None
-    return LoRAConfig(rank=load.rank, alpha=float(load.rank), layout=load.layout, num_blocks=blocks)
+    return LoRAConfig(
+        rank=load.rank,
+        alpha=float(load.rank),
+        layout=load.layout,
+        num_blocks=blocks,
+        target_modules=load.target_modules,
+    )
 
 
 def _step(sequence_parallel):
@@ -162,10 +171,10 @@ def _step(sequence_parallel):
     )
 
 
-def _compare_adapters(rank, world_size, sequence_parallel):
+def _compare_adapters(rank, world_size, sequence_parallel, targets):
     at = _step(sequence_parallel)
     with model_parallel(world_size):
-        for load in _loads(world_size).values():
+        for load in _loads(targets):
             model = build(world_size, sequence_parallel, _config(load, world_size))
             counted = adapter_training_work(SHAPE, at, load, world_size)
             with adapters_disabled(model):
@@ -209,7 +218,13 @@ def _compare_optimizer(model, at, load, world_size):
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_adapters_kernels_and_messages_are_those_of_the_layers(world_size, sequence_parallel):
-    run_ranks(world_size, _compare_adapters, sequence_parallel)
+    run_ranks(world_size, _compare_adapters, sequence_parallel, TARGETS)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
+@pytest.mark.parametrize("targets", SOME_TARGETS, ids=" ".join)
+def test_adapters_of_some_layers_are_counted(targets, sequence_parallel):
+    run_ranks(2, _compare_adapters, sequence_parallel, targets)
 
 
 def _compare_base(rank, world_size, sequence_parallel):

@@ -74,6 +74,7 @@ def test_layers_can_be_cut():
         ({"latencies_s": ()}, "at least one"),
         ({"ranks": (16, 3)}, r"ranks \[3\] with tp=2"),
         ({"ranks": ()}, "ranks none"),
+        ({"target_modules": ("linear_fc3",)}, "linear_fc3; wanted one or more of linear_qkv"),
     ],
     ids=str,
 )

@@ -50,6 +50,7 @@ def test_times_spreads_and_ratios():
     assert "| decode 1 x 128 | 5 AR; 2.5 kB |" in page
     assert "load average before the run 3.2" in page
     assert "cost model" not in page
+    assert "- Adapters on linear_qkv, linear_proj, linear_fc1, linear_fc2." in page
     assert "](a.png)" in _report().markdown("a.png")
     assert ".png" not in page
 

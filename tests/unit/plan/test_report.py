@@ -10,7 +10,7 @@ from bdlora_megatron.blocks import matching_rank
 from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.plan import HARDWARE, PRESETS, AdapterLoad, Step, predict_step
-from bdlora_megatron.plan.report import Deployment, make_plan
+from bdlora_megatron.plan.report import Deployment, make_plan, make_sweep
 
 
 def _deployment(**changes):
@@ -50,6 +50,40 @@ def test_plan_is_told_in_words_and_in_json():
     data = json.loads(json.dumps(plan.to_dict()))
     assert [layout["layout"] for layout in data["layouts"]] == ["bdlora", "half_sharded", "slora"]
     assert data["layouts"][0]["memory"]["adapter"] == plan.layouts[0].memory.adapter
+
+
+def test_adapters_of_attention_alone_are_matched_and_predicted():
+    targets = ("linear_qkv", "linear_proj")
+    asked = _deployment(target_modules=targets)
+    plan, whole = make_plan(asked), make_plan(_deployment())
+    shapes = asked.shape.module_shapes(targets)
+    assert plan.layouts[0].rank == matching_rank(shapes, lora_rank=16, num_blocks=8)
+    load = AdapterLoad(layout=Layout.SLORA, rank=16, distinct=16, target_modules=targets)
+    step = Step(tokens=16, context=1024)
+    slora, of_all = plan.layouts[2], whole.layouts[2]
+    assert slora.decode == predict_step(asked.shape, step, asked.hardware, 8, load)
+    assert 0 < slora.memory.adapter < of_all.memory.adapter
+    assert 0 < slora.train.adapter_communication < of_all.train.adapter_communication
+    assert slora.train.optimizer < of_all.train.optimizer
+    assert plan.base_decode == whole.base_decode
+    assert "on linear_qkv, linear_proj\n" in plan.table()
+
+
+def test_a_sweep_is_the_plans_of_its_numbers_in_one_table():
+    sweep = make_sweep(_deployment(), (64, 1, 8, 8))
+    plans = [make_plan(_deployment(requests=number)) for number in (1, 8, 64)]
+    assert list(sweep.plans) == plans
+    table, rest = sweep.table().split("\n\nllama", 1)
+    assert f"llama{rest}" == plans[-1].table()
+    rows = [line.split() for line in table.splitlines()[-3:]]
+    for row, plan, adapters in zip(rows, plans, (1, 8, 32), strict=True):
+        times = [plan.base_decode, *(layout.decode for layout in plan.layouts)]
+        told = [str(plan.deployment.requests), str(adapters)]
+        assert row[:6] == [*told, *(f"{1e3 * time.total:.2f}" for time in times)]
+        assert row[7] == plan.unconverted.value
+    assert json.loads(json.dumps(sweep.to_dict()))["plans"][0]["deployment"]["requests"] == 1
+    with pytest.raises(ConfigError, match="one number at least"):
+        make_sweep(_deployment(), ())
 
 
 def test_a_model_that_does_not_fit_is_said():

@@ -99,6 +99,34 @@ def test_weights_are_read_once_for_each_adapter_and_multiplied_once_for_each_tok
     assert sum(p.bytes for p in products) == alone + 2 * held * (distinct - 1)
 
 
+@pytest.mark.parametrize("layout", Layout)
+def test_adapters_of_some_layers_add_up_to_those_of_all(layout):
+    attention, mlp = ("linear_qkv", "linear_proj"), ("linear_fc1", "linear_fc2")
+    parts = [AdapterLoad(layout=layout, rank=8, target_modules=t) for t in (attention, mlp)]
+    whole = AdapterLoad(layout=layout, rank=8)
+    works = [adapter_work(SHAPE, STEP, load, 4) for load in (*parts, whole)]
+    assert works[0].products + works[1].products == works[2].products
+    assert works[0].messages + works[1].messages == works[2].messages
+    sizes = [adapter_bytes(SHAPE, load, 4, bytes_per_element=2) for load in (*parts, whole)]
+    assert sizes[0] + sizes[1] == sizes[2]
+    assert min(sizes) > 0
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ((), "target_modules=; wanted one or more of linear_qkv"),
+        (("linear_qkv", "q_proj", "up_proj"), "q_proj is in linear_qkv, up_proj is in linear_fc1"),
+        (("linear_fc3",), "target_modules=linear_fc3; wanted"),
+        (("linear_fc1", "linear_fc1"), "each once"),
+    ],
+    ids=str,
+)
+def test_targets_are_layers_of_megatron(targets, words):
+    with pytest.raises(ConfigError, match=words):
+        AdapterLoad(layout=Layout.BDLORA, rank=8, target_modules=targets)
+
+
 def test_base_layer_counts():
     work = base_layer_work(SHAPE, STEP, 2)
     weights = sum(m.in_features * m.out_features for m in SHAPE.module_shapes())
