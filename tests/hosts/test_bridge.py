@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from bdlora_megatron.blocks import reshard
+from bdlora_megatron.config import DEFAULT_TARGETS
 from bdlora_megatron.convert import read_adapter
 from tests.harness import run_ranks
 from tests.hosts.bridge_runs import (
@@ -332,7 +333,7 @@ def test_a_step_communicates_what_the_base_model_does_and_bridges_lora_more():
             assert theirs["wire_bytes"] > base["wire_bytes"]
 
 
-def _contender(rank, world_size):
+def _contender(rank, world_size, targets):
     on_cpu()
     from bdlora_megatron import runtime
     from bdlora_megatron.bench.contenders import Contenders
@@ -344,7 +345,7 @@ def _contender(rank, world_size):
 
     small = {"ranks": (4,), "layers": 2, "repeats": 1, "bridge": True, "latencies_s": (0.0,)}
     sizes = {"decode": ((2, 4),), "mixed": ((2, 4),), "prefill": ((1, 4),), "train": ((2, 4),)}
-    plan = BenchPlan(**sizes, adapters=(2,), **small)
+    plan = BenchPlan(**sizes, adapters=(2,), target_modules=targets, **small)
     with runtime.model_parallel(world_size):
         contenders = Contenders(plan)
         theirs = contenders.model_of(Arm(rank=4, bridge=True))
@@ -358,7 +359,9 @@ def _contender(rank, world_size):
                 mine, yours = (getattr(x, factor).weight for x in (adapter, other))
                 mine.data.copy_(torch.nn.init.normal_(yours, std=0.3))
                 pairs.append((mine, yours))
-        assert len(pairs) == 2 * 4 * plan.shape.num_layers
+        assert len(pairs) == 2 * len(targets) * plan.shape.num_layers
+        adapted = [name for name, _ in theirs.named_modules() if name.endswith(".adapter")]
+        assert len(adapted) == len(pairs) / 2
         inputs = contenders._inputs(2, 4, 0)
         losses = [model(*inputs, labels=inputs[0]) for model in (ours, theirs)]
         torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
@@ -380,8 +383,11 @@ def _say_nothing(text):
     del text
 
 
-def test_bridges_lora_in_the_benchmark_computes_what_our_slora_layout_does():
-    for counts in run_ranks(2, _contender, timeout_s=300):
+@pytest.mark.parametrize(
+    "targets", [DEFAULT_TARGETS, DEFAULT_TARGETS[:2]], ids=["all", "attention"]
+)
+def test_bridges_lora_in_the_benchmark_computes_what_our_slora_layout_does(targets):
+    for counts in run_ranks(2, _contender, targets, timeout_s=300):
         # Bridge's layers hold one adapter.
         assert len(counts) == 4 * 6 - 1
         assert ("mixed", "bridge 4") not in counts
