@@ -130,10 +130,11 @@ class Plan:
             for plan in self.layouts
         ]
         first = self.layouts[0].memory
+        chosen = asked.target_modules
+        some = "" if set(chosen) == set(TARGETS) else f", on {', '.join(chosen)}"
         return (
             f"{asked.model} on {asked.tp} x {asked.hardware.name}; {asked.requests} requests of "
-            f"{asked.context} tokens, {asked.adapters} adapters in a batch, on "
-            f"{', '.join(asked.target_modules)}\n"
+            f"{asked.context} tokens, {asked.adapters} adapters in a batch{some}\n"
             f"each rank: weights {format_bytes(first.weights)}, cache {format_bytes(first.cache)}; "
             f"base model alone: decode {1e3 * self.base_decode.total:.2f} ms, prefill of "
             f"{asked.prompt} tokens {1e3 * self.base_prefill.total:.1f} ms\n\n"
