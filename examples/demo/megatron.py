@@ -22,7 +22,12 @@ from bdlora_megatron.layers import LoadOptions, adapters_disabled, load_adapter
 from bdlora_megatron.layers.anatomy import num_decoder_layers
 from bdlora_megatron.models import without_padding
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
-from bdlora_megatron.runtime.launch import hidden_gpus, join_ranks, start_method
+from bdlora_megatron.runtime.launch import (
+    hidden_gpus,
+    join_ranks,
+    prepare_ranks,
+    start_method,
+)
 from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
 from bdlora_megatron.serve.engine import EngineOptions, ServingEngine
 from bdlora_megatron.serve.messages import Failed, Sampling, Submit
@@ -91,6 +96,8 @@ def run_megatron(
     )
     with tempfile.TemporaryDirectory() as folder:
         with hidden_gpus():
+            # Megatron-Core is imported once, where ranks are forked, and not by each of them.
+            prepare_ranks(("bdlora_megatron.train.preload",))
             start_processes(
                 _rank_main, args=(Path(folder), job), nprocs=TP, start_method=start_method()
             )
