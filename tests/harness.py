@@ -7,9 +7,12 @@ and by themselves where CUDA is present, which they do not see.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
+import random
+import socket
 import tempfile
 import time
 import traceback
@@ -80,6 +83,14 @@ def run_ranks(
                     process.kill()
                     process.join()
     return _unwrap(outcomes)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that connections of other tests are given."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
 
 
 def _collect(receivers: list[Connection], timeout_s: float) -> list[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import traceback
@@ -189,6 +190,10 @@ def _rank_main(
         answer = ("error", error)
     except BaseException:
         answer = ("died", f"rank {rank} failed:\n{traceback.format_exc()}")
+    # Before the launcher hears of it, and before an exit that flushes nothing.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
     sender.send_bytes(pickle.dumps(answer))
     sender.close()
     # A peer may have failed: gloo's threads could then hang in the interpreter's tear-down.

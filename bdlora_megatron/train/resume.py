@@ -121,7 +121,7 @@ def check_resumable(saved: Mapping[str, Any], facts: Mapping[str, Any], path: st
     Raises:
         ConfigError: They differ; all differences are listed.
     """
-    before, now = _SINCE_THEN | _flat(saved["settings"]), _flat(facts["settings"])
+    before, now = (_SINCE_THEN | _flat(each["settings"]) for each in (saved, facts))
     problems = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

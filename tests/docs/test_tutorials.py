@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from examples.nemo import prepare as nemo_example
 from tests.docs.commands import check_command
 from tests.docs.follow import Reader
 from tests.docs.pages import ROOT, blocks
+from tests.harness import free_port
 from tests.serve import models
 
 #: Sizes of the tutorial's model that its text speaks of: three key-value heads.
@@ -51,9 +51,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return free_port()
 
 
 @pytest.mark.timeout(900)

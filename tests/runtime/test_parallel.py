@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from megatron.core import parallel_state
 
 from bdlora_megatron import runtime
 from bdlora_megatron.errors import ConfigError
-from tests.harness import run_ranks
+from tests.harness import free_port, run_ranks
 
 
 def _sizes(rank, world_size):
@@ -57,10 +56,7 @@ def _own_group(rank, world_size):
         runtime.model_parallel(1),
     ):
         pass
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     with runtime.model_parallel(1):
         assert torch.distributed.get_backend() == "gloo"
     assert not torch.distributed.is_initialized()

@@ -16,6 +16,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 
+from tests.harness import free_port
 from tests.serve import models
 from tests.serve.conftest import SIZES
 from tests.serve.servers import RunningServer
@@ -195,8 +196,7 @@ def test_a_full_disk_changes_nothing(patient, folder):
 
 def test_a_log_that_cannot_be_written_stops_nothing(folder):
     command = [sys.executable, "-m", "bdlora_megatron", "serve", "--model", str(folder / "model")]
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     with open("/dev/full", "w") as full:
         process = subprocess.Popen(
             [*command, "--cpu", "--port", str(port), "--set", *SIZES],

@@ -116,7 +116,7 @@ def _same(rank, world_size):
         latencies_s=(0.0,),
     )
     single = next(s for s in plan.settings() if s.adapters is None)
-    with model_parallel(world_size):
+    with model_parallel(world_size), torch.no_grad():
         contenders = Contenders(plan)
         inputs = contenders._inputs(3, 8, 0)
         outcomes = {}
