@@ -1,4 +1,4 @@
-"""A thousand requests, most of them malformed, made from our own OpenAPI description."""
+"""Hundreds of requests, most of them malformed, made from our own OpenAPI description."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.serve import models
 
 pytestmark = pytest.mark.engine
 
-_MODES = {schemathesis.GenerationMode.NEGATIVE: 230, schemathesis.GenerationMode.POSITIVE: 20}
+_MODES = {schemathesis.GenerationMode.NEGATIVE: 110, schemathesis.GenerationMode.POSITIVE: 12}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_every_request_is_answered_or_refused_clearly(api, server):
                 # Nothing can be wrong with a request that takes nothing.
                 assert mode is schemathesis.GenerationMode.NEGATIVE
                 assert operation.method == "get"
-    assert sum(count for status, count in statuses.items() if status >= 400) >= 1000, statuses
-    assert statuses[400] >= 800, statuses
+    assert sum(count for status, count in statuses.items() if status >= 400) >= 600, statuses
+    assert statuses[400] >= 500, statuses
     assert server.get("/ready") == (200, b"ready")
     assert server.metric("bdlora_used_blocks") == server.metric("bdlora_queued") == 0
     status, cards = server.get("/v1/models")
