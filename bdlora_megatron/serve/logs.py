@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -48,6 +49,7 @@ def configure_logging(*, rank: int | None = None, level: int = logging.INFO) -> 
         rank: Which rank's process this is; None for the front.
         level: Of this package's messages; others' are shown from WARNING on.
     """
+    _unbuffer()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONLines(rank))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
@@ -55,3 +57,16 @@ def configure_logging(*, rank: int | None = None, level: int = logging.INFO) -> 
     logging.captureWarnings(True)
     # Theirs, about settings that are not ours to change, at every start.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+
+
+def _unbuffer() -> None:
+    """Keep nothing back that could not be written.
+
+    On a full disk it would stay in the streams' buffers, which a process flushes before it starts
+    another one: the ranks could not be started.
+    """
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is getattr(sys, f"__{name}__"):
+            raw = open(number, "wb", buffering=0, closefd=False)  # noqa: SIM115
+            stream = io.TextIOWrapper(raw, "utf-8", errors="backslashreplace", write_through=True)
+            setattr(sys, name, stream)
