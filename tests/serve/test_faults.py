@@ -203,6 +203,8 @@ def test_a_log_that_cannot_be_written_stops_nothing(folder):
             stderr=full,
             stdout=full,
             start_new_session=True,
+            # With it nothing is held back that a later flush could fail on.
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
         )
     try:
         url = f"http://127.0.0.1:{port}"
