@@ -15,6 +15,7 @@ __all__ = [
     "LINEARS",
     "MODEL_CLASSES",
     "MODULE_NAMES",
+    "PARTS",
     "LinearFacts",
     "ModelClass",
     "ModuleName",
@@ -122,6 +123,8 @@ LINEARS = (
         (ProjectionFacts("down_proj", "", "linear_fc2", "hidden_size"),),
     ),
 )
+#: Hugging Face's name of each projection by its ``part``, by the path of its linear layer.
+PARTS: Mapping[str, Mapping[str, ModuleName]] = {linear.path: linear.parts for linear in LINEARS}
 #: The paths of the layers that hold several projections.
 FUSED = frozenset(linear.path for linear in LINEARS if len(linear.projections) > 1)
 

@@ -258,9 +258,9 @@ def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
         TargetError: No stage has an adapter.
     """
     own: _Entries = {}
-    base = None
-    for full_name, layer in lora_layers(model):
-        base = _base_shape(layer.config, num_decoder_layers(model))
+    layers = list(lora_layers(model))
+    base = _base_shape(layers[0][1].config, num_decoder_layers(model)) if layers else None
+    for full_name, layer in layers:
         if layer.adapter is None:
             continue
         for plan in layer.adapter.plans:

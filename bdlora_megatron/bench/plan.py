@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from bdlora_megatron.config import Layout
+from bdlora_megatron.config import DEFAULT_TARGETS, Layout
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.plan.model import PRESETS, TARGETS, ModelShape, check_targets
+from bdlora_megatron.plan.model import PRESETS, ModelShape, check_targets
 
 __all__ = ["MODELS", "Arm", "BenchPlan", "Phase", "Setting"]
 
@@ -121,7 +121,7 @@ class BenchPlan:
         repeats: Times that each step is measured.
         warmup: Rounds before them.
         bridge: Whether Megatron-Bridge's LoRA takes part.
-        target_modules: The layers that every contender's adapters change, of ``TARGETS``.
+        target_modules: The layers that every contender's adapters change, of ``DEFAULT_TARGETS``.
     """
 
     model: str = "small"
@@ -137,7 +137,7 @@ class BenchPlan:
     repeats: int = 7
     warmup: int = 1
     bridge: bool = False
-    target_modules: tuple[str, ...] = TARGETS
+    target_modules: tuple[str, ...] = DEFAULT_TARGETS
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:

@@ -8,9 +8,9 @@ from typing import Any
 
 from bdlora_megatron.cli import output
 from bdlora_megatron.cli.lists import add_target_modules, numbers
+from bdlora_megatron.config import DEFAULT_TARGETS
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.plan import HARDWARE, PRESETS, ModelShape
-from bdlora_megatron.plan.model import TARGETS
 from bdlora_megatron.plan.report import Deployment, make_plan, make_sweep
 
 __all__ = ["add_parser", "run"]
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         sequences=arguments.sequences,
         sequence=arguments.sequence,
         sequence_parallel=arguments.sequence_parallel,
-        target_modules=arguments.target_modules or TARGETS,
+        target_modules=arguments.target_modules or DEFAULT_TARGETS,
     )
     several = len(arguments.requests) > 1
     plan = make_sweep(asked, arguments.requests) if several else make_plan(asked)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from bdlora_megatron.cli import output
 from bdlora_megatron.convert.adapter import Adapter
-from bdlora_megatron.convert.registry import detect_format, open_adapter
+from bdlora_megatron.convert.pipeline import open_fitting
+from bdlora_megatron.convert.registry import detect_format
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
-from bdlora_megatron.models.check import base_shape, check_base
 from bdlora_megatron.models.config import HFConfig, read_hf_config
 
 __all__ = ["Source", "add_reading_options", "base_config", "find_sources", "holds_many", "opened"]
@@ -73,14 +73,14 @@ def opened(path: Path, arguments: argparse.Namespace) -> Iterator[Adapter]:
         The adapter, which fits the base model if one was given.
     """
     base = None if arguments.base is None else base_config(arguments.base)
-    with open_adapter(
+    with open_fitting(
         path,
+        base,
         allow_pickle=arguments.allow_pickle,
-        base=None if base is None else base_shape(base),
         base_folder=arguments.base,
         ignore_unknown=arguments.ignore_unknown,
     ) as adapter:
-        yield adapter if base is None else check_base(adapter, base)
+        yield adapter
 
 
 @functools.cache

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from bdlora_megatron.convert.adapter import Adapter
 from bdlora_megatron.convert.peft.options import check_ignorable
 from bdlora_megatron.convert.registry import FormatName, open_adapter, write_adapter
 from bdlora_megatron.convert.structure import Structure, StructureReport, restructure
@@ -15,7 +18,7 @@ from bdlora_megatron.models.check import base_shape, check_base
 if TYPE_CHECKING:
     from bdlora_megatron.models import HFConfig
 
-__all__ = ["Conversion", "companions", "convert_adapter"]
+__all__ = ["Conversion", "companions", "convert_adapter", "open_fitting"]
 
 #: A tokenizer and a chat template, which belong to what the adapter was trained on.
 _COMPANIONS = (
@@ -34,6 +37,26 @@ _COMPANIONS = (
     "vocab.json",
     "vocab.txt",
 )
+
+
+@contextmanager
+def open_fitting(path: Path, base: HFConfig | None, **options: Any) -> Iterator[Adapter]:
+    """Open an adapter, and refuse it where it does not fit the base model.
+
+    Args:
+        path: Its folder.
+        base: The base model; unset, the adapter is taken as it is.
+        **options: As for `open_adapter`.
+
+    Yields:
+        The adapter, with all that is known of its base model.
+
+    Raises:
+        ShapeError: If it is for another base model.
+    """
+    shape = None if base is None else base_shape(base)
+    with open_adapter(path, base=shape, **options) as adapter:
+        yield adapter if base is None else check_base(adapter, base)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,16 +121,13 @@ def convert_adapter(source: Path, target: Path, conversion: Conversion) -> Struc
         ShapeError: If the adapter does not fit the base model.
         UnsupportedError: If the format cannot hold the result.
     """
-    base = conversion.base
-    with open_adapter(
+    with open_fitting(
         source,
+        conversion.base,
         allow_pickle=conversion.allow_pickle,
-        base=None if base is None else base_shape(base),
         base_folder=conversion.base_folder,
         ignore_unknown=conversion.ignore_unknown,
     ) as adapter:
-        if base is not None:
-            adapter = check_base(adapter, base)
         changed = restructure(adapter, conversion.structure, dtype=conversion.options.dtype)
         beside = {str(path.relative_to(source)): path for path in companions(source)}
         options = replace(conversion.options, companions=beside)

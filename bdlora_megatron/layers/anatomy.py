@@ -14,11 +14,10 @@ from typing import Any
 from torch import nn
 
 from bdlora_megatron.convert.adapter.neutral import ModuleKey, ModuleName
-from bdlora_megatron.decoder import LINEARS, hybrid_layers
+from bdlora_megatron.decoder import PARTS, hybrid_layers
 from bdlora_megatron.errors import TargetError
 
 __all__ = [
-    "HF_NAMES",
     "attention_positions",
     "check_place",
     "decoder_keys",
@@ -29,8 +28,6 @@ __all__ = [
     "num_decoder_layers",
 ]
 
-#: Hugging Face's name of each projection, by the Megatron-Core layer's place in a decoder layer.
-HF_NAMES: Mapping[str, Mapping[str, ModuleName]] = {linear.path: linear.parts for linear in LINEARS}
 _DECODER_LAYER = re.compile(r"(?:.*\.)?decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -167,7 +164,7 @@ def check_place(full_name: str) -> tuple[int, Mapping[str, ModuleName]]:
         TargetError: No adapter format has a name for the layer.
     """
     place = decoder_layer(full_name)
-    hf_names = HF_NAMES.get(place[1]) if place else None
+    hf_names = PARTS.get(place[1]) if place else None
     if place is None or hf_names is None:
         hint = (
             " (this hybrid_layer_pattern does not pair attention with an MLP, so its positions "
@@ -176,7 +173,7 @@ def check_place(full_name: str) -> tuple[int, Mapping[str, ModuleName]]:
             else ""
         )
         raise TargetError(
-            f"{full_name} is none of a decoder layer's {', '.join(HF_NAMES)}{hint}; no adapter "
+            f"{full_name} is none of a decoder layer's {', '.join(PARTS)}{hint}; no adapter "
             "format has a name for an adapter there: leave it out with exclude_modules, or take "
             "it out with remove_lora"
         )

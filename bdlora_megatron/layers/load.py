@@ -17,10 +17,10 @@ from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.adapter.neutral import Adapter as NeutralAdapter
 from bdlora_megatron.convert.adapter.neutral import ModuleKey
+from bdlora_megatron.decoder import PARTS
 from bdlora_megatron.errors import ShapeError, TargetError
 from bdlora_megatron.layers.adapters import ProjectionPlan
 from bdlora_megatron.layers.anatomy import (
-    HF_NAMES,
     decoder_layer,
     named_modules_global,
     num_decoder_layers,
@@ -132,7 +132,7 @@ def decoder_linears(model: nn.Module) -> list[DecoderLinear]:
         if place is None or not isinstance(module, LINEAR_CLASSES):
             continue
         number, path = place
-        hf_names = HF_NAMES.get(path)
+        hf_names = PARTS.get(path)
         if hf_names is None or getattr(module, "is_expert", False):
             continue
         layer = module if isinstance(module, LoRALinear) else lora_layer(module)

@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bdlora_megatron.models.config import HFConfig, parse_hf_config, read_hf_config
-from bdlora_megatron.models.files import TensorFiles
 from bdlora_megatron.models.rope import RopeSettings
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
         transformer_config,
         without_padding,
     )
+    from bdlora_megatron.models.files import TensorFiles
     from bdlora_megatron.models.load import load_hf_model, load_hf_weights
 
 __all__ = [
@@ -40,8 +40,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # They need Megatron-Core, whose import takes seconds; reading a configuration does not.
+    # They need torch or Megatron-Core, whose import takes seconds; a configuration needs neither.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = "load" if name.startswith("load_") else "build"
+    home = "files" if name == "TensorFiles" else home
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.models.rope import RopeSettings, read_rope
 
-__all__ = ["HFConfig", "parse_hf_config", "read_hf_config"]
+__all__ = ["HFConfig", "parse_hf_config", "read_hf_config", "stop_ids"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -263,3 +263,27 @@ def _eos(reader: _Reader) -> tuple[int, ...]:
         reader.malformed.append(f"eos_token_id={value!r}; a number or a list of them is needed")
         return ()
     return tuple(values)
+
+
+def stop_ids(folder: Path, own: int | None) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's, and those of ``generation_config.json``.
+
+    Args:
+        folder: The model's.
+        own: The tokenizer's end of sequence.
+
+    Returns:
+        Their ids.
+
+    Raises:
+        ConfigError: The file can't be read.
+    """
+    path = folder / "generation_config.json"
+    listed: Any = None
+    if path.is_file():
+        try:
+            listed = json.loads(path.read_text("utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{path} is not a JSON object: {error}; mend or remove it") from error
+    ids = listed if isinstance(listed, list) else [listed]
+    return frozenset(token for token in [*ids, own] if isinstance(token, int))

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bdlora_megatron.blocks import Blocked, ModuleShape
+from bdlora_megatron.config import DEFAULT_TARGETS
 from bdlora_megatron.decoder import LINEARS, MODULE_NAMES, facts_of
 from bdlora_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from bdlora_megatron.models import HFConfig
 
-__all__ = ["PRESETS", "TARGETS", "Linear", "ModelShape", "check_targets"]
-
-#: The layers of a decoder layer that an adapter may change, by Megatron-Core's names.
-TARGETS = tuple(linear.name for linear in LINEARS)
+__all__ = ["PRESETS", "Linear", "ModelShape", "check_targets"]
 
 
 def check_targets(names: Sequence[str]) -> None:
@@ -26,15 +24,15 @@ def check_targets(names: Sequence[str]) -> None:
         names: Of the layers that an adapter changes.
 
     Raises:
-        ConfigError: There are none, or one of them is not in ``TARGETS`` or comes twice.
+        ConfigError: There are none, or one of them is not in ``DEFAULT_TARGETS`` or comes twice.
     """
-    unknown = [name for name in names if name not in TARGETS]
+    unknown = [name for name in names if name not in DEFAULT_TARGETS]
     parts = [f"{name} is in {facts_of(name)[0].name}" for name in MODULE_NAMES if name in unknown]
     if unknown or not names or len(set(names)) < len(names):
         hint = f" ({', '.join(parts)})" if parts else ""
         raise ConfigError(
             f"target_modules={','.join(names)}{hint}; wanted one or more of "
-            f"{', '.join(TARGETS)}, each once"
+            f"{', '.join(DEFAULT_TARGETS)}, each once"
         )
 
 
@@ -114,7 +112,7 @@ class ModelShape:
             tied=hf.tied,
         )
 
-    def linears(self, targets: Sequence[str] = TARGETS) -> tuple[Linear, ...]:
+    def linears(self, targets: Sequence[str] = DEFAULT_TARGETS) -> tuple[Linear, ...]:
         """The tensor-parallel layers of one decoder layer, in order.
 
         Args:
@@ -137,7 +135,7 @@ class ModelShape:
             if linear.name in targets
         )
 
-    def module_shapes(self, targets: Sequence[str] = TARGETS) -> list[ModuleShape]:
+    def module_shapes(self, targets: Sequence[str] = DEFAULT_TARGETS) -> list[ModuleShape]:
         """The projections of these layers, for ``matching_rank``."""
         return [shape for linear in self.linears(targets) for shape in linear.module_shapes()]
 

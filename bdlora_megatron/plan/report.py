@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bdlora_megatron.blocks import matching_rank
-from bdlora_megatron.config import Layout
+from bdlora_megatron.config import DEFAULT_TARGETS, Layout
 from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.plan.hardware import Hardware
 from bdlora_megatron.plan.memory import MemoryPlan, memory_plan
-from bdlora_megatron.plan.model import TARGETS, ModelShape, check_targets
+from bdlora_megatron.plan.model import ModelShape, check_targets
 from bdlora_megatron.plan.predict import StepTime, predict_step
 from bdlora_megatron.plan.training import TrainStep, predict_training
 from bdlora_megatron.plan.work import AdapterLoad, Step
@@ -52,7 +52,7 @@ class Deployment:
     sequences: int = 1
     sequence: int = 2048
     sequence_parallel: bool = False
-    target_modules: tuple[str, ...] = TARGETS
+    target_modules: tuple[str, ...] = DEFAULT_TARGETS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +131,7 @@ class Plan:
         ]
         first = self.layouts[0].memory
         chosen = asked.target_modules
-        some = "" if set(chosen) == set(TARGETS) else f", on {', '.join(chosen)}"
+        some = "" if set(chosen) == set(DEFAULT_TARGETS) else f", on {', '.join(chosen)}"
         return (
             f"{asked.model} on {asked.tp} x {asked.hardware.name}; {asked.requests} requests of "
             f"{asked.context} tokens, {asked.adapters} adapters in a batch{some}\n"

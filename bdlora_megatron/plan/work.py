@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bdlora_megatron.config import Layout
+from bdlora_megatron.config import DEFAULT_TARGETS, Layout
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.plan.model import TARGETS, Linear, ModelShape, check_targets
+from bdlora_megatron.plan.model import Linear, ModelShape, check_targets
 
 __all__ = [
     "AdapterLoad",
@@ -64,7 +64,7 @@ class AdapterLoad:
         rank: R of each.
         distinct: U, how many different ones the step's tokens use.
         num_blocks: Blocks N of a block-diagonal one; the ranks' number when unset.
-        target_modules: The layers that they change, of ``TARGETS``.
+        target_modules: The layers that they change, of ``DEFAULT_TARGETS``.
 
     Raises:
         ConfigError: The layout or a layer is not known.
@@ -74,7 +74,7 @@ class AdapterLoad:
     rank: int
     distinct: int = 1
     num_blocks: int | None = None
-    target_modules: tuple[str, ...] = TARGETS
+    target_modules: tuple[str, ...] = DEFAULT_TARGETS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout(self.layout))

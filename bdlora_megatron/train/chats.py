@@ -7,7 +7,6 @@ does not write), it gives several, so that each answer is learnt as it will be a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.models.config import stop_ids
 from bdlora_megatron.train.lines import (
     REASONING,
     BadLineError,
@@ -118,7 +118,9 @@ class ChatEncoder:
         """
         self._encoder, self._options, self._keys = encoder, options, keys
         self._tokenizer = encoder.tokenizer
-        self._stop_ids = _stop_ids(self._tokenizer)
+        self._stop_ids = stop_ids(
+            Path(self._tokenizer.name_or_path or "/dev/null"), self._tokenizer.eos_token_id
+        )
         self._template = lru_cache(None)(self._read_template)
         if options.template_kwargs:
             problem = self._about_arguments(options.template_kwargs, self._template(tools=False))
@@ -339,20 +341,3 @@ def _cuts(tokenizer: Any) -> re.Pattern[str] | None:
         if whole
         else None
     )
-
-
-def _stop_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens at which serving stops: the tokenizer's and ``generation_config.json``'s.
-
-    Raises:
-        ConfigError: The file can't be read.
-    """
-    path = Path(tokenizer.name_or_path or "/dev/null") / "generation_config.json"
-    listed: Any = None
-    if path.is_file():
-        try:
-            listed = json.loads(path.read_text("utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{path} is not a JSON object: {error}; mend or remove it") from error
-    ids = listed if isinstance(listed, list) else [listed]
-    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if isinstance(token, int))

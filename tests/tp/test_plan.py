@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from bdlora_megatron import runtime
-from bdlora_megatron.config import Layout
+from bdlora_megatron.config import DEFAULT_TARGETS, Layout
 from bdlora_megatron.convert import load_hf_model, read_hf_config, read_peft
 from bdlora_megatron.layers import LoadOptions, adapters_disabled, load_adapter, lora_layers
 from bdlora_megatron.plan import AdapterLoad, ModelShape, Step, adapter_bytes, adapter_work
-from bdlora_megatron.plan.model import TARGETS
 from bdlora_megatron.plan.work import base_layer_work
 from tests.golden.peft_cases import blocks, make_adapter, make_base, token_ids
 from tests.harness import run_ranks
@@ -83,7 +82,7 @@ def _compare(rank, world_size, root, kind, targets):
             assert len(plain) == 1
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("", TARGETS), ("attention-", ATTENTION)])
+@pytest.mark.parametrize(("kind", "targets"), [("", DEFAULT_TARGETS), ("attention-", ATTENTION)])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_counts_are_those_of_the_layers(folder, world_size, kind, targets):
     run_ranks(world_size, _compare, folder, kind, targets)

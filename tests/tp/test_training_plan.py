@@ -10,10 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bdlora_megatron import runtime
-from bdlora_megatron.config import Layout, LoRAConfig
+from bdlora_megatron.config import DEFAULT_TARGETS, Layout, LoRAConfig
 from bdlora_megatron.layers import adapters_disabled, apply_lora, lora_layers
 from bdlora_megatron.plan import AdapterLoad, ModelShape, TrainStep
-from bdlora_megatron.plan.model import TARGETS
 from bdlora_megatron.plan.training import (
     adapter_training_work,
     base_training_work,
@@ -218,7 +217,7 @@ def _compare_optimizer(model, at, load, world_size):
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_adapters_kernels_and_messages_are_those_of_the_layers(world_size, sequence_parallel):
-    run_ranks(world_size, _compare_adapters, sequence_parallel, TARGETS)
+    run_ranks(world_size, _compare_adapters, sequence_parallel, DEFAULT_TARGETS)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])

@@ -148,6 +148,14 @@ def test_an_error_of_a_rank_is_the_launchers(root, tmp_path):
         launch(broken)
 
 
+def _start(path, tmp_path, **how):
+    """A training, whose processes `_processes` finds."""
+    command = [sys.executable, "-W", "ignore", "-m", "bdlora_megatron.train", str(path)]
+    environment = {**ENVIRONMENT, "RUN_OF_THIS_TEST": str(tmp_path)}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, **how}
+    return subprocess.Popen(command, env=environment, text=True, **streams)
+
+
 @pytest.mark.parametrize(
     ("ending", "status"),
     [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)],
@@ -156,12 +164,7 @@ def test_an_error_of_a_rank_is_the_launchers(root, tmp_path):
 def test_no_rank_outlives_its_launcher(root, tmp_path, ending, status):
     config = settings(root, tmp_path / "run", train__train_iters=10_000, scheduler={})
     path = _yaml(config, tmp_path / "run.yaml")
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "bdlora_megatron.train", str(path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**ENVIRONMENT, "RUN_OF_THIS_TEST": str(tmp_path)},
-    )
+    process = _start(path, tmp_path, stderr=subprocess.DEVNULL)
     _wait(lambda: len(read_metrics(tmp_path / "run")) > 2)
     assert len(_processes(tmp_path)) > 1
     process.send_signal(ending)
@@ -176,14 +179,7 @@ def test_a_run_that_is_sent_sigterm_saves_and_goes_on_as_if_it_had_not_stopped(
     changes = {"model__tensor_model_parallel_size": 2, "scheduler": {"lr_decay_style": "constant"}}
     saves = {"checkpoint": {"save": str(tmp_path / "run")}, "train__train_iters": 10_000}
     path = _yaml(settings(root, tmp_path / "run", **changes, **saves), tmp_path / "run.yaml")
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "bdlora_megatron.train", str(path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**ENVIRONMENT, "RUN_OF_THIS_TEST": str(tmp_path)},
-        start_new_session=True,
-    )
+    process = _start(path, tmp_path, start_new_session=True)
     _wait(lambda: len(read_metrics(tmp_path / "run")) > 2)
     # A scheduler tells the first process, or every one that belongs to the job.
     (os.kill if told == "launcher" else os.killpg)(process.pid, signal.SIGTERM)
@@ -204,13 +200,7 @@ def test_a_run_that_is_sent_sigterm_saves_and_goes_on_as_if_it_had_not_stopped(
 def test_a_run_that_is_sent_sigterm_before_its_first_step_has_the_same_status(root, tmp_path):
     config = settings(root, tmp_path / "run", train__train_iters=10_000, scheduler={})
     path = _yaml(config, tmp_path / "run.yaml")
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "bdlora_megatron.train", str(path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**ENVIRONMENT, "RUN_OF_THIS_TEST": str(tmp_path)},
-    )
+    process = _start(path, tmp_path)
     _wait((tmp_path / "run" / ".lock").exists)
     process.terminate()
     _, errors = process.communicate(timeout=60)

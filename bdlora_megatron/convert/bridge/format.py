@@ -38,7 +38,7 @@ from bdlora_megatron.convert.megatron.format import (
     merge_base,
     stacked_layers,
 )
-from bdlora_megatron.convert.megatron.names import LINEARS, fuse, linear_of, stem
+from bdlora_megatron.convert.megatron.names import fuse, linear_of, stem
 from bdlora_megatron.convert.megatron.reader import Pair, PairSettings, find_pairs, pair_modules
 from bdlora_megatron.convert.megatron.run import (
     is_training_state,
@@ -46,7 +46,7 @@ from bdlora_megatron.convert.megatron.run import (
     with_main_copies,
 )
 from bdlora_megatron.convert.write_options import WriteOptions
-from bdlora_megatron.decoder import facts_of
+from bdlora_megatron.decoder import PARTS, facts_of
 from bdlora_megatron.errors import UnsupportedError
 
 __all__ = ["open_bridge", "write_bridge"]
@@ -212,7 +212,7 @@ class _PieceLoader:
                 f"whole {piece.linear} has one for all; write canonical LoRA "
                 "(without --fused, WriteOptions(fused=False))"
             )
-        named = dict(zip(LINEARS[piece.linear], parts, strict=True))
+        named = dict(zip(PARTS[piece.linear], parts, strict=True))
         return fuse(piece.linear, named, self.adapter.base)
 
 
@@ -266,7 +266,7 @@ def _check_writable(
             problems.add(f"rows are no multiple of {parts}, as tp={options.tp} needs", str(key))
     if options.fused:
         for piece in _pieces(facts, fused=True):
-            if len(piece.keys) < len(LINEARS[piece.linear]):
+            if len(piece.keys) < len(PARTS[piece.linear]):
                 problems.add(
                     f"LoRA for the whole {piece.linear} needs all of its projections; write "
                     "canonical LoRA (without --fused, WriteOptions(fused=False))",
@@ -306,7 +306,7 @@ def _plan(
         parts = [facts[key] for key in piece.keys]
         whole = parts[0]
         if len(parts) > 1:
-            whole = fuse(piece.linear, dict(zip(LINEARS[piece.linear], parts, strict=True)), base)
+            whole = fuse(piece.linear, dict(zip(PARTS[piece.linear], parts, strict=True)), base)
         number = None if layers else piece.layer
         for side, tensor in (("in", whole.A), ("out", whole.B)):
             name = f"{stem(piece.linear, piece.part, number)}linear_{side}.weight"

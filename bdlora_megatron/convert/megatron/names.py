@@ -17,14 +17,11 @@ import torch
 
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.convert.adapter.neutral import BaseShape, ModuleKey
-from bdlora_megatron.decoder import FUSED, ModuleName, facts_of
-from bdlora_megatron.decoder import LINEARS as ANATOMY
+from bdlora_megatron.decoder import PARTS, ModuleName, facts_of
 from bdlora_megatron.errors import AdapterFormatError
 
-__all__ = ["FUSED", "FactorName", "fuse", "linear_of", "parse_factor", "split_fused", "stem"]
+__all__ = ["FactorName", "fuse", "linear_of", "parse_factor", "split_fused", "stem"]
 
-#: The projections of each Megatron-Core layer, in order, by what an adapter calls them.
-LINEARS: Mapping[str, Mapping[str, ModuleName]] = {linear.path: linear.parts for linear in ANATOMY}
 _FACTOR = re.compile(
     r"(?P<prefix>(?:[^.]+\.)*?)decoder\.layers\.(?:(?P<layer>0|[1-9][0-9]{0,4})\.)?"
     r"(?P<linear>self_attention\.linear_(?:qkv|proj)|mlp\.linear_fc[12])\.adapter\."
@@ -65,7 +62,7 @@ def parse_factor(name: str) -> FactorName | None:
         return None
     part = found["part"] or ""
     linear = found["linear"]
-    if part and part not in LINEARS[linear]:
+    if part and part not in PARTS[linear]:
         return None
     return FactorName(
         prefix=found["prefix"],
@@ -107,7 +104,7 @@ def split_fused(
         AdapterFormatError: If B's rows are not those of this base model, or a block ends inside a
             query group.
     """
-    names = list(LINEARS[linear].values())
+    names = list(PARTS[linear].values())
     groups, rows = _groups(linear, fused.out_features, base)
     if groups % fused.num_blocks and linear == "self_attention.linear_qkv":
         raise AdapterFormatError(
@@ -136,7 +133,7 @@ def fuse(linear: str, parts: Mapping[str, BlockFactors], base: BaseShape) -> Blo
     Raises:
         AdapterFormatError: If the rows are not those of this base model.
     """
-    factors = [parts[part] for part in LINEARS[linear]]
+    factors = [parts[part] for part in PARTS[linear]]
     groups, rows = _groups(linear, sum(f.out_features for f in factors), base)
     wanted = [groups * count for count in rows]
     if [f.out_features for f in factors] != wanted:

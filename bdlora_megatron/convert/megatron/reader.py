@@ -17,7 +17,8 @@ from bdlora_megatron.convert.adapter.neutral import (
 )
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.megatron.dist_tensors import DistTensors
-from bdlora_megatron.convert.megatron.names import FUSED, LINEARS, parse_factor, split_fused
+from bdlora_megatron.convert.megatron.names import parse_factor, split_fused
+from bdlora_megatron.decoder import FUSED, PARTS
 from bdlora_megatron.errors import AdapterFormatError, ShapeError
 
 __all__ = ["Pair", "PairSettings", "find_pairs", "pair_modules"]
@@ -44,7 +45,7 @@ class Pair:
     @property
     def keys(self) -> list[ModuleKey]:
         """The modules it updates."""
-        parts = LINEARS[self.linear]
+        parts = PARTS[self.linear]
         names = [parts[self.part]] if self.part in parts else list(parts.values())
         return [ModuleKey(layer=self.layer, name=name) for name in names]
 

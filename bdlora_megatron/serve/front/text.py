@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.models.config import stop_ids
 from bdlora_megatron.serve.messages import Choice, FinishReason, Token
 
 __all__ = ["VOCABULARIES", "Piece", "TextStream", "Tokenizer", "chat_template"]
@@ -43,7 +44,7 @@ class Tokenizer:
         """
         self._tokenizer: Any = _read_tokenizer(folder)
         self._template = ""
-        self.stop_ids = _stop_ids(Path(folder), self._tokenizer.eos_token_id)
+        self.stop_ids = stop_ids(Path(folder), self._tokenizer.eos_token_id)
 
     def with_own(self, folder: Path, own: Collection[str]) -> Tokenizer:
         """This one, with what an adapter brings along.
@@ -309,20 +310,3 @@ class TextStream:
         choices, self._choices = tuple(self._choices), []
         prompt, self._prompt = self._prompt, ()
         return Piece(text, choices, finish, prompt)
-
-
-def _stop_ids(folder: Path, own: int | None) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's, and those of ``generation_config.json``.
-
-    Raises:
-        ConfigError: The file can't be read.
-    """
-    path = folder / "generation_config.json"
-    listed: Any = None
-    if path.is_file():
-        try:
-            listed = json.loads(path.read_text()).get("eos_token_id")
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise ConfigError(f"{path} is not a JSON object: {error}; mend or remove it") from error
-    ids = listed if isinstance(listed, list) else [listed]
-    return frozenset(token for token in [*ids, own] if isinstance(token, int))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 
@@ -63,6 +65,24 @@ def adapter(modules, *, kv_heads=4, layers=None, name="random", **metadata):
         num_layers=layers,
     )
     return Adapter(name=name, modules=dict(sorted(modules.items())), base=base, metadata=metadata)
+
+
+def seven(*, layers=1, rank=8, scale=2.0, shared=False, **changes):
+    """All modules of every layer; `shared` gives q, k, v and gate, up one A each."""
+    modules = {
+        ModuleKey(layer=layer, name=name): factors(
+            name, rank=rank, scale=scale, seed=10 * layer + n, **changes
+        )
+        for layer in range(layers)
+        for n, name in enumerate(MODULE_NAMES)
+    }
+    if shared:
+        for key in list(modules):
+            first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(key.name)
+            if first:
+                A = modules[ModuleKey(layer=key.layer, name=first)].A
+                modules[key] = replace(modules[key], A=A)
+    return adapter(modules, layers=layers)
 
 
 @st.composite

@@ -20,31 +20,13 @@ from bdlora_megatron.convert import (
     read_adapter,
     write_adapter,
 )
-from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES
 from bdlora_megatron.convert.megatron.dist_tensors import Chunk, open_dist_tensors
 from bdlora_megatron.convert.megatron.dist_writer import write_dist_tensors
 from bdlora_megatron.errors import AdapterFormatError, MissingDependencyError, UnsupportedError
-from tests.unit.convert.random_adapters import HEAD_DIM, adapter, assert_same, factors
+from tests.unit.convert.random_adapters import HEAD_DIM, adapter, assert_same, factors, seven
 
 Q, K, V = (ModuleKey(layer=0, name=f"{name}_proj") for name in "qkv")
 GATE, UP = (ModuleKey(layer=0, name=f"{name}_proj") for name in ("gate", "up"))
-
-
-def seven(*, shared=False, layers=1, **changes):
-    modules = {
-        ModuleKey(layer=layer, name=name): factors(
-            name, rank=8, scale=2.0, seed=10 * layer + n, **changes
-        )
-        for layer in range(layers)
-        for n, name in enumerate(MODULE_NAMES)
-    }
-    if shared:
-        for key in list(modules):
-            first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(key.name)
-            if first:
-                A = modules[ModuleKey(layer=key.layer, name=first)].A
-                modules[key] = replace(modules[key], A=A)
-    return adapter(modules, layers=layers)
 
 
 def run_config(folder, **changes):

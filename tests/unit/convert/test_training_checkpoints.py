@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,28 +25,15 @@ from bdlora_megatron.convert.megatron.dist_writer import write_dist_tensors
 from bdlora_megatron.convert.megatron.names import fuse, linear_of, stem
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
 from tests.reference import dense_update
+from tests.unit.convert import random_adapters
 from tests.unit.convert.random_adapters import HEAD_DIM, HEADS, adapter, assert_same, factors
 
 OLD = Path(__file__).parents[2] / "fixtures" / "5ae9907"
 BASE = BaseShape(num_heads=HEADS, num_kv_heads=4, head_dim=HEAD_DIM)
 
 
-def seven(*, layers=2, rank=8, scale=2.0, num_blocks=1, shared=False):
-    """All modules of every layer; `shared` gives q, k, v and gate, up one A each."""
-    modules = {
-        ModuleKey(layer=layer, name=name): factors(
-            name, rank=rank, scale=scale, num_blocks=num_blocks, seed=10 * layer + n
-        )
-        for layer in range(layers)
-        for n, name in enumerate(MODULE_NAMES)
-    }
-    if shared:
-        for key in list(modules):
-            first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(key.name)
-            if first:
-                A = modules[ModuleKey(layer=key.layer, name=first)].A
-                modules[key] = replace(modules[key], A=A)
-    return adapter(modules, layers=layers)
+#: All modules of two layers.
+seven = partial(random_adapters.seven, layers=2)
 
 
 def write_tensors(folder, tensors):
