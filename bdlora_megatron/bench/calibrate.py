@@ -12,34 +12,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from bdlora_megatron.bench.fit import least_errors
 from bdlora_megatron.bench.mixed_work import mixed_work
 from bdlora_megatron.bench.plan import Arm, BenchPlan
 from bdlora_megatron.bench.run import Cell
-from bdlora_megatron.plan import (
-    AdapterLoad,
-    Device,
-    Hardware,
-    Link,
-    Protocol,
-)
+from bdlora_megatron.errors import MissingDependencyError
+from bdlora_megatron.plan import AdapterLoad, Device, Hardware, Link, Protocol
 from bdlora_megatron.plan.local import LocalStep
 from bdlora_megatron.plan.predict import local_work
 from bdlora_megatron.plan.training import TrainStep, training_work
 from bdlora_megatron.plan.work import Message, Product, Work
 
-__all__ = ["Calibration", "Errors", "Machine", "Predicted", "calibrate"]
+__all__ = ["Calibration", "Errors", "Machine", "Predicted", "calibrate", "least_squares"]
 
-#: Errors up to about ten per cent count by their square.
+#: Errors up to about ten per cent count by their square, larger ones linearly: a disturbed
+#: measurement pulls little harder than any other.
 _NEAR = 0.1
-#: A number that the measurements do not tell must not run off to nothing.
+#: How far a number may move from its start: some settings leave one undetermined.
 _REACH = math.log(100.0)
 
 
@@ -65,12 +58,13 @@ class Machine:
     link: float = 1e9
     timer: float = 1e-4
 
-    def hardware(self, latency_s: float, *, cpu: bool) -> Hardware:
+    def hardware(self, latency_s: float, *, cpu: bool, memory: float = 0.0) -> Hardware:
         """The cost model's machine, with a wait before each collective.
 
         Args:
             latency_s: The injected wait.
             cpu: As of ``Device``.
+            memory: As of ``Device``.
 
         Returns:
             The machine.
@@ -82,13 +76,13 @@ class Machine:
             device=Device(
                 flops=self.flops,
                 bandwidth=self.bandwidth,
-                memory=0.0,
+                memory=memory,
                 launch=self.launch,
                 backward_launch=self.backward,
                 cpu=cpu,
             ),
             link=Link(protocols=(ring,)),
-            source="fitted to this run",
+            source="fitted to a run of `bdlora bench`",
         )
 
 
@@ -259,21 +253,38 @@ def _count(plan: BenchPlan, cell: Cell, size: int, *, fused: bool) -> _Counted:
     )
 
 
+def least_squares() -> Any:
+    """SciPy's robust least squares, looked up before minutes of measuring are at stake.
+
+    Raises:
+        MissingDependencyError: SciPy is not installed.
+    """
+    try:
+        from scipy import optimize
+    except ImportError as error:
+        raise MissingDependencyError(
+            "fitting the cost model needs scipy, which is not installed; "
+            "install the extra: pip install 'bdlora-megatron[bench]'"
+        ) from error
+    return optimize.least_squares
+
+
 def _fit(cells: Sequence[Cell], predict: Callable[[Cell, Machine], float]) -> Machine:
     """The machine whose predictions are least wrong, by the logarithms of its numbers."""
-    measured = _logarithms(median(cell.seconds) for cell in cells)
     names = Machine.__slots__
+    measured = [math.log(median(cell.seconds)) for cell in cells]
+    start = [math.log(getattr(Machine(), name)) for name in names]
 
-    def machine_at(point: Tensor) -> Machine:
-        return Machine(**dict(zip(names, point.exp().tolist(), strict=True)))
+    def machine_at(point: Sequence[float]) -> Machine:
+        return Machine(**{name: math.exp(x) for name, x in zip(names, point, strict=True)})
 
-    def errors_at(point: Tensor) -> Tensor:
+    def errors_at(point: Sequence[float]) -> list[float]:
         machine = machine_at(point)
-        return _logarithms(predict(cell, machine) for cell in cells) - measured
+        return [
+            math.log(predict(cell, machine)) - known
+            for cell, known in zip(cells, measured, strict=True)
+        ]
 
-    start = _logarithms(getattr(Machine(), name) for name in names)
-    return machine_at(least_errors(errors_at, start, reach=_REACH, near=_NEAR))
-
-
-def _logarithms(values: Iterable[float]) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float64).log()
+    bounds = [x - _REACH for x in start], [x + _REACH for x in start]
+    found = least_squares()(errors_at, start, bounds=bounds, loss="soft_l1", f_scale=_NEAR)
+    return machine_at(found.x)

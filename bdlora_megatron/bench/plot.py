@@ -29,7 +29,7 @@ def figure_class() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             "drawing needs matplotlib, which is not installed; "
-            "install the extra: pip install 'bdlora-megatron[plot]', or leave --out away"
+            "install the extra: pip install 'bdlora-megatron[bench]', or leave --out away"
         ) from error
     return Figure
 

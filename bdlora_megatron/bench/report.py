@@ -87,7 +87,15 @@ class BenchReport:
                 for cell in self.cells
             ],
             "calibration": self._calibration(),
+            "hardware": self._hardware(),
         }
+
+    def _hardware(self) -> dict[str, Any] | None:
+        """The fitted machine, as ``bdlora plan --hardware`` reads it."""
+        if self.calibration is None:
+            return None
+        cpu, memory = _memory(self.plan.tp)
+        return asdict(self.calibration.machine.hardware(0.0, cpu=cpu, memory=memory))
 
     def _calibration(self) -> dict[str, Any] | None:
         fit = self.calibration
@@ -335,6 +343,13 @@ def machine() -> dict[str, Any]:
         "dtype": "bfloat16" if gpu else "float32",
         "versions": {"Python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
+
+
+def _memory(tp: int) -> tuple[bool, float]:
+    """Whether ranks run on CPUs, and the bytes of memory of each."""
+    if torch.cuda.is_available():
+        return False, float(torch.cuda.get_device_properties(0).total_memory)
+    return True, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / tp
 
 
 def _processor() -> str:

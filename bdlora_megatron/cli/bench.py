@@ -89,11 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status.
     """
     # Late: they import Megatron-Core, which takes seconds that other commands need not wait.
+    from bdlora_megatron.bench.calibrate import least_squares
     from bdlora_megatron.bench.plot import figure_class
     from bdlora_megatron.bench.report import BenchReport, write_report
     from bdlora_megatron.bench.run import measure
 
     plan = _plan(arguments)
+    least_squares()
     if arguments.out is not None:
         figure_class()
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

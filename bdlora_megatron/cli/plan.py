@@ -10,7 +10,7 @@ from bdlora_megatron.cli import output
 from bdlora_megatron.cli.lists import add_target_modules, numbers
 from bdlora_megatron.config import DEFAULT_TARGETS
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.plan import HARDWARE, PRESETS, ModelShape
+from bdlora_megatron.plan import HARDWARE, PRESETS, ModelShape, find_hardware
 from bdlora_megatron.plan.report import Deployment, make_plan, make_sweep
 
 __all__ = ["add_parser", "run"]
@@ -40,9 +40,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, required=True, help="tensor-parallel ranks")
     parser.add_argument(
         "--hardware",
-        choices=sorted(HARDWARE),
+        metavar="MACHINE",
         default="a100-nvlink",
-        help="the machine (default: %(default)s)",
+        help=f"{', '.join(sorted(HARDWARE))}, or the JSON of `bdlora bench --out`, for the machine "
+        "that was measured (default: %(default)s)",
     )
     defaults = Deployment.__dataclass_fields__
     for name, what in (
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     asked = Deployment(
         model=name,
         shape=shape,
-        hardware=HARDWARE[arguments.hardware],
+        hardware=find_hardware(arguments.hardware),
         tp=arguments.tp,
         lora_rank=arguments.lora_rank,
         adapters=arguments.adapters,

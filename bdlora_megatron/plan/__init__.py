@@ -4,7 +4,14 @@
 that; `predict` multiplies. Nothing here imports Megatron-Core or touches a device.
 """
 
-from bdlora_megatron.plan.hardware import HARDWARE, Device, Hardware, Link, Protocol
+from bdlora_megatron.plan.hardware import (
+    HARDWARE,
+    Device,
+    Hardware,
+    Link,
+    Protocol,
+    find_hardware,
+)
 from bdlora_megatron.plan.memory import MemoryPlan, adapter_bytes, memory_plan
 from bdlora_megatron.plan.model import PRESETS, Linear, ModelShape
 from bdlora_megatron.plan.predict import StepTime, predict_step
@@ -39,6 +46,7 @@ __all__ = [
     "adapter_bytes",
     "adapter_work",
     "base_layer_work",
+    "find_hardware",
     "memory_plan",
     "predict_step",
     "predict_training",

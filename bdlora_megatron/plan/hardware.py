@@ -8,9 +8,13 @@ for an all-reduce and `P - 1` for the others. NCCL tunes itself with the same fo
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["HARDWARE", "Device", "Hardware", "Link", "Protocol"]
+from bdlora_megatron.errors import ConfigError, nearest
+
+__all__ = ["HARDWARE", "Device", "Hardware", "Link", "Protocol", "find_hardware"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,3 +184,40 @@ HARDWARE = {
         ),
     )
 }
+
+
+def find_hardware(name: str) -> Hardware:
+    """A machine by its name in ``HARDWARE``, or the one fitted to a run of ``bdlora bench``.
+
+    Args:
+        name: The name, or the path of the JSON that ``bdlora bench --out`` wrote.
+
+    Returns:
+        The machine.
+
+    Raises:
+        ConfigError: It is neither, or the run had too few settings for a fit.
+    """
+    if name in HARDWARE:
+        return HARDWARE[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"--hardware {name} is neither a file nor a machine that is known here; pass the JSON "
+            f"of bdlora bench --out, or a name: {nearest(name, HARDWARE)}"
+        )
+    try:
+        found = json.loads(path.read_text("utf-8"))["hardware"]
+        protocols = tuple(Protocol(**protocol) for protocol in found["link"]["protocols"])
+        return Hardware(
+            name=path.name,
+            device=Device(**found["device"]),
+            link=Link(protocols=protocols),
+            source=found["source"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} holds no fitted machine ({type(error).__name__}: {error}); wanted the JSON "
+            "that bdlora bench --out wrote, of a run of at least four settings: steps times "
+            "--latency-ms"
+        ) from error

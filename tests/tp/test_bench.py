@@ -146,7 +146,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_before_measuring(tmp_path, capsy
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["bench", "--out", str(tmp_path / "new" / "layouts")]) == 2
     told = capsys.readouterr().err
-    assert "install the extra: pip install 'bdlora-megatron[plot]'" in told
+    assert "install the extra: pip install 'bdlora-megatron[bench]'" in told
     assert "round" not in told
     assert not list(tmp_path.iterdir())
 

@@ -10,7 +10,9 @@ from bdlora_megatron.bench.calibrate import Calibration, Machine, Predicted
 from bdlora_megatron.bench.plan import Arm
 from bdlora_megatron.bench.plot import plot_report
 from bdlora_megatron.bench.report import BenchReport, write_report
+from bdlora_megatron.cli.main import main
 from bdlora_megatron.config import Layout
+from bdlora_megatron.plan import PRESETS, Step, find_hardware, predict_step
 from tests.unit.bench.cells import make_cells, small_plan
 
 #: Rounds of each contender, in milliseconds.
@@ -131,3 +133,34 @@ def test_a_cell_that_was_not_measured():
 def test_the_picture(tmp_path):
     path = plot_report(_report(), tmp_path / "layouts.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_fitted_machine_is_planned_with(tmp_path, capsys):
+    """What a run was fitted to predicts as that machine does, and unlike one twice as fast."""
+    shape, step = PRESETS["llama-3.1-8b"], Step(tokens=8, context=128)
+    totals = []
+    for flops in (2e10, 4e10):
+        machine = Machine(flops=flops, launch=7e-5, start=3e-4)
+        cell = _report().cells[0]
+        predicted = tuple(Predicted(cell=cell, seconds=1.0, held_out=out) for out in (True, False))
+        fit = Calibration(machine=machine, predicted=predicted)
+        write_report(_report(fit), tmp_path / "ours")
+        hardware = find_hardware(str(tmp_path / "ours.json"))
+        total = predict_step(shape, step, hardware, 2).total
+        assert total == predict_step(shape, step, machine.hardware(0.0, cpu=True), 2).total
+        assert 2**30 < hardware.device.memory < 2**45
+        totals.append(total)
+    assert totals[1] < totals[0]
+    asked = ["plan", "--model", "llama-3.1-8b", "--tp", "2", "--json", "--hardware"]
+    capsys.readouterr()
+    assert main([*asked, str(tmp_path / "ours.json")]) == 0
+    assert json.loads(capsys.readouterr().out)["deployment"]["hardware"]["name"] == "ours.json"
+
+
+def test_what_is_no_fitted_machine(tmp_path, capsys):
+    write_report(_report(), tmp_path / "few")
+    asked = ["plan", "--model", "llama-3.1-8b", "--tp", "2", "--hardware"]
+    assert main([*asked, str(tmp_path / "few.json")]) == 2
+    assert "few.json holds no fitted machine" in capsys.readouterr().err
+    assert main([*asked, "a100-nvlnk"]) == 2
+    assert "did you mean 'a100-nvlink'?" in capsys.readouterr().err
