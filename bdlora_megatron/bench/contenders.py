@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bdlora_megatron.errors import MissingDependencyError
 from bdlora_megatron.layers import apply_lora, lora_layers
 from bdlora_megatron.models import HFConfig, build_model, transformer_config
 from bdlora_megatron.models.rope import RopeSettings
-from bdlora_megatron.plan.model import ModelShape
+from bdlora_megatron.models.shape import ModelShape
 from bdlora_megatron.runtime import device
 from bdlora_megatron.runtime.versions.inference import inference
 
@@ -218,20 +219,13 @@ def _hf_config(shape: ModelShape, plan: BenchPlan) -> HFConfig:
     longest = max(length for _, length in plan.sizes())
     return HFConfig(
         model_type="llama",
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_size=shape.ffn_size,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
+        **asdict(shape),
         max_positions=longest + 1,
         norm_eps=1e-5,
         rope=RopeSettings(kind="default", theta=10000.0, factor=1.0),
         qkv_bias=False,
         linear_bias=False,
         qk_norm=False,
-        tied=shape.tied,
         sliding_window=None,
         eos_token_ids=(),
     )

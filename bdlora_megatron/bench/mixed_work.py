@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bdlora_megatron.config import Layout
+from bdlora_megatron.models.shape import Linear, ModelShape
 from bdlora_megatron.ops.cpu import ROWS_READ_AGAIN
 from bdlora_megatron.plan.local import LocalStep
-from bdlora_megatron.plan.model import Linear, ModelShape
 from bdlora_megatron.plan.predict import local_work
 from bdlora_megatron.plan.work import (
     AdapterLoad,

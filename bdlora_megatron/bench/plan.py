@@ -9,7 +9,8 @@ from typing import Literal
 
 from bdlora_megatron.config import DEFAULT_TARGETS, Layout
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.plan.model import PRESETS, ModelShape, check_targets
+from bdlora_megatron.models.shape import ModelShape
+from bdlora_megatron.plan.model import PRESETS, check_targets
 
 __all__ = ["MODELS", "Arm", "BenchPlan", "Phase", "Setting"]
 

@@ -114,4 +114,4 @@ def _shape(model: str) -> tuple[str, ModelShape]:
     # Imports Megatron-Core, which takes seconds.
     from bdlora_megatron.convert import read_hf_config
 
-    return folder.resolve().name, ModelShape.from_hf(read_hf_config(folder))
+    return folder.resolve().name, read_hf_config(folder)

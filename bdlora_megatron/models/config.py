@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
+from bdlora_megatron.errors import ConfigError, UnsupportedError
 from bdlora_megatron.models.rope import RopeSettings, read_rope
+from bdlora_megatron.models.shape import ModelShape
 
 __all__ = ["HFConfig", "parse_hf_config", "read_hf_config", "stop_ids"]
 
@@ -21,62 +22,30 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HFConfig:
-    """What a Llama-family model is made of.
+class HFConfig(ModelShape):
+    """What a Llama-family model is made of: its sizes, and what else changes the mathematics.
 
     Attributes:
         model_type: ``llama`` (SmolLM2 too), ``mistral``, ``qwen2`` or ``qwen3``.
-        num_layers: Decoder layers.
-        hidden_size: Width of the residual stream.
-        ffn_size: Width inside the MLP.
-        num_heads: Query heads.
-        num_kv_heads: Key-value heads; divides ``num_heads``.
-        head_dim: Width of a head; not always ``hidden_size / num_heads``.
-        vocab_size: Rows of the embedding as stored, without padding.
         max_positions: Longest sequence the model was made for.
         norm_eps: Epsilon of every RMSNorm.
         rope: Rotary embedding.
         qkv_bias: ``q_proj``, ``k_proj`` and ``v_proj`` have biases.
         linear_bias: ``o_proj`` and the MLP's layers have biases too.
         qk_norm: Queries and keys are normalised, head by head.
-        tied: The output layer uses the embedding's weight.
         sliding_window: Positions that attention sees, where any layer limits them.
         eos_token_ids: Tokens that end a sequence.
     """
 
     model_type: str
-    num_layers: int
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
     max_positions: int
     norm_eps: float
     rope: RopeSettings
     qkv_bias: bool
     linear_bias: bool
     qk_norm: bool
-    tied: bool
     sliding_window: int | None
     eos_token_ids: tuple[int, ...]
-
-    def check_stages(self, stages: int) -> None:
-        """Refuse a pipeline-parallel size that the layers do not divide by.
-
-        Args:
-            stages: Pipeline stages.
-
-        Raises:
-            ShapeError: With the sizes that would do.
-        """
-        if self.num_layers % stages:
-            fit = [size for size in range(1, self.num_layers + 1) if self.num_layers % size == 0]
-            raise ShapeError(
-                f"num_hidden_layers={self.num_layers} cannot be divided over {stages} pipeline "
-                f"stages; use one of {fit}"
-            )
 
 
 def read_hf_config(folder: str | Path) -> HFConfig:

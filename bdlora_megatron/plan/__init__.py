@@ -4,6 +4,7 @@
 that; `predict` multiplies. Nothing here imports Megatron-Core or touches a device.
 """
 
+from bdlora_megatron.models.shape import Linear, ModelShape
 from bdlora_megatron.plan.hardware import (
     HARDWARE,
     Device,
@@ -13,7 +14,7 @@ from bdlora_megatron.plan.hardware import (
     find_hardware,
 )
 from bdlora_megatron.plan.memory import MemoryPlan, adapter_bytes, memory_plan
-from bdlora_megatron.plan.model import PRESETS, Linear, ModelShape
+from bdlora_megatron.plan.model import PRESETS
 from bdlora_megatron.plan.predict import StepTime, predict_step
 from bdlora_megatron.plan.training import TrainStep, predict_training
 from bdlora_megatron.plan.work import (

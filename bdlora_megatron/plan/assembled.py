@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bdlora_megatron.config import Layout
-from bdlora_megatron.plan.model import Linear, ModelShape
+from bdlora_megatron.models.shape import Linear, ModelShape
 from bdlora_megatron.plan.work import AdapterLoad, Product, local_factors, multiply, traverse
 
 __all__ = ["Assembled", "assemble"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bdlora_megatron.plan.model import Linear, ModelShape
+from bdlora_megatron.models.shape import Linear, ModelShape
 from bdlora_megatron.plan.work import Product, multiply, traverse
 
 __all__ = [

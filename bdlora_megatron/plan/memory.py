@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.models.shape import ModelShape
 from bdlora_megatron.plan.hardware import Device
-from bdlora_megatron.plan.model import ModelShape
 from bdlora_megatron.plan.work import AdapterLoad, factor_sizes
 
 __all__ = ["MemoryPlan", "adapter_bytes", "memory_plan"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bdlora_megatron.models.shape import ModelShape
 from bdlora_megatron.plan.assembled import assemble
 from bdlora_megatron.plan.hardware import Hardware
 from bdlora_megatron.plan.local import LocalStep, local_forward, local_outer
-from bdlora_megatron.plan.model import ModelShape
 from bdlora_megatron.plan.work import (
     AdapterLoad,
     Message,

@@ -10,9 +10,10 @@ from bdlora_megatron.blocks import matching_rank
 from bdlora_megatron.config import DEFAULT_TARGETS, Layout
 from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.models.shape import ModelShape
 from bdlora_megatron.plan.hardware import Hardware
 from bdlora_megatron.plan.memory import MemoryPlan, memory_plan
-from bdlora_megatron.plan.model import ModelShape, check_targets
+from bdlora_megatron.plan.model import check_targets
 from bdlora_megatron.plan.predict import StepTime, predict_step
 from bdlora_megatron.plan.training import TrainStep, predict_training
 from bdlora_megatron.plan.work import AdapterLoad, Step

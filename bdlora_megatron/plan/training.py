@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.models.shape import ModelShape
 from bdlora_megatron.plan.assembled import Assembled, assemble
 from bdlora_megatron.plan.hardware import Hardware
 from bdlora_megatron.plan.local import (
@@ -22,7 +23,6 @@ from bdlora_megatron.plan.local import (
     local_loss_backward,
     local_outer,
 )
-from bdlora_megatron.plan.model import ModelShape
 from bdlora_megatron.plan.predict import StepTime, outer_products, work_seconds
 from bdlora_megatron.plan.work import (
     AdapterLoad,

@@ -13,7 +13,8 @@ from typing import Literal
 
 from bdlora_megatron.config import DEFAULT_TARGETS, Layout
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.plan.model import Linear, ModelShape, check_targets
+from bdlora_megatron.models.shape import Linear, ModelShape
+from bdlora_megatron.plan.model import check_targets
 
 __all__ = [
     "AdapterLoad",

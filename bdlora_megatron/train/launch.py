@@ -22,7 +22,6 @@ import torch
 from bdlora_megatron import runtime
 from bdlora_megatron.errors import BDLoRAError, ConfigError
 from bdlora_megatron.models import read_hf_config
-from bdlora_megatron.plan import ModelShape
 from bdlora_megatron.runtime.launch import bind_gloo, join_ranks, rank_context
 from bdlora_megatron.train.data import ShareOfBatch
 from bdlora_megatron.train.schema import TrainConfig
@@ -108,7 +107,7 @@ def check_launch(config: TrainConfig, *, ranks: int | None = None) -> None:
 
     model, problems = config.model, []
     hf = read_hf_config(model.hf_path)
-    shape = ModelShape.from_hf(hf)
+    shape = hf
     adapted = config.peft.scheme != "none"
     checks: list[Callable[[], object]] = [
         lambda: hf.check_stages(model.pipeline_model_parallel_size),

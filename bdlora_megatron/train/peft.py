@@ -11,7 +11,6 @@ from bdlora_megatron.config import Layout, LoRAConfig, resolve
 from bdlora_megatron.decoder import LINEARS
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers.targets import TargetMatcher
-from bdlora_megatron.plan import ModelShape
 from bdlora_megatron.train.schema import BDLoRASection, PeftSection
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def _target_shapes(section: BDLoRASection, hf: HFConfig) -> list[ModuleShape]:
     """Every projection of every layer that the targets choose."""
     matcher = TargetMatcher(section.target_modules, section.exclude_modules)
     shapes, names = [], []
-    linears = ModelShape.from_hf(hf).linears()
+    linears = hf.linears()
     for layer in range(hf.num_layers):
         for facts, linear in zip(LINEARS, linears, strict=True):
             names.append(f"decoder.layers.{layer}.{facts.path}")

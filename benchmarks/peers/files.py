@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from bdlora_megatron.blocks import matching_rank
 from bdlora_megatron.convert import read_hf_config
-from bdlora_megatron.plan import ModelShape
 from benchmarks.peers.job import Request
 from examples.demo.texts import python_reference, shakespeare
 from examples.demo.train import block_diagonal
@@ -65,7 +64,7 @@ def padded_base(source: Path, folder: Path) -> Path:
 
 def bd_rank(base: Path, rank: int, num_blocks: int) -> int:
     """The rank of a BD-LoRA with as many parameters as a LoRA has."""
-    shape = ModelShape.from_hf(read_hf_config(base))
+    shape = read_hf_config(base)
     return matching_rank(shape.module_shapes(), lora_rank=rank, num_blocks=num_blocks)
 
 

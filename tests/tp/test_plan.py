@@ -9,7 +9,7 @@ from bdlora_megatron import runtime
 from bdlora_megatron.config import DEFAULT_TARGETS, Layout
 from bdlora_megatron.convert import load_hf_model, read_hf_config, read_peft
 from bdlora_megatron.layers import LoadOptions, adapters_disabled, load_adapter, lora_layers
-from bdlora_megatron.plan import AdapterLoad, ModelShape, Step, adapter_bytes, adapter_work
+from bdlora_megatron.plan import AdapterLoad, Step, adapter_bytes, adapter_work
 from bdlora_megatron.plan.work import base_layer_work
 from tests.golden.peft_cases import blocks, make_adapter, make_base, token_ids
 from tests.harness import run_ranks
@@ -48,7 +48,7 @@ def _compare(rank, world_size, root, kind, targets):
     with model_parallel(world_size):
         model = load_hf_model(root / "base", dtype=torch.float32).eval()
         hf = read_hf_config(root / "base")
-        shape, step = ModelShape.from_hf(hf), Step(tokens=token_ids().numel(), context=1)
+        shape, step = hf, Step(tokens=token_ids().numel(), context=1)
         step = Step(tokens=step.tokens, context=1, bytes_per_element=FLOAT)
         for name, layout, rank_of, num_blocks in (
             ("bdlora", Layout.BDLORA, 8, 4),
