@@ -10,13 +10,10 @@ from typing import Any, cast
 
 import torch
 
-from bdlora_megatron.decoder import LINEARS
+from bdlora_megatron.decoder import DEFAULT_TARGETS
 from bdlora_megatron.errors import ConfigError, nearest
 
 __all__ = ["DEFAULT_TARGETS", "Layout", "LoRAConfig", "resolve"]
-
-#: The tensor-parallel linear layers of a Megatron-Core decoder layer, by NeMo's names for them.
-DEFAULT_TARGETS = tuple(linear.name for linear in LINEARS)
 
 _DEFAULT_RANK = 16
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 __all__ = [
+    "DEFAULT_TARGETS",
     "FUSED",
     "LINEARS",
-    "MODEL_CLASSES",
     "MODULE_NAMES",
     "PARTS",
     "LinearFacts",
@@ -31,7 +31,6 @@ MODULE_NAMES: tuple[ModuleName, ...] = get_args(ModuleName)
 #: Megatron-Core's class of models; ``auto`` is ``HybridModel`` where the release has it in
 #: ``GPTModel``'s place (0.19 and newer).
 ModelClass: TypeAlias = Literal["auto", "gpt", "hybrid"]
-MODEL_CLASSES: tuple[ModelClass, ...] = get_args(ModelClass)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +122,8 @@ LINEARS = (
         (ProjectionFacts("down_proj", "", "linear_fc2", "hidden_size"),),
     ),
 )
+#: The linear layers that get an adapter by default, by NeMo's names for them.
+DEFAULT_TARGETS = tuple(linear.name for linear in LINEARS)
 #: Hugging Face's name of each projection by its ``part``, by the path of its linear layer.
 PARTS: Mapping[str, Mapping[str, ModuleName]] = {linear.path: linear.parts for linear in LINEARS}
 #: The paths of the layers that hold several projections.

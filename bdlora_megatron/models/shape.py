@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from bdlora_megatron.config import DEFAULT_TARGETS
-from bdlora_megatron.decoder import LINEARS
+from bdlora_megatron.decoder import DEFAULT_TARGETS, LINEARS
 from bdlora_megatron.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:

@@ -186,7 +186,7 @@ def _file(path: Path | None) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} does not hold settings; wanted lines such as `tp: 8`")
+        raise ConfigError(f"{path} does not hold settings; wanted lines such as `max_loras: 64`")
     return values
 
 

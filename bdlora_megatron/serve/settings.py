@@ -5,19 +5,30 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from bdlora_megatron.decoder import MODEL_CLASSES
-from bdlora_megatron.errors import ConfigError, nearest
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from bdlora_megatron.decoder import ModelClass
+from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.settings import (
+    FORBID_UNKNOWN,
+    Count,
+    Flag,
+    Names,
+    Natural,
+    Number,
+    Seconds,
+    Section,
+    read_settings,
+)
 
 __all__ = ["ApiKey", "ServeSettings", "check_adapter_name"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:-]{0,127}")
-_LAYOUTS = ("bdlora", "half_sharded", "slora")
-_LAYERS = ("megatron", "transformer_engine")
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 #: Names of settings until 0.1, with what they are called now: as vLLM calls them.
 _RENAMED = {
     "block_tokens": "block_size",
@@ -46,22 +57,24 @@ def check_adapter_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+Secret = Annotated[str, Field(min_length=8)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class ApiKey:
     """A key that clients send as ``Authorization: Bearer KEY``."""
 
-    key: str = field(repr=False)
-    """The secret."""
+    key: Secret = field(repr=False)
+    """The secret, of at least 8 characters."""
 
-    models: tuple[str, ...] | None = None
+    models: Names | None = None
     """The models that it may use, the base model's name among them; all when unset."""
 
-    def __post_init__(self) -> None:
-        if len(self.key) < 8:
-            raise ConfigError("an API key has fewer than 8 characters; make a longer one")
+
+_Key = Annotated[ApiKey, BeforeValidator(lambda v: {"key": v} if isinstance(v, str) else v)]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class ServeSettings:
     """A server: model, adapters, ranks, sizes, keys."""
 
@@ -71,131 +84,118 @@ class ServeSettings:
     served_model_name: str | None = None
     """What requests call the base model; the folder's name when unset."""
 
-    adapters: Mapping[str, str] = field(default_factory=dict)
+    adapters: Annotated[dict[str, str], Section] = field(default_factory=dict)
     """Folders of adapters by name, registered at the start."""
 
-    strict_adapters: bool = False
+    strict_adapters: Flag = False
     """End where one of ``adapters`` is refused at the start, instead of serving the others."""
 
-    adapter_tokenizers: bool = False
+    adapter_tokenizers: Flag = False
     """Use the tokenizer and the chat template beside an adapter for its requests, where they are
     not the base model's."""
 
-    adapter_dirs: tuple[str, ...] = ()
+    adapter_dirs: Names = ()
     """Folders below which ``/v1/load_lora_adapter`` may find adapters; without any it is off."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Count = 1
     """Tensor-parallel ranks."""
 
-    cpu: bool = False
+    cpu: Flag = False
     """Run on this machine's CPU, with gloo."""
 
     interface: str | None = None
     """Network interface of the ranks' control messages (gloo's); loopback when unset, or under
     torchrun what ``GLOO_SOCKET_IFNAME`` says."""
 
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """The model's type; as stored when unset."""
 
-    model_class: str = "auto"
+    model_class: ModelClass = "auto"
     """Megatron-Core's class of models: ``hybrid``, ``gpt``, or the first where 0.19 has it."""
 
-    layers: str = "megatron"
+    layers: Literal["megatron", "transformer_engine"] = "megatron"
     """Whose linear layers the model has: ``megatron``, or on GPUs ``transformer_engine``."""
 
-    cuda_graphs: bool = False
+    cuda_graphs: Flag = False
     """Capture decoding steps in CUDA graphs. This has never run on a GPU."""
 
-    layout: str = "bdlora"
+    layout: Literal["bdlora", "half_sharded", "slora"] = "bdlora"
     """How ranks hold adapters: ``bdlora`` (serves any), ``half_sharded`` or ``slora``."""
 
-    max_loras: int = 32
+    max_loras: Count = 32
     """Adapters on the device at once."""
 
-    max_lora_rank: int = 64
+    max_lora_rank: Count = 64
     """The largest rank, per tensor-parallel rank, that a slot holds."""
 
-    host_cache_bytes: int = 2**32
+    host_cache_bytes: Count = 2**32
     """Memory of each rank's host for adapters that are in no slot."""
 
-    max_num_seqs: int = 64
+    max_num_seqs: Count = 64
     """Requests that run at once."""
 
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: Count = 2048
     """Tokens of one step; longer prompts are read in chunks."""
 
-    max_model_len: int = 4096
+    max_model_len: Count = 4096
     """The longest prompt and answer together, in tokens."""
 
-    kv_cache_memory_bytes: int = 2**30
+    kv_cache_memory_bytes: Count = 2**30
     """Key-value cache on each rank."""
 
-    block_size: int = 256
+    block_size: Count = 256
     """Positions of a block of the cache."""
 
-    max_queue: int = 256
+    max_queue: Natural = 256
     """Requests that may wait beside those that run; further ones get status 429."""
 
-    max_per_adapter: int | None = None
+    max_per_adapter: Count | None = None
     """Requests of one adapter that run at once; no limit of its own when unset."""
 
-    max_queue_per_adapter: int | None = None
+    max_queue_per_adapter: Count | None = None
     """Requests of one adapter that are waiting or running; further ones get status 429."""
 
-    patience_steps: int = 64
+    patience_steps: Count = 64
     """Steps that a request waits for a slot before one is cleared for it."""
 
     host: str = "127.0.0.1"
     """Address to listen on."""
 
-    port: int = 8000
+    port: Natural = 8000
     """Port to listen on; 0 takes a free one."""
 
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: Names = ()
     """Origins whose pages may ask this server from a browser; ``*`` for all."""
 
-    api_keys: tuple[ApiKey, ...] = ()
+    api_keys: tuple[_Key, ...] = field(default=(), repr=False)
     """Keys of clients; without any, all requests are served."""
 
-    admin_key: str | None = field(default=None, repr=False)
+    admin_key: Secret | None = field(default=None, repr=False)
     """The key that may load and unload adapters and see the metrics."""
 
-    max_body_bytes: int = 2**22
+    max_body_bytes: Count = 2**22
     """The largest request body."""
 
-    request_timeout_s: float = 600.0
+    request_timeout_s: Seconds = 600.0
     """A request that takes longer is cancelled."""
 
-    client_timeout_s: float = 60.0
+    client_timeout_s: Seconds = 60.0
     """How long a client may take to send a whole request, and to read on when its answer is more
     than the connection holds; then the connection is closed."""
 
-    drain_s: float = 30.0
+    drain_s: Number = 30.0
     """How long requests in flight may go on after SIGTERM."""
 
-    rank_timeout_s: float = 120.0
+    rank_timeout_s: Seconds = 120.0
     """A rank that hears nothing from its peers for so long gives up."""
 
-    restarts: int = 0
+    restarts: Natural = 0
     """How often ranks are started again after one has died, before the server ends."""
 
-    log_prompts: bool = False
+    log_prompts: Flag = False
     """Write prompts and answers to the log."""
 
     def __post_init__(self) -> None:
-        positive = (
-            "tensor_parallel_size", "max_loras", "max_lora_rank", "host_cache_bytes",
-            "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes",
-            "block_size", "patience_steps", "max_body_bytes", "request_timeout_s",
-            "client_timeout_s", "rank_timeout_s",
-        )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}; wanted more than 0")
-        for name in ("port", "max_queue", "drain_s", "restarts"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}; wanted 0 or more")
-        self._check_choices()
         if self.cpu and self.layers == "transformer_engine":
             raise ConfigError(
                 "layers='transformer_engine' on a CPU; Transformer Engine runs on GPUs: leave "
@@ -203,31 +203,12 @@ class ServeSettings:
             )
         if self.cpu and self.cuda_graphs:
             raise ConfigError("cuda_graphs on a CPU; there are none: leave one of the two out")
-        if self.admin_key is not None and len(self.admin_key) < 8:
-            raise ConfigError("admin_key has fewer than 8 characters; make a longer one")
         for name in self.adapters:
             if check_adapter_name(name) == self.base_name:
                 raise ConfigError(
                     f"an adapter is called {name!r}, as the base model is; name it otherwise, or "
                     "set served_model_name"
                 )
-
-    def _check_choices(self) -> None:
-        """Refuse words that mean nothing here.
-
-        Raises:
-            ConfigError: There is one.
-        """
-        choices = {
-            "model_class": MODEL_CLASSES,
-            "layout": _LAYOUTS,
-            "layers": _LAYERS,
-            "dtype": _DTYPES,
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known and not (name == "dtype" and value is None):
-                raise ConfigError(f"{name}={value!r}; wanted one of {known}")
 
     @property
     def base_name(self) -> str:
@@ -245,22 +226,10 @@ class ServeSettings:
             The settings.
 
         Raises:
-            ConfigError: A name is unknown (the nearest known one is named) or was changed (the new
-                one is named), or a value is wrong.
+            ConfigError: Names are unknown (the nearest known one is named) or were changed (the new
+                one is named), or values are wrong; every problem is listed.
         """
-        known = {f.name: f for f in fields(cls)}
-        for name in values:
-            if name in _RENAMED:
-                raise ConfigError(
-                    f"setting {name!r} is now called {_RENAMED[name]!r}; rename it, its meaning "
-                    "is the same"
-                )
-            if name not in known:
-                raise ConfigError(f"unknown setting {name!r}; {nearest(name, known)}")
-        made = {name: _plain(name, value, str(known[name].type)) for name, value in values.items()}
-        if "model" not in made:
-            raise ConfigError("no model is given; name the folder of the base model")
-        return cls(**made)
+        return read_settings(cls, dict(values), "the server's settings", _RENAMED)
 
     def adapter_path(self, path: str) -> Path:
         """The folder that a client named, if it may be read.
@@ -281,45 +250,3 @@ class ServeSettings:
         raise ConfigError(
             f"adapter path {path!r} is below none of the folders that this server may load from"
         )
-
-
-def _plain(name: str, value: Any, kind: str) -> Any:
-    """One value of a file in the type that its field has.
-
-    Raises:
-        ConfigError: It is of another type.
-    """
-    if name == "api_keys":
-        return tuple(_api_key(item) for item in _list(name, value))
-    if name in {"adapter_dirs", "cors_origins"}:
-        return tuple(str(item) for item in _list(name, value))
-    if name == "adapters":
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"adapters={value!r}; wanted names with their folders")
-        return {str(key): str(path) for key, path in value.items()}
-    wanted: tuple[type, ...] = {"int": (int,), "float": (int, float), "bool": (bool,)}.get(
-        kind.removesuffix(" | None"), (str,)
-    )
-    nothing = value is None and kind.endswith("None")
-    if not nothing and (
-        not isinstance(value, wanted) or (isinstance(value, bool) != (bool in wanted))
-    ):
-        raise ConfigError(f"{name}={value!r}; wanted {kind}")
-    return value
-
-
-def _list(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{name}={value!r}; wanted a list")
-    return list(value)
-
-
-def _api_key(item: Any) -> ApiKey:
-    if isinstance(item, ApiKey):
-        return item
-    if isinstance(item, str):
-        return ApiKey(key=item)
-    if isinstance(item, Mapping) and set(item) <= {"key", "models"} and "key" in item:
-        models = item.get("models")
-        return ApiKey(key=str(item["key"]), models=None if models is None else tuple(models))
-    raise ConfigError("an entry of api_keys is neither a text nor {key: ..., models: [...]}")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, Strict
+from pydantic.dataclasses import dataclass
 
 from bdlora_megatron.config import DEFAULT_TARGETS
 from bdlora_megatron.decoder import ModelClass
+from bdlora_megatron.settings import (
+    FORBID_UNKNOWN,
+    Count,
+    Flag,
+    Names,
+    Natural,
+    Number,
+    Section,
+)
 
 __all__ = [
     "BDLoRASection",
@@ -25,7 +37,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class ModelSection:
     """The base model and how ranks share it."""
 
@@ -35,182 +47,190 @@ class ModelSection:
     """Megatron-Core's class of models; ``hybrid`` where it is 0.19 or newer by default."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the frozen base; that of the stored weights by default. See ``train.precision``."""
-    seq_length: int = 1024
+    seq_length: Annotated[Count, Field(ge=2)] = 1024
     """Tokens in a row of a batch."""
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    sequence_parallel: bool = False
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
+    sequence_parallel: Flag = False
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """What is computed again in backward instead of being kept."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class LoRASection:
     """A vanilla LoRA; read by the schemes ``lora`` and ``slora``."""
 
-    rank: int = 16
-    alpha: float | None = None
+    rank: Count = 16
+    alpha: Annotated[float, Strict()] | None = None
     """Numerator of the scale; twice the rank by default."""
-    use_rslora: bool = False
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = DEFAULT_TARGETS
-    exclude_modules: tuple[str, ...] = ()
+    use_rslora: Flag = False
+    dropout: Annotated[Number, Field(lt=1)] = 0.0
+    target_modules: Names = DEFAULT_TARGETS
+    exclude_modules: Names = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class BDLoRASection:
     """A BD-LoRA; read by the scheme ``bdlora``."""
 
-    num_blocks: int | None = None
+    num_blocks: Count | None = None
     """The tensor-parallel size at which the adapter will be served, or a multiple of it."""
-    rank: int | None = None
+    rank: Count | None = None
     """Total rank; 16 rounded up to a multiple of ``num_blocks`` by default."""
-    match_params_of_lora_rank: int | None = None
+    match_params_of_lora_rank: Count | None = None
     """Instead of ``rank``: the largest rank with no more parameters than a LoRA of this one."""
-    alpha: float | None = None
+    alpha: Annotated[float, Strict()] | None = None
     """Numerator of the scale; twice the rank by default."""
-    use_rslora: bool = False
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = DEFAULT_TARGETS
-    exclude_modules: tuple[str, ...] = ()
+    use_rslora: Flag = False
+    dropout: Annotated[Number, Field(lt=1)] = 0.0
+    target_modules: Names = DEFAULT_TARGETS
+    exclude_modules: Names = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+#: A person may mean YAML's null by ``scheme: none``.
+_NONE = BeforeValidator(lambda value: "none" if value is None else value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class PeftSection:
     """Which adapter is trained. Sections of schemes that are not chosen are only checked."""
 
-    scheme: Literal["bdlora", "lora", "slora", "none"] = "bdlora"
+    scheme: Annotated[Literal["bdlora", "lora", "slora", "none"], _NONE] = "bdlora"
     """``lora`` keeps one factor of each pair whole on every rank, ``slora`` splits both and
     communicates at the rank, ``none`` trains nothing and evaluates the base model."""
-    bdlora: BDLoRASection = field(default_factory=BDLoRASection)
-    lora: LoRASection = field(default_factory=LoRASection)
+    bdlora: Annotated[BDLoRASection, Section] = field(default_factory=BDLoRASection)
+    lora: Annotated[LoRASection, Section] = field(default_factory=LoRASection)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class DatasetSection:
     """What is learnt: JSONL files, one example a line."""
 
-    train: tuple[str, ...]
+    train: Names
     """Files to train on."""
-    validation: tuple[str, ...] = ()
+    validation: Names = ()
     """Files to evaluate on."""
     format: Literal["chat", "prompt_completion", "text"] = "chat"
-    packing: bool = True
+    packing: Flag = True
     """Put several examples in a row; they don't see one another."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What becomes of examples longer than a row. Plain text is cut into rows instead."""
     train_on: Literal["all", "last"] = "all"
     """Which answers of a conversation are learnt. ``last`` is for chat templates that write earlier
     turns differently once a later one follows."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: Annotated[dict[str, Any], Section] = field(default_factory=dict)
     """Arguments of the chat template, such as ``enable_thinking: false``. Requests to the server
     should be made with the same ones."""
-    ignore_keys: tuple[str, ...] = ()
+    ignore_keys: Names = ()
     """Keys of lines and messages to leave out, where they would be refused."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class TrainSection:
     """How long, in what portions, and when to evaluate."""
 
-    train_iters: int
+    train_iters: Natural
     """Optimizer steps."""
-    global_batch_size: int = 8
+    global_batch_size: Count = 8
     """Rows in a step, over all ranks."""
-    micro_batch_size: int = 1
+    micro_batch_size: Count = 1
     """Rows that go through the model at once on a rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the factors and their products. ``bf16`` is Megatron-Core's mixed precision: base and
     factors in bfloat16, gradients summed and factors kept for the optimizer in float32."""
-    eval_interval: int = 0
+    eval_interval: Natural = 0
     """Steps between evaluations; 0 evaluates at the end only."""
-    eval_iters: int = 0
+    eval_iters: Natural = 0
     """Batches of ``global_batch_size`` rows in an evaluation; 0 takes all validation data."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class OptimizerSection:
     """Megatron-Core's Adam with decoupled weight decay."""
 
-    lr: float = 1e-4
-    min_lr: float = 0.0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    lr: Number = 1e-4
+    min_lr: Number = 0.0
+    weight_decay: Number = 0.0
+    adam_beta1: Number = 0.9
+    adam_beta2: Number = 0.999
+    adam_eps: Number = 1e-8
+    clip_grad: Number = 1.0
     """Largest norm of all gradients together; 0 for no limit."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class SchedulerSection:
     """Megatron-Core's learning-rate schedule."""
 
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    lr_warmup_iters: int = 0
-    lr_decay_iters: int | None = None
+    lr_warmup_iters: Natural = 0
+    lr_decay_iters: Count | None = None
     """Step at which ``min_lr`` is reached; ``train.train_iters`` by default."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class CheckpointSection:
     """Where a run keeps what it needs to go on."""
 
     save: str
     """The run's folder: checkpoints, metrics, loss curve, exported adapters."""
-    save_interval: int = 0
+    save_interval: Natural = 0
     """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = 2
+    keep: Count = 2
     """How many of the newest checkpoints stay."""
-    resume: bool = True
+    resume: Flag = True
     """Go on from the newest checkpoint in ``save``, if there is one; else refuse the folder."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class LoggerSection:
     """What is shown and written down."""
 
-    log_interval: int = 1
+    log_interval: Count = 1
     """Steps between lines of metrics."""
-    progress_bar: bool = True
-    tensorboard: bool = True
+    progress_bar: Flag = True
+    tensorboard: Flag = True
     """Write TensorBoard's events; needs the extra ``train``."""
-    loss_curve: bool = True
+    loss_curve: Flag = True
     """Draw ``loss.png`` at the end; needs the extra ``train``."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class ExportSection:
     """Which PEFT folders are written into ``checkpoint.save`` at the end."""
 
-    peft: bool = True
+    peft: Flag = True
     """``adapter/``: the adapter as it was trained."""
-    dense: bool = False
+    dense: Flag = False
     """``adapter-dense/``: the same function as a vanilla LoRA, for engines without BD-LoRA."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class RngSection:
     """What chance decides."""
 
-    seed: int = 1234
+    seed: Natural = 1234
     """Seeds the factors, dropout and the order of the data."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+#: Read as an empty section, so that each of its keys that is missing is named.
+_REQUIRED: Any = Field(default=None, validate_default=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class TrainConfig:
     """A fine-tuning run."""
 
-    model: ModelSection
-    dataset: DatasetSection
-    train: TrainSection
-    checkpoint: CheckpointSection
-    peft: PeftSection = field(default_factory=PeftSection)
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
-    scheduler: SchedulerSection = field(default_factory=SchedulerSection)
-    logger: LoggerSection = field(default_factory=LoggerSection)
-    export: ExportSection = field(default_factory=ExportSection)
-    rng: RngSection = field(default_factory=RngSection)
+    model: Annotated[ModelSection, Section] = _REQUIRED
+    dataset: Annotated[DatasetSection, Section] = _REQUIRED
+    train: Annotated[TrainSection, Section] = _REQUIRED
+    checkpoint: Annotated[CheckpointSection, Section] = _REQUIRED
+    peft: Annotated[PeftSection, Section] = field(default_factory=PeftSection)
+    optimizer: Annotated[OptimizerSection, Section] = field(default_factory=OptimizerSection)
+    scheduler: Annotated[SchedulerSection, Section] = field(default_factory=SchedulerSection)
+    logger: Annotated[LoggerSection, Section] = field(default_factory=LoggerSection)
+    export: Annotated[ExportSection, Section] = field(default_factory=ExportSection)
+    rng: Annotated[RngSection, Section] = field(default_factory=RngSection)
 
     @property
     def model_parallel_size(self) -> int:

@@ -185,8 +185,8 @@ def test_torchrun_starts_the_ranks_too(folder, tmp_path, server):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--set", "max_lora=3"], "did you mean 'max_loras'"),
-        (["--set", "tensor_parallel_size=0"], "tensor_parallel_size=0"),
+        (["--set", "max_lora=3"], "did you mean max_loras"),
+        (["--set", "tensor_parallel_size=0"], "tensor_parallel_size is 0; wanted at least 1"),
         (["--adapters", "here=/nowhere"], "/nowhere"),
         (["--model", "/nowhere"], "config.json"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),

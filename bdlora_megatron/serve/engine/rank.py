@@ -16,7 +16,7 @@ from dataclasses import fields
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -28,7 +28,6 @@ from megatron.core.transformer import ModuleSpec
 from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import load_hf_model, read_hf_config
-from bdlora_megatron.decoder import ModelClass
 from bdlora_megatron.errors import AdapterLoadError, BDLoRAError, MissingDependencyError
 from bdlora_megatron.runtime.attention import find_attention, use_attention
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
@@ -212,7 +211,7 @@ def _load_model(settings: ServeSettings, more: Mapping[str, Any]) -> Any:
         max_sequence_length=settings.max_model_len,
         settings={**captured, **more},
         layer_spec=_layer_spec(settings),
-        model_class=cast("ModelClass", settings.model_class),
+        model_class=settings.model_class,
     )
 
 

@@ -72,32 +72,48 @@ def test_layers_are_megatrons_unless_transformer_engines_are_asked_for(model):
     assert asked.layers == "transformer_engine"
     with pytest.raises(ConfigError, match="Transformer Engine runs on GPUs"):
         parse("--model", model, "--cpu", "--set", "layers=transformer_engine")
-    with pytest.raises(ConfigError, match="layers='te'; wanted one of"):
+    with pytest.raises(ConfigError, match="layers is 'te'; wanted one of megatron"):
         parse("--model", model, "--set", "layers=te")
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"max_lora": 3}, "did you mean 'max_loras'"),
-        ({"tensor_parallel_size": "two"}, "tensor_parallel_size='two'; wanted int"),
-        ({"tensor_parallel_size": True}, "tensor_parallel_size=True"),
-        ({"cpu": 1}, "cpu=1"),
-        ({"port": -1}, "port=-1"),
-        ({"layout": "diagonal"}, "layout='diagonal'"),
-        ({"dtype": "int8"}, "dtype='int8'"),
-        ({"adapters": ["a"]}, "adapters="),
+        ({"max_lora": 3}, "max_lora is unknown; did you mean max_loras"),
+        ({"tensor_parallel_size": "two"}, "tensor_parallel_size is 'two'; wanted a whole number"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size is True"),
+        ({"cpu": 1}, "cpu is 1; wanted true or false"),
+        ({"port": -1}, "port is -1; wanted at least 0"),
+        ({"layout": "diagonal"}, "layout is 'diagonal'; wanted one of bdlora, half_sharded, slora"),
+        ({"dtype": "int8"}, "dtype is 'int8'; wanted one of float32, bfloat16"),
+        ({"adapters": ["a"]}, "adapters is \\['a'\\]; wanted a section"),
         ({"adapters": {"base": "x"}, "served_model_name": "base"}, "as the base model is"),
         ({"adapters": {"a b": "x"}}, "adapter name"),
-        ({"api_keys": ["short"]}, "fewer than 8"),
-        ({"api_keys": [{"key": "longenough", "model": 1}]}, "api_keys"),
-        ({"admin_key": "short"}, "admin_key"),
+        (
+            {"api_keys": ["short"]},
+            "api_keys.0.key is wrong .its value is not shown.; wanted at least 8 char",
+        ),
+        ({"api_keys": [{"key": "longenough", "model": 1}]}, "api_keys.0.model is unknown"),
+        (
+            {"admin_key": "short"},
+            "admin_key is wrong .its value is not shown.; wanted at least 8 char",
+        ),
     ],
     ids=str,
 )
 def test_wrong_settings_are_refused(values, says):
     with pytest.raises(ConfigError, match=says):
         ServeSettings.from_dict({"model": "/m/base0", **values})
+
+
+def test_every_problem_is_told_and_no_secret():
+    values = {"model": "m", "port": "x", "max_lora": 1, "tp": 2, "admin_key": "hunter2"}
+    with pytest.raises(ConfigError) as caught:
+        ServeSettings.from_dict(values)
+    assert str(caught.value).startswith("4 problem(s) in the server's settings:\n- ")
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(ConfigError, match="model is missing"):
+        ServeSettings.from_dict({})
 
 
 def test_adapters_of_the_same_name_are_refused(model, tmp_path):
@@ -143,7 +159,7 @@ OLD = {
 @pytest.mark.parametrize(("old", "new"), OLD.items())
 def test_an_old_name_is_refused_with_the_new_one(old, new):
     assert new in {field.name for field in fields(ServeSettings)}
-    with pytest.raises(ConfigError, match=rf"'{old}' is now called '{new}'"):
+    with pytest.raises(ConfigError, match=rf"{old} is now called {new}"):
         ServeSettings.from_dict({"model": "m", old: 1})
 
 

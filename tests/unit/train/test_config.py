@@ -77,7 +77,7 @@ def test_everything_wrong_is_told_at_once():
         "checkpoint.save is missing",
         "dataset.format is 'jsonl'; wanted one of chat, prompt_completion, text",
         "dataset.train is 3; wanted a list of names",
-        "lora_rank is unknown; known here: model, dataset, train, checkpoint, peft, optimizer, "
+        "lora_rank is unknown; known: model, dataset, train, checkpoint, peft, optimizer, "
         "scheduler, logger, export, rng",
         "model.seq_length is 'long'; wanted a whole number",
         "model.sequence_parallel is 1; wanted true or false",
@@ -102,7 +102,7 @@ def test_a_key_in_the_wrong_section_is_found_where_it_belongs():
             {"peft__bdlora__rank": 8, "peft__bdlora__match_params_of_lora_rank": 8},
             "rank and match_params_of_lora_rank are both set",
         ),
-        ({"peft__bdlora__dropout": 1.0}, "peft.bdlora.dropout is 1.0; wanted at least 0, below 1"),
+        ({"peft__bdlora__dropout": 1.0}, "peft.bdlora.dropout is 1.0; wanted less than 1"),
         ({"peft__lora__dropout": -0.1}, "peft.lora.dropout is -0.1"),
         ({"peft__bdlora__target_modules": []}, "target_modules is empty; name layers"),
         (
