@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from bdlora_megatron.bench.mixed_work import mixed_work
-from bdlora_megatron.bench.plan import Arm, BenchPlan
+from bdlora_megatron.bench.plan import BenchPlan, Variant
 from bdlora_megatron.bench.run import Cell
 from bdlora_megatron.errors import MissingDependencyError
 from bdlora_megatron.plan import AdapterLoad, Device, Hardware, Link, Protocol
@@ -189,7 +189,7 @@ def calibrate(
     Returns:
         The fit, or None where there are too few settings to hold any out.
     """
-    cells = [cell for cell in cells if not cell.arm.bridge]
+    cells = [cell for cell in cells if not cell.variant.bridge]
     steps = list(dict.fromkeys(cell.setting.label for cell in cells))
     if len(steps) * len(plan.latencies_s) < 4:
         return None
@@ -200,15 +200,15 @@ def calibrate(
         == 0
     }
     # What a step does, the link's speed does not change.
-    known: dict[tuple[object, Arm], _Counted] = {}
+    known: dict[tuple[object, Variant], _Counted] = {}
     for cell in cells:
-        key = (cell.setting.step, cell.arm)
+        key = (cell.setting.step, cell.variant)
         if key not in known:
             known[key] = _count(plan, cell, bytes_per_element, fused=not cpu)
 
     def predict(cell: Cell, machine: Machine) -> float:
         hardware = machine.hardware(cell.setting.latency_s, cpu=cpu)
-        return known[cell.setting.step, cell.arm].seconds(hardware, plan.tp)
+        return known[cell.setting.step, cell.variant].seconds(hardware, plan.tp)
 
     machine = _fit([cell for cell in cells if cell.setting in fitted], predict)
     return Calibration(
@@ -223,12 +223,12 @@ def calibrate(
 
 
 def _count(plan: BenchPlan, cell: Cell, size: int, *, fused: bool) -> _Counted:
-    at, arm = cell.setting, cell.arm
+    at, variant = cell.setting, cell.variant
     load = None
-    if arm.layout is not None:
+    if variant.layout is not None:
         load = AdapterLoad(
-            layout=arm.layout,
-            rank=arm.rank,
+            layout=variant.layout,
+            rank=variant.rank,
             distinct=at.adapters or 1,
             target_modules=plan.target_modules,
         )

@@ -10,8 +10,8 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
-from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
-from bdlora_megatron.bench.slots import SlotAdapters
+from bdlora_megatron.bench.plan import BenchPlan, Setting, Variant
+from bdlora_megatron.bench.slot_adapters import SlotAdapters
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.errors import MissingDependencyError
 from bdlora_megatron.layers import apply_lora, lora_layers
@@ -37,24 +37,24 @@ class Contenders:
         self.plan = plan
         self.device = device()
         self.model = _random_model(plan, self.device)
-        self._adapters: dict[Arm, dict[str, nn.Module]] = {}
-        self._optimizers: dict[Arm, torch.optim.Optimizer] = {}
-        self._hosts: dict[Arm, Any] = {}
+        self._adapters: dict[Variant, dict[str, nn.Module]] = {}
+        self._optimizers: dict[Variant, torch.optim.Optimizer] = {}
+        self._hosts: dict[Variant, Any] = {}
         self._slots = SlotAdapters(self.model, plan)
-        for arm in plan.arms():
-            if arm.bridge:
-                self._attach_bridge(arm)
-            elif arm.layout is not None:
-                self._attach(arm)
+        for variant in plan.variants():
+            if variant.bridge:
+                self._attach_bridge(variant)
+            elif variant.layout is not None:
+                self._attach(variant)
         self._caches: dict[tuple[bool, int, int], StaticInferenceContext] = {}
 
-    def _attach(self, arm: Arm) -> None:
-        assert arm.layout is not None
-        blocks = self.plan.tp if arm.layout is Layout.BDLORA else None
+    def _attach(self, variant: Variant) -> None:
+        assert variant.layout is not None
+        blocks = self.plan.tp if variant.layout is Layout.BDLORA else None
         lora = LoRAConfig(
-            rank=arm.rank,
-            alpha=float(arm.rank),
-            layout=arm.layout,
+            rank=variant.rank,
+            alpha=float(variant.rank),
+            layout=variant.layout,
             num_blocks=blocks,
             target_modules=self.plan.target_modules,
         )
@@ -72,11 +72,11 @@ class Contenders:
         parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
         for parameter in parameters:
             nn.init.normal_(parameter, std=0.02)
-        self._adapters[arm] = adapters
-        self._optimizers[arm] = torch.optim.AdamW(parameters, lr=1e-4)
-        self._slots.take_over(arm)
+        self._adapters[variant] = adapters
+        self._optimizers[variant] = torch.optim.AdamW(parameters, lr=1e-4)
+        self._slots.take_over(variant)
 
-    def _attach_bridge(self, arm: Arm) -> None:
+    def _attach_bridge(self, variant: Variant) -> None:
         """A model of its own, whose weights are the other's, with Bridge's adapters in it."""
         lora = _bridge_lora()
         model = _random_model(self.plan, self.device)
@@ -85,51 +85,53 @@ class Contenders:
         for name, parameter in model.named_parameters():
             parameter.data = own[name].data
         targets = list(self.plan.target_modules)
-        self._hosts[arm] = lora(dim=arm.rank, alpha=arm.rank, target_modules=targets)(model)
+        self._hosts[variant] = lora(dim=variant.rank, alpha=variant.rank, target_modules=targets)(
+            model
+        )
         adapters = [p for n, p in model.named_parameters() if ".adapter." in n]
         for parameter in adapters:
             nn.init.normal_(parameter, std=0.02)
-        self._optimizers[arm] = torch.optim.AdamW(adapters, lr=1e-4)
+        self._optimizers[variant] = torch.optim.AdamW(adapters, lr=1e-4)
 
-    def model_of(self, arm: Arm) -> Any:
+    def model_of(self, variant: Variant) -> Any:
         """The model that a contender's steps run.
 
         Args:
-            arm: Which.
+            variant: Which.
         """
-        return self._hosts.get(arm, self.model)
+        return self._hosts.get(variant, self.model)
 
-    def choose(self, arm: Arm, setting: Setting) -> None:
+    def choose(self, variant: Variant, setting: Setting) -> None:
         """Put one contender's adapters in.
 
         Args:
-            arm: Which.
+            variant: Which.
             setting: A mixed step takes them from slots.
         """
         mixed = setting.adapters is not None
-        chosen = {} if mixed else self._adapters.get(arm, {})
+        chosen = {} if mixed else self._adapters.get(variant, {})
         for name, layer in lora_layers(self.model):
             layer.adapter = chosen.get(name)  # type: ignore[assignment]
-        self._slots.choose(arm if mixed else None)
+        self._slots.choose(variant if mixed else None)
 
-    def step(self, arm: Arm, setting: Setting) -> Callable[[], None]:
-        """What to run for one step; ``choose(arm, setting)`` comes first.
+    def step(self, variant: Variant, setting: Setting) -> Callable[[], None]:
+        """What to run for one step; ``choose(variant, setting)`` comes first.
 
         Args:
-            arm: Whose optimizer steps.
+            variant: Whose optimizer steps.
             setting: Phase and sizes.
 
         Returns:
             A function that takes the step and waits for it.
         """
         batch, length = setting.batch, setting.length
-        model = self.model_of(arm)
+        model = self.model_of(variant)
         if setting.phase == "train":
             inputs = self._inputs(batch, length, 0)
-            return lambda: self._train(model, inputs, self._optimizers.get(arm))
+            return lambda: self._train(model, inputs, self._optimizers.get(variant))
         cache = self._cache(setting)
         inputs = self._inputs(batch, setting.new, setting.cached)
-        serving = self._slots.serving(arm, setting)
+        serving = self._slots.serving(variant, setting)
 
         def infer() -> None:
             with serving():

@@ -12,7 +12,7 @@ from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.models.shape import ModelShape
 from bdlora_megatron.plan.model import PRESETS, check_targets
 
-__all__ = ["MODELS", "Arm", "BenchPlan", "Phase", "Setting"]
+__all__ = ["MODELS", "BenchPlan", "Phase", "Setting", "Variant"]
 
 Phase = Literal["decode", "mixed", "prefill", "train"]
 
@@ -33,7 +33,7 @@ MODELS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
+class Variant:
     """One contender.
 
     Attributes:
@@ -180,19 +180,19 @@ class BenchPlan:
         """Batch and length of every step."""
         return (*self.decode, *self.mixed, *self.prefill, *self.train)
 
-    def arms(self) -> tuple[Arm, ...]:
+    def variants(self) -> tuple[Variant, ...]:
         """The base model, and each layout at each rank."""
-        arms = [Arm()]
+        variants = [Variant()]
         for rank in self.ranks:
-            arms += [
-                Arm(layout=Layout.BDLORA, rank=2 * rank),
-                Arm(layout=Layout.BDLORA, rank=4 * rank),
-                Arm(layout=Layout.HALF_SHARDED, rank=rank),
-                Arm(layout=Layout.SLORA, rank=rank),
+            variants += [
+                Variant(layout=Layout.BDLORA, rank=2 * rank),
+                Variant(layout=Layout.BDLORA, rank=4 * rank),
+                Variant(layout=Layout.HALF_SHARDED, rank=rank),
+                Variant(layout=Layout.SLORA, rank=rank),
             ]
             if self.bridge:
-                arms.append(Arm(rank=rank, bridge=True))
-        return tuple(dict.fromkeys(arms))
+                variants.append(Variant(rank=rank, bridge=True))
+        return tuple(dict.fromkeys(variants))
 
     def settings(self) -> tuple[Setting, ...]:
         """Every step on every link."""
@@ -202,14 +202,14 @@ class BenchPlan:
             for latency, step in itertools.product(self.latencies_s, steps)
         )
 
-    def pairs(self) -> Iterator[tuple[Setting, Arm]]:
+    def pairs(self) -> Iterator[tuple[Setting, Variant]]:
         """Every setting with each contender that can take its step.
 
         Megatron-Bridge's layers hold one adapter, so that they take no mixed step.
         """
-        for setting, arm in itertools.product(self.settings(), self.arms()):
-            if not (arm.bridge and setting.adapters):
-                yield setting, arm
+        for setting, variant in itertools.product(self.settings(), self.variants()):
+            if not (variant.bridge and setting.adapters):
+                yield setting, variant
 
     def _steps(self) -> Iterator[Setting]:
         for batch, length in self.decode:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bdlora_megatron.bench.plan import Arm, Setting
+from bdlora_megatron.bench.plan import Setting, Variant
 from bdlora_megatron.bench.report import BenchReport, quartiles, ratios
 from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import MissingDependencyError
@@ -46,14 +46,14 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
     """
     plan = report.plan
     rank = plan.ranks[0]
-    arms = {
-        f"BD-LoRA, rank {2 * rank}": Arm(layout=Layout.BDLORA, rank=2 * rank),
-        f"BD-LoRA, rank {4 * rank}": Arm(layout=Layout.BDLORA, rank=4 * rank),
-        f"half-sharded, rank {rank}": Arm(layout=Layout.HALF_SHARDED, rank=rank),
-        f"S-LoRA, rank {rank}": Arm(layout=Layout.SLORA, rank=rank),
+    variants = {
+        f"BD-LoRA, rank {2 * rank}": Variant(layout=Layout.BDLORA, rank=2 * rank),
+        f"BD-LoRA, rank {4 * rank}": Variant(layout=Layout.BDLORA, rank=4 * rank),
+        f"half-sharded, rank {rank}": Variant(layout=Layout.HALF_SHARDED, rank=rank),
+        f"S-LoRA, rank {rank}": Variant(layout=Layout.SLORA, rank=rank),
     }
     if plan.bridge:
-        arms[f"Megatron-Bridge, rank {rank}"] = Arm(rank=rank, bridge=True)
+        variants[f"Megatron-Bridge, rank {rank}"] = Variant(rank=rank, bridge=True)
     steps: dict[str, list[Setting]] = {}
     for setting in plan.settings():
         steps.setdefault(setting.label, []).append(setting)
@@ -63,7 +63,7 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     panels = [axes for row in grid for axes in row]
     for axes, (label, settings) in zip(panels, steps.items(), strict=False):
-        _draw(axes, report, settings, arms)
+        _draw(axes, report, settings, variants)
         axes.set(title=label, xlabel="added link latency, ms")
     for axes in panels[len(steps) :]:
         axes.set_axis_off()
@@ -72,7 +72,7 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=len(arms),
+        ncols=len(variants),
         fontsize="small",
     )
     target = Path(path)
@@ -81,17 +81,17 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
 
 
 def _draw(
-    axes: Any, report: BenchReport, settings: Sequence[Setting], arms: Mapping[str, Arm]
+    axes: Any, report: BenchReport, settings: Sequence[Setting], variants: Mapping[str, Variant]
 ) -> None:
     """One step's bars, link by link, with a line from quartile to quartile."""
-    width = 0.8 / len(arms)
-    for number, (name, arm) in enumerate(arms.items()):
-        shift = width * (number - (len(arms) - 1) / 2)
+    width = 0.8 / len(variants)
+    for number, (name, variant) in enumerate(variants.items()):
+        shift = width * (number - (len(variants) - 1) / 2)
         for place, setting in enumerate(settings):
-            cell = report.find(arm, setting)
+            cell = report.find(variant, setting)
             if cell is None:
                 continue
-            low, middle, high = quartiles(ratios(cell, report.cell(Arm(), setting)))
+            low, middle, high = quartiles(ratios(cell, report.cell(Variant(), setting)))
             label = name if place == 0 else None
             axes.bar(place + shift, middle, width=width, color=f"C{number}", label=label)
             axes.vlines(place + shift, low, high, color="black", linewidth=1.0)

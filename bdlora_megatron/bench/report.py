@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bdlora_megatron.bench.calibrate import Calibration, calibrate
-from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
+from bdlora_megatron.bench.plan import BenchPlan, Setting, Variant
 from bdlora_megatron.bench.run import Cell
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.adapter.tables import format_bytes
@@ -79,7 +79,7 @@ class BenchReport:
             "cells": [
                 {
                     **asdict(cell.setting),
-                    "arm": cell.arm.label,
+                    "variant": cell.variant.label,
                     "collectives": cell.collectives,
                     "payload_bytes": cell.payload_bytes,
                     "seconds": cell.seconds,
@@ -107,7 +107,7 @@ class BenchReport:
             "predicted": [
                 {
                     **asdict(p.cell.setting),
-                    "arm": p.cell.arm.label,
+                    "variant": p.cell.variant.label,
                     "seconds": p.seconds,
                     "held_out": p.held_out,
                 }
@@ -131,11 +131,11 @@ class BenchReport:
             parts += _prediction(self.calibration)
         return "\n".join(parts) + "\n"
 
-    def cell(self, arm: Arm, setting: Setting) -> Cell:
+    def cell(self, variant: Variant, setting: Setting) -> Cell:
         """One of the cells.
 
         Args:
-            arm: The contender.
+            variant: The contender.
             setting: The step and the link.
 
         Returns:
@@ -144,23 +144,23 @@ class BenchReport:
         Raises:
             KeyError: It was not measured.
         """
-        cell = self.find(arm, setting)
+        cell = self.find(variant, setting)
         if cell is None:
-            raise KeyError((arm, setting))
+            raise KeyError((variant, setting))
         return cell
 
-    def find(self, arm: Arm, setting: Setting) -> Cell | None:
+    def find(self, variant: Variant, setting: Setting) -> Cell | None:
         """The same; None if it was not measured.
 
         Args:
-            arm: The contender.
+            variant: The contender.
             setting: The step and the link.
 
         Returns:
             The cell.
         """
         for cell in self.cells:
-            if cell.arm == arm and cell.setting == setting:
+            if cell.variant == variant and cell.setting == setting:
                 return cell
         return None
 
@@ -202,26 +202,26 @@ class BenchReport:
         yield ""
 
     def _times(self, rank: int) -> Iterator[str]:
-        arms = {
-            "base": Arm(),
-            f"BD-LoRA 2r = {2 * rank}": Arm(layout=Layout.BDLORA, rank=2 * rank),
-            f"BD-LoRA 4r = {4 * rank}": Arm(layout=Layout.BDLORA, rank=4 * rank),
-            f"half-sharded {rank}": Arm(layout=Layout.HALF_SHARDED, rank=rank),
-            f"S-LoRA {rank}": Arm(layout=Layout.SLORA, rank=rank),
+        variants = {
+            "base": Variant(),
+            f"BD-LoRA 2r = {2 * rank}": Variant(layout=Layout.BDLORA, rank=2 * rank),
+            f"BD-LoRA 4r = {4 * rank}": Variant(layout=Layout.BDLORA, rank=4 * rank),
+            f"half-sharded {rank}": Variant(layout=Layout.HALF_SHARDED, rank=rank),
+            f"S-LoRA {rank}": Variant(layout=Layout.SLORA, rank=rank),
         }
         if self.plan.bridge:
-            arms[f"Megatron-Bridge {rank}"] = Arm(rank=rank, bridge=True)
+            variants[f"Megatron-Bridge {rank}"] = Variant(rank=rank, bridge=True)
         yield f"## Milliseconds, r = {rank}"
         yield ""
-        yield f"| step | link | {' | '.join(arms)} | 2r / S-LoRA | 4r / S-LoRA |"
-        yield "|---" * (len(arms) + 4) + "|"
+        yield f"| step | link | {' | '.join(variants)} | 2r / S-LoRA | 4r / S-LoRA |"
+        yield "|---" * (len(variants) + 4) + "|"
         for setting in self.plan.settings():
-            times = [_milliseconds(self.find(arm, setting)) for arm in arms.values()]
-            slow = self.cell(Arm(layout=Layout.SLORA, rank=rank), setting)
+            times = [_milliseconds(self.find(variant, setting)) for variant in variants.values()]
+            slow = self.cell(Variant(layout=Layout.SLORA, rank=rank), setting)
             gains = [
-                _spread(ratios(slow, self.cell(arm, setting)), digits=2)
-                for arm in arms.values()
-                if arm.layout is Layout.BDLORA
+                _spread(ratios(slow, self.cell(variant, setting)), digits=2)
+                for variant in variants.values()
+                if variant.layout is Layout.BDLORA
             ]
             row = [setting.label, f"{1e3 * setting.latency_s:g} ms", *times, *gains]
             yield f"| {' | '.join(row)} |"
@@ -230,13 +230,13 @@ class BenchReport:
     def _traffic(self) -> Iterator[str]:
         yield "## What a step communicates"
         yield ""
-        arms = self.plan.arms()
-        yield f"| step | {' | '.join(arm.label for arm in arms)} |"
-        yield "|---" * (len(arms) + 1) + "|"
+        variants = self.plan.variants()
+        yield f"| step | {' | '.join(variant.label for variant in variants)} |"
+        yield "|---" * (len(variants) + 1) + "|"
         first = self.plan.latencies_s[0]
         for setting in self.plan.settings():
             if setting.latency_s == first:
-                row = [_traffic(self.find(arm, setting)) for arm in arms]
+                row = [_traffic(self.find(variant, setting)) for variant in variants]
                 yield f"| {setting.label} | {' | '.join(row)} |"
         yield ""
         yield "Collectives of one step, and the bytes of the whole tensors that they carry."
@@ -308,7 +308,7 @@ def _prediction(fit: Calibration) -> Iterator[str]:
         if p.held_out:
             at, measured = p.cell.setting, median(p.cell.seconds)
             yield (
-                f"| {at.label} | {1e3 * at.latency_s:g} ms | {p.cell.arm.label} | "
+                f"| {at.label} | {1e3 * at.latency_s:g} ms | {p.cell.variant.label} | "
                 f"{1e3 * measured:.2f} | {1e3 * p.seconds:.2f} | {p.error:+.0%} |"
             )
 

@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import start_processes
 from bdlora_megatron import runtime
 from bdlora_megatron.bench.contenders import Contenders
 from bdlora_megatron.bench.latency import link_latency
-from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
+from bdlora_megatron.bench.plan import BenchPlan, Setting, Variant
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.runtime.launch import bind_gloo, join_ranks, start_method
 
@@ -31,14 +31,14 @@ class Cell:
 
     Attributes:
         setting: The step and the link.
-        arm: The contender.
+        variant: The contender.
         collectives: What one step starts, by kind.
         payload_bytes: What those carry.
         seconds: One for each round: the slowest rank's.
     """
 
     setting: Setting
-    arm: Arm
+    variant: Variant
     collectives: dict[str, int]
     payload_bytes: int
     seconds: list[float] = field(default_factory=list)
@@ -118,8 +118,12 @@ def measure_rank(plan: BenchPlan, tell: Callable[[str], None]) -> list[Cell]:
     """
     contenders = Contenders(plan)
     # What a step communicates does not depend on the link's speed.
-    counted = {(at.step, arm): _count(contenders, arm, at) for at, arm in _fastest(plan)}
-    cells = [replace(counted[at.step, arm], setting=at, seconds=[]) for at, arm in plan.pairs()]
+    counted = {
+        (at.step, variant): _count(contenders, variant, at) for at, variant in _fastest(plan)
+    }
+    cells = [
+        replace(counted[at.step, variant], setting=at, seconds=[]) for at, variant in plan.pairs()
+    ]
     # Ranks visit in the same order, so they draw from the same seed.
     order = random.Random(0)
     groups = [[c for c in cells if c.setting == setting] for setting in plan.settings()]
@@ -134,31 +138,31 @@ def measure_rank(plan: BenchPlan, tell: Callable[[str], None]) -> list[Cell]:
     return cells
 
 
-def _fastest(plan: BenchPlan) -> Iterator[tuple[Setting, Arm]]:
+def _fastest(plan: BenchPlan) -> Iterator[tuple[Setting, Variant]]:
     """Every step of every contender, on the first link."""
-    for setting, arm in plan.pairs():
+    for setting, variant in plan.pairs():
         if setting.latency_s == plan.latencies_s[0]:
-            yield setting, arm
+            yield setting, variant
 
 
-def _count(contenders: Contenders, arm: Arm, setting: Setting) -> Cell:
-    contenders.choose(arm, setting)
-    step = contenders.step(arm, setting)
+def _count(contenders: Contenders, variant: Variant, setting: Setting) -> Cell:
+    contenders.choose(variant, setting)
+    step = contenders.step(variant, setting)
     # The first call may also fill a cache.
     step()
     with runtime.record_collectives() as log:
         step()
     return Cell(
         setting=setting,
-        arm=arm,
+        variant=variant,
         collectives=log.counts(),
         payload_bytes=log.payload_bytes,
     )
 
 
 def _time(contenders: Contenders, cell: Cell) -> float:
-    contenders.choose(cell.arm, cell.setting)
-    step = contenders.step(cell.arm, cell.setting)
+    contenders.choose(cell.variant, cell.setting)
+    step = contenders.step(cell.variant, cell.setting)
     with link_latency(cell.setting.latency_s):
         torch.distributed.barrier()
         started = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 
 from bdlora_megatron.cli import output
-from bdlora_megatron.cli.jobs import Job, JobResult
+from bdlora_megatron.cli.jobs import ConversionJob, JobResult
 from bdlora_megatron.cli.pool import run_jobs
 from bdlora_megatron.cli.progress import progress
 from bdlora_megatron.cli.records import locked
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_apart(sources, out)
     workers = min(_workers(arguments.workers), len(sources))
     jobs = [
-        Job(
+        ConversionJob(
             source=source.path,
             out=out,
             conversion=conversion,

@@ -26,7 +26,7 @@ from bdlora_megatron.convert.adapter.problems import brief_causes
 from bdlora_megatron.convert.pipeline import Conversion, convert_adapter
 from bdlora_megatron.errors import BDLoRAError, ConfigError, explain
 
-__all__ = ["Job", "JobResult", "run_job"]
+__all__ = ["ConversionJob", "JobResult", "run_job"]
 
 Status: TypeAlias = Literal["converted", "skipped", "failed"]
 # A change of what a conversion writes must make old records void.
@@ -34,7 +34,7 @@ _VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class ConversionJob:
     """One adapter to convert.
 
     Attributes:
@@ -85,7 +85,7 @@ class JobResult:
     causes: list[str] = field(default_factory=list)
 
 
-def run_job(job: Job) -> JobResult:
+def run_job(job: ConversionJob) -> JobResult:
     """Convert one adapter, unless it is done. Never raises for what one adapter can cause.
 
     Args:
@@ -119,7 +119,7 @@ def run_job(job: Job) -> JobResult:
     )
 
 
-def _convert_once(job: Job) -> tuple[Status, dict[str, Any]]:
+def _convert_once(job: ConversionJob) -> tuple[Status, dict[str, Any]]:
     request = _request(job.conversion)
     record = read_record(job.out, job.name)
     source = None
@@ -153,7 +153,7 @@ def _convert_once(job: Job) -> tuple[Status, dict[str, Any]]:
     return "converted", summary
 
 
-def _replacing(job: Job, record: Record | None) -> Conversion:
+def _replacing(job: ConversionJob, record: Record | None) -> Conversion:
     """Allow to replace what an unfinished run of ours left, or what the user said.
 
     Raises:
@@ -190,7 +190,7 @@ def _request(conversion: Conversion) -> dict[str, Any]:
     return dict(json.loads(json.dumps({**request, "version": _VERSION})))
 
 
-def _told(error: BaseException, job: Job) -> str:
+def _told(error: BaseException, job: ConversionJob) -> str:
     if job.debug:
         return "".join(traceback.format_exception(error))
     return explain(error, job.target)

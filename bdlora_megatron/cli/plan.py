@@ -11,7 +11,7 @@ from bdlora_megatron.cli.lists import add_target_modules, numbers
 from bdlora_megatron.config import DEFAULT_TARGETS
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.plan import HARDWARE, PRESETS, ModelShape, find_hardware
-from bdlora_megatron.plan.report import Deployment, make_plan, make_sweep
+from bdlora_megatron.plan.deployment import Deployment, make_plan, make_sweep
 
 __all__ = ["add_parser", "run"]
 

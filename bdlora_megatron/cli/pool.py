@@ -10,12 +10,12 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from bdlora_megatron.cli.jobs import Job, JobResult, run_job
+from bdlora_megatron.cli.jobs import ConversionJob, JobResult, run_job
 
 __all__ = ["run_jobs"]
 
 
-def run_jobs(jobs: Iterable[Job], *, workers: int) -> Iterator[JobResult]:
+def run_jobs(jobs: Iterable[ConversionJob], *, workers: int) -> Iterator[JobResult]:
     """Run all jobs, in processes of their own if there is more than one worker.
 
     Args:
@@ -44,9 +44,11 @@ def run_jobs(jobs: Iterable[Job], *, workers: int) -> Iterator[JobResult]:
                 )
 
 
-def _run_until_broken(waiting: deque[Job], workers: int) -> Generator[JobResult, None, list[Job]]:
+def _run_until_broken(
+    waiting: deque[ConversionJob], workers: int
+) -> Generator[JobResult, None, list[ConversionJob]]:
     """Yield results; return the jobs that were running when a worker died, if one did."""
-    running: dict[Future[JobResult], Job] = {}
+    running: dict[Future[JobResult], ConversionJob] = {}
     context = multiprocessing.get_context("forkserver")
     # Imported once, before any thread or tensor is made; each worker is a cheap fork of that.
     context.set_forkserver_preload(["bdlora_megatron.cli.jobs"])

@@ -15,7 +15,7 @@ from typing import Literal
 
 from bdlora_megatron.models.config import HFConfig
 
-__all__ = ["RowRange", "Source", "hf_shapes", "layer_sources", "model_sources"]
+__all__ = ["RowRange", "WeightSource", "hf_shapes", "layer_sources", "model_sources"]
 
 Split = Literal["rows", "columns", "none"]
 
@@ -30,7 +30,7 @@ class RowRange:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class WeightSource:
     """A whole Megatron parameter.
 
     Attributes:
@@ -55,7 +55,7 @@ def hf_shapes(hf: HFConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def model_sources(hf: HFConfig) -> dict[str, Source]:
+def model_sources(hf: HFConfig) -> dict[str, WeightSource]:
     """Sources of the parameters outside the layers, by both model classes' names for them."""
     norm = _whole("model.norm.weight", hf.hidden_size, "none")
     head = "model.embed_tokens.weight" if hf.tied else "lm_head.weight"
@@ -69,7 +69,7 @@ def model_sources(hf: HFConfig) -> dict[str, Source]:
     }
 
 
-def layer_sources(hf: HFConfig, layer: int, tp_size: int) -> dict[str, Source]:
+def layer_sources(hf: HFConfig, layer: int, tp_size: int) -> dict[str, WeightSource]:
     """Sources of one decoder layer's parameters.
 
     Args:
@@ -140,25 +140,25 @@ def _layer_shapes(hf: HFConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _whole(name: str, rows: int, split: Split) -> Source:
-    return Source((RowRange(name, 0, rows),), split)
+def _whole(name: str, rows: int, split: Split) -> WeightSource:
+    return WeightSource((RowRange(name, 0, rows),), split)
 
 
-def _qkv(hf: HFConfig, attention: str, kind: str) -> Source:
+def _qkv(hf: HFConfig, attention: str, kind: str) -> WeightSource:
     queries = hf.num_heads // hf.num_kv_heads * hf.head_dim
     parts = []
     for group in range(hf.num_kv_heads):
         for which, rows in (("q", queries), ("k", hf.head_dim), ("v", hf.head_dim)):
             name = f"{attention}{which}_proj.{kind}"
             parts.append(RowRange(name, group * rows, (group + 1) * rows))
-    return Source(tuple(parts), "rows")
+    return WeightSource(tuple(parts), "rows")
 
 
-def _gate_and_up(hf: HFConfig, mlp: str, kind: str, tp_size: int) -> Source:
+def _gate_and_up(hf: HFConfig, mlp: str, kind: str, tp_size: int) -> WeightSource:
     rows = hf.ffn_size // tp_size
     parts = [
         RowRange(f"{mlp}{which}_proj.{kind}", rank * rows, (rank + 1) * rows)
         for rank in range(tp_size)
         for which in ("gate", "up")
     ]
-    return Source(tuple(parts), "rows")
+    return WeightSource(tuple(parts), "rows")

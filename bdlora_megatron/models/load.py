@@ -19,7 +19,7 @@ from bdlora_megatron.models.build import build_model, transformer_config
 from bdlora_megatron.models.config import HFConfig, read_hf_config
 from bdlora_megatron.models.files import TensorFiles
 from bdlora_megatron.models.layout import (
-    Source,
+    WeightSource,
     hf_shapes,
     layer_sources,
     model_sources,
@@ -126,7 +126,7 @@ def load_hf_weights(model: nn.Module, hf: HFConfig, files: TensorFiles) -> None:
 
 def _parameters(
     model: nn.Module, hf: HFConfig, tp_size: int
-) -> Iterator[tuple[str, Tensor, Source | None]]:
+) -> Iterator[tuple[str, Tensor, WeightSource | None]]:
     outside = model_sources(hf)
     layers = [layer_sources(hf, layer, tp_size) for layer in range(hf.num_layers)]
     for module_name, module in named_modules_global(model):
@@ -139,7 +139,7 @@ def _parameters(
             yield name, parameter, source
 
 
-def _share(source: Source, files: TensorFiles, tp_size: int) -> tuple[int, ...]:
+def _share(source: WeightSource, files: TensorFiles, tp_size: int) -> tuple[int, ...]:
     rows = sum(part.stop - part.start for part in source.parts)
     rest = files.shapes[source.parts[0].name][1:]
     if source.split == "rows":
@@ -148,7 +148,7 @@ def _share(source: Source, files: TensorFiles, tp_size: int) -> tuple[int, ...]:
     return (rows, rest[0] // tp_size) if source.split == "columns" else (rows, *rest)
 
 
-def _fill_rows(parameter: Tensor, source: Source, files: TensorFiles, rank: int) -> None:
+def _fill_rows(parameter: Tensor, source: WeightSource, files: TensorFiles, rank: int) -> None:
     first = rank * len(parameter)
     top = 0
     filled = 0
@@ -165,7 +165,7 @@ def _fill_rows(parameter: Tensor, source: Source, files: TensorFiles, rank: int)
     parameter[filled:].zero_()
 
 
-def _fill_columns(parameter: Tensor, source: Source, files: TensorFiles, rank: int) -> None:
+def _fill_columns(parameter: Tensor, source: WeightSource, files: TensorFiles, rank: int) -> None:
     (part,) = source.parts
     width = parameter.shape[1]
     parameter.copy_(files.columns(part.name, rank * width, (rank + 1) * width))

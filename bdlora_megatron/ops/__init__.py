@@ -7,7 +7,7 @@ adds what they make of the tokens to the base output, by the implementation that
 
 from bdlora_megatron.ops.batch import GroupedBatch, Segment
 from bdlora_megatron.ops.grouped import Implementation, add_grouped, choose, expand, shrink
-from bdlora_megatron.ops.slots import Columns, SlotFactors, SlotTable, SlotTables
+from bdlora_megatron.ops.table import Columns, SlotFactors, SlotTable, SlotTables
 
 __all__ = [
     "Columns",

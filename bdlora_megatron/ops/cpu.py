@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdlora_megatron.ops.batch import GroupedBatch, Segment
-from bdlora_megatron.ops.slots import Held, SlotFactors, SlotTable
+from bdlora_megatron.ops.table import Held, SlotFactors, SlotTable
 
 __all__ = ["expand", "shrink"]
 

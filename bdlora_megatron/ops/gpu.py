@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdlora_megatron.errors import ConfigError, MissingDependencyError, UnsupportedError
 from bdlora_megatron.ops.batch import GroupedBatch
-from bdlora_megatron.ops.slots import Columns, SlotFactors
+from bdlora_megatron.ops.table import Columns, SlotFactors
 
 try:
     import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]

@@ -16,7 +16,7 @@ from torch import Tensor
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.ops import cpu, reference
 from bdlora_megatron.ops.batch import GroupedBatch
-from bdlora_megatron.ops.slots import SlotFactors
+from bdlora_megatron.ops.table import SlotFactors
 
 __all__ = ["Implementation", "add_grouped", "choose", "expand", "shrink"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bdlora_megatron.ops.batch import GroupedBatch
-from bdlora_megatron.ops.slots import SlotFactors
+from bdlora_megatron.ops.table import SlotFactors
 
 __all__ = ["expand", "shrink"]
 

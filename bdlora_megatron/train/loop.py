@@ -29,8 +29,8 @@ from bdlora_megatron.train.checkpoint import (
 )
 from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch
 from bdlora_megatron.train.examples import Example, load_tokenizer, read_examples
+from bdlora_megatron.train.metrics import Report
 from bdlora_megatron.train.model import build_model
-from bdlora_megatron.train.report import Report
 from bdlora_megatron.train.resume import check_resumable, run_facts, weights_digest
 from bdlora_megatron.train.schema import TrainConfig
 from bdlora_megatron.train.step import Stepper, mean_loss

@@ -23,7 +23,7 @@ _SPEED_ROW = (
 
 def _cells(report: Any, step: _Step, link_ms: float) -> dict[str, Any]:
     found = {
-        cell["arm"]: cell
+        cell["variant"]: cell
         for cell in report["cells"]
         if tuple(cell[key] for key in _STEP) == step and on_link(cell, link_ms)
     }
@@ -40,8 +40,8 @@ def _speed(step: _Step, link_ms: float) -> Callable[[Any], Mapping[str, float]]:
     def values(report: Any) -> Mapping[str, float]:
         cells = _cells(report, step, link_ms)
         made: dict[str, float] = {}
-        for name, arm in _ARMS.items():
-            rounds = zip(cells["slora 16"]["seconds"], cells[arm]["seconds"], strict=True)
+        for name, variant in _ARMS.items():
+            rounds = zip(cells["slora 16"]["seconds"], cells[variant]["seconds"], strict=True)
             low, middle, high = quantiles([a / b for a, b in rounds], n=4, method="inclusive")
             made |= {name: middle, f"{name}_low": low, f"{name}_high": high}
         return made

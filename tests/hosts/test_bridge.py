@@ -337,7 +337,7 @@ def _contender(rank, world_size, targets):
     on_cpu()
     from bdlora_megatron import runtime
     from bdlora_megatron.bench.contenders import Contenders
-    from bdlora_megatron.bench.plan import Arm, BenchPlan
+    from bdlora_megatron.bench.plan import BenchPlan, Variant
     from bdlora_megatron.bench.run import measure_rank
     from bdlora_megatron.config import Layout, LoRAConfig
     from bdlora_megatron.layers import lora_layers
@@ -348,7 +348,7 @@ def _contender(rank, world_size, targets):
     plan = BenchPlan(**sizes, adapters=(2,), target_modules=targets, **small)
     with runtime.model_parallel(world_size):
         contenders = Contenders(plan)
-        theirs = contenders.model_of(Arm(rank=4, bridge=True))
+        theirs = contenders.model_of(Variant(rank=4, bridge=True))
         ours = contenders.model
         lora = LoRAConfig(rank=4, alpha=4.0, layout=Layout.SLORA, fused=True)
         pairs, counterparts = [], dict(named_modules_global(theirs))
@@ -376,7 +376,7 @@ def _contender(rank, world_size, targets):
         plain = ours(*inputs, labels=inputs[0])
         assert (plain - losses[1]).abs().max() > 0.01, (plain, losses)
         cells = measure_rank(plan, _say_nothing)
-    return {(cell.setting.phase, cell.arm.label): cell.collectives for cell in cells}
+    return {(cell.setting.phase, cell.variant.label): cell.collectives for cell in cells}
 
 
 def _say_nothing(text):
@@ -393,7 +393,7 @@ def test_bridges_lora_in_the_benchmark_computes_what_our_slora_layout_does(targe
         assert ("mixed", "bridge 4") not in counts
         for phase in ("decode", "prefill", "train"):
             base, slora, bridge = (
-                sum(counts[phase, arm].values()) for arm in ("base", "slora 4", "bridge 4")
+                sum(counts[phase, variant].values()) for variant in ("base", "slora 4", "bridge 4")
             )
             # S-LoRA packs; Bridge gathers a row layer's output beside that.
             assert base < slora < bridge

@@ -171,7 +171,7 @@ def test_a_benchmarks_ranks_are_spawned(gpus):
     )  # fmt: skip
     cells = []
     assert _began_by(lambda: cells.extend(measure(plan))) == {"spawn_main"}
-    assert len(cells) == len(plan.arms())
+    assert len(cells) == len(plan.variants())
 
 
 def _sum(rank, world_size):

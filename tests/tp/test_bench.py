@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import (
 
 from bdlora_megatron.bench.contenders import Contenders
 from bdlora_megatron.bench.latency import link_latency
-from bdlora_megatron.bench.plan import Arm, BenchPlan
+from bdlora_megatron.bench.plan import BenchPlan, Variant
 from bdlora_megatron.cli.main import main
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.runtime import record_collectives
@@ -72,7 +72,7 @@ def test_the_command_measures_counts_and_writes(tmp_path, capsys):
     said = "--lora-ranks 4 --decode 2x8 --mixed 3x8 --prefill 1x8 --train 1x8 --adapters 1,3"
     command = f"bdlora bench --tp 2 --model small --layers 1 {said} --latency-ms 0 --repeats 2"
     assert data["command"] == command
-    found = {(cell["phase"], cell["arm"]): cell for cell in data["cells"]}
+    found = {(cell["phase"], cell["variant"]): cell for cell in data["cells"]}
     assert len(found) == 4 * 5
     assert len(data["cells"]) == 5 * 5
     for cell in found.values():
@@ -82,10 +82,10 @@ def test_the_command_measures_counts_and_writes(tmp_path, capsys):
         base = found[phase, "base"]["collectives"]
         # Embedding, proj and fc2; the logits.
         assert base == {"all_reduce": 3, "all_gather": 1}
-        for arm in ("bdlora 8", "bdlora 16", "half_sharded 4"):
-            assert found[phase, arm]["collectives"] == base
+        for variant in ("bdlora 8", "bdlora 16", "half_sharded 4"):
+            assert found[phase, variant]["collectives"] == base
         assert found[phase, "slora 4"]["collectives"] == {"all_reduce": 5, "all_gather": 3}
-    base, extra = (found["train", arm]["collectives"] for arm in ("base", "half_sharded 4"))
+    base, extra = (found["train", variant]["collectives"] for variant in ("base", "half_sharded 4"))
     assert found["train", "bdlora 8"]["collectives"] == base
     assert extra["all_reduce"] == base["all_reduce"] + 4
 
@@ -100,7 +100,7 @@ def test_the_command_measures_adapters_of_attention_alone(capsys):
     assert data["plan"]["target_modules"] == ["linear_qkv", "linear_proj"]
     assert {cell["phase"] for cell in data["cells"]} == {"decode", "mixed"}
     for cell in data["cells"]:
-        extra = 1 if cell["arm"] == "slora 4" else 0
+        extra = 1 if cell["variant"] == "slora 4" else 0
         # One layer: S-LoRA gathers for qkv, reduces for proj, and sends nothing for the MLP.
         assert cell["collectives"] == {"all_reduce": 3 + extra, "all_gather": 1 + extra}
 
@@ -120,22 +120,24 @@ def _same(rank, world_size):
         contenders = Contenders(plan)
         inputs = contenders._inputs(3, 8, 0)
         outcomes = {}
-        for arm in plan.arms():
-            contenders.choose(arm, single)
-            outcomes[arm] = alone = contenders.model(*inputs)
+        for variant in plan.variants():
+            contenders.choose(variant, single)
+            outcomes[variant] = alone = contenders.model(*inputs)
             for mixed in (s for s in plan.settings() if s.adapters):
-                contenders.choose(arm, mixed)
-                if arm.layout is None:
+                contenders.choose(variant, mixed)
+                if variant.layout is None:
                     assert torch.equal(contenders.model(*inputs), alone)
                     continue
-                slots = contenders._slots._slots[arm]
-                assert slots.room.layouts == (arm.layout,)
+                slots = contenders._slots._slots[variant]
+                assert slots.room.layouts == (variant.layout,)
                 per_row = torch.arange(3) % mixed.adapters
                 with slots.serving(slots.batch(per_row.expand(8, -1).flatten())):
-                    assert_close(contenders.model(*inputs), alone, f"{arm.label}, {mixed.label}")
-        base = outcomes.pop(Arm())
-        for arm, outcome in outcomes.items():
-            assert (outcome - base).abs().max() > 1e-3, arm.label
+                    assert_close(
+                        contenders.model(*inputs), alone, f"{variant.label}, {mixed.label}"
+                    )
+        base = outcomes.pop(Variant())
+        for variant, outcome in outcomes.items():
+            assert (outcome - base).abs().max() > 1e-3, variant.label
 
 
 def test_slots_hold_the_contenders_own_adapters():

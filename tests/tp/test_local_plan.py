@@ -31,15 +31,15 @@ def _recorded(plan, world_size):
                 cached=setting.cached,
             )
             cache = _fill(contenders, setting)
-            for arm in plan.arms():
-                load = arm.layout and AdapterLoad(
-                    layout=arm.layout,
-                    rank=arm.rank,
+            for variant in plan.variants():
+                load = variant.layout and AdapterLoad(
+                    layout=variant.layout,
+                    rank=variant.rank,
                     distinct=setting.adapters or 1,
                     target_modules=plan.target_modules,
                 )
-                _, kernels, calls = record(lambda: _run(contenders, arm, setting, cache))  # noqa: B023
-                yield step, load, kernels, calls, (arm.label, setting.label)
+                _, kernels, calls = record(lambda: _run(contenders, variant, setting, cache))  # noqa: B023
+                yield step, load, kernels, calls, (variant.label, setting.label)
 
 
 def _plan(world_size, rank, **sizes):
@@ -101,11 +101,11 @@ def _fill(contenders, setting):
 
 
 @torch.no_grad()
-def _run(contenders, arm, setting, cache):
+def _run(contenders, variant, setting, cache):
     """As ``Contenders.step`` does, but outside of inference mode, where torch shows its kernels."""
-    contenders.choose(arm, setting)
+    contenders.choose(variant, setting)
     inputs = contenders._inputs(setting.batch, setting.new, setting.cached)
-    with inference(), contenders._slots.serving(arm, setting)():
+    with inference(), contenders._slots.serving(variant, setting)():
         return contenders.model(*inputs, inference_context=cache, runtime_gather_output=True)
 
 

@@ -20,7 +20,7 @@ from bdlora_megatron.train.checkpoint import checkpoints
 from bdlora_megatron.train.cli import add_parser
 from bdlora_megatron.train.launch import RankDiedError, launch
 from bdlora_megatron.train.loop import ADAPTER
-from bdlora_megatron.train.report import read_metrics
+from bdlora_megatron.train.metrics import read_metrics
 from tests.harness import run_ranks
 from tests.train.runs import make_base, make_files, settings, train_rank
 

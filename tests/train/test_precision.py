@@ -12,8 +12,8 @@ from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.export import main_weights
 from bdlora_megatron.train.checkpoint import checkpoints, load_checkpoint
 from bdlora_megatron.train.loop import ADAPTER
+from bdlora_megatron.train.metrics import read_metrics
 from bdlora_megatron.train.model import build_model
-from bdlora_megatron.train.report import read_metrics
 from bdlora_megatron.train.resume import check_resumable
 from bdlora_megatron.train.step import Stepper
 from tests.harness import run_ranks

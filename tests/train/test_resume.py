@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.train.checkpoint import checkpoints
 from bdlora_megatron.train.loop import ADAPTER
-from bdlora_megatron.train.report import read_metrics
+from bdlora_megatron.train.metrics import read_metrics
 from bdlora_megatron.train.stop import PreemptedError
 from tests.harness import RankError, run_ranks
 from tests.train.runs import make_files, settings, train_rank

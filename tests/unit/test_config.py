@@ -89,5 +89,5 @@ def _given(**values):
 def test_a_rank_of_zero_is_no_default():
     with pytest.raises(ConfigError, match="rank=0"):
         BlockDiagonalSettings(num_blocks=2, dim=0)
-    with pytest.raises(ConfigError, match="rank=0"):
-        resolve_peft(PeftSection(bdlora=BDLoRASection(num_blocks=2, rank=0)), hf=None)
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        BDLoRASection(num_blocks=2, rank=0)

@@ -4,9 +4,9 @@
 `plot_choices` draws the error against the rank.
 """
 
-from bdlora_megatron.convert.structure.choices import Choice, Choices, choices_for_tp
+from bdlora_megatron.convert.structure.changes import ModuleChange, StructureReport
+from bdlora_megatron.convert.structure.choices import Choices, ServingOption, choices_for_tp
 from bdlora_megatron.convert.structure.plot import plot_choices
-from bdlora_megatron.convert.structure.report import ModuleChange, StructureReport
 from bdlora_megatron.convert.structure.restructure import (
     Restructured,
     Structure,
@@ -15,10 +15,10 @@ from bdlora_megatron.convert.structure.restructure import (
 )
 
 __all__ = [
-    "Choice",
     "Choices",
     "ModuleChange",
     "Restructured",
+    "ServingOption",
     "Structure",
     "StructureMode",
     "StructureReport",

@@ -33,14 +33,14 @@ from bdlora_megatron.convert.structure.restructure import (
 )
 from bdlora_megatron.errors import ConfigError
 
-__all__ = ["Choice", "Choices", "choices_for_tp"]
+__all__ = ["Choices", "ServingOption", "choices_for_tp"]
 
 _NONE = "none"
 _SLORA = "2 all-gather(r) + 2 all-reduce(r)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class ServingOption:
     """One way to serve the adapter.
 
     Attributes:
@@ -81,7 +81,7 @@ class Choices:
 
     adapter: str
     tp: int
-    choices: tuple[Choice, ...]
+    choices: tuple[ServingOption, ...]
     recommended: str
     reason: str
     curve: tuple[tuple[int, float], ...]
@@ -98,7 +98,7 @@ class Choices:
         )
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> ServingOption:
         """The recommended way."""
         return next(choice for choice in self.choices if choice.name == self.recommended)
 
@@ -170,11 +170,11 @@ def choices_for_tp(adapter: Adapter, tp: int, *, tolerance: float = 0.01) -> Cho
 
 def _exact_choices(
     facts: Sequence[BlockFactors], compact_ranks: Sequence[int], tp: int
-) -> list[Choice]:
+) -> list[ServingOption]:
     shapes = module_shapes(facts)
     if all(fact.num_blocks % tp == 0 for fact in facts):
         return [
-            Choice(
+            ServingOption(
                 name="keep",
                 mode="keep",
                 layout=Layout.BDLORA,
@@ -198,7 +198,7 @@ def _exact_choices(
     return [
         _vanilla("keep, S-LoRA layout", Layout.SLORA, facts, dense, tp),
         _vanilla("keep, half sharded", Layout.HALF_SHARDED, facts, dense, tp),
-        Choice(
+        ServingOption(
             name="exact",
             mode="exact",
             layout=Layout.BDLORA,
@@ -213,7 +213,7 @@ def _exact_choices(
 
 def _vanilla(
     name: str, layout: Layout, facts: Sequence[BlockFactors], ranks: Sequence[int], tp: int
-) -> Choice:
+) -> ServingOption:
     """An adapter held as vanilla LoRA, both factors split or one of them replicated."""
     size = 0
     for fact, rank in zip(facts, ranks, strict=True):
@@ -225,7 +225,7 @@ def _vanilla(
         else:
             numbers = rank * (dense + blocked // tp)
         size += _nbytes(fact, numbers)
-    return Choice(
+    return ServingOption(
         name=name,
         mode="keep",
         layout=layout,
@@ -242,7 +242,7 @@ def _truncations(
     compact_ranks: Sequence[int],
     spectra: Sequence[Tensor],
     tp: int,
-) -> list[Choice]:
+) -> list[ServingOption]:
     shapes = module_shapes(facts)
     lora_rank = max(
         resharded_rank(fact.rank, num_blocks=fact.num_blocks, new_num_blocks=1) for fact in facts
@@ -252,7 +252,7 @@ def _truncations(
     )
     wanted = {"truncate, equal parameters": budget, "truncate, equal rank": lora_rank // tp * tp}
     return [
-        Choice(
+        ServingOption(
             name=name,
             mode="truncate",
             layout=Layout.BDLORA,
@@ -271,7 +271,7 @@ def _truncations(
     ]
 
 
-def _recommend(choices: Sequence[Choice], tolerance: float) -> tuple[str, str]:
+def _recommend(choices: Sequence[ServingOption], tolerance: float) -> tuple[str, str]:
     first = choices[0]
     if first.layout is Layout.BDLORA:
         return first.name, "its blocks line up with the ranks already; nothing is sent or lost"

@@ -21,7 +21,7 @@ from bdlora_megatron.blocks import (
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
 from bdlora_megatron.convert.adapter.lazy import LazyModules, module_facts
 from bdlora_megatron.convert.adapter.problems import Problems
-from bdlora_megatron.convert.structure.report import ModuleChange, StructureReport, measure
+from bdlora_megatron.convert.structure.changes import ModuleChange, StructureReport, measure
 from bdlora_megatron.errors import ConfigError, ShapeError
 
 __all__ = [

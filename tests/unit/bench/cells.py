@@ -22,8 +22,10 @@ def small_plan(**changes):
 def make_cells(plan, seconds):
     """A cell for each contender and setting; `seconds(cell)` are its rounds."""
     cells = []
-    for setting, arm in plan.pairs():
-        cell = Cell(setting=setting, arm=arm, collectives={"all_reduce": 5}, payload_bytes=2500)
+    for setting, variant in plan.pairs():
+        cell = Cell(
+            setting=setting, variant=variant, collectives={"all_reduce": 5}, payload_bytes=2500
+        )
         cell.seconds = seconds(cell)
         cells.append(cell)
     return cells

@@ -27,16 +27,18 @@ def _true_seconds(plan):
     """What the cost model says of `TRUE`, with a link written out by hand."""
 
     def seconds(cell):
-        at, arm = cell.setting, cell.arm
+        at, variant = cell.setting, cell.variant
         hardware = TRUE.hardware(0.0, cpu=True)
         distinct = at.adapters or 1
-        load = arm.layout and AdapterLoad(layout=arm.layout, rank=arm.rank, distinct=distinct)
+        load = variant.layout and AdapterLoad(
+            layout=variant.layout, rank=variant.rank, distinct=distinct
+        )
         layers = plan.shape.num_layers
         if at.phase == "train":
             step = TrainStep(sequences=at.batch, length=at.length, bytes_per_element=4, fused=False)
             time = predict_training(plan.shape, step, hardware, plan.tp, load).total
             # Embedding, logits and loss, four in each layer; S-LoRA has eight more in each.
-            more = {Layout.SLORA: 8, Layout.HALF_SHARDED: 4}.get(arm.layout, 0)
+            more = {Layout.SLORA: 8, Layout.HALF_SHARDED: 4}.get(variant.layout, 0)
             calls = 5 + layers * (4 + more)
         else:
             step = LocalStep(
@@ -49,7 +51,7 @@ def _true_seconds(plan):
                 work = mixed_work(plan.shape, step, plan.tp, load, fused=False)
             time = sum(work_seconds(work, hardware, plan.tp))
             # Embedding and logits, two in each layer; S-LoRA has four more in each.
-            calls = 2 + layers * (6 if arm.layout is Layout.SLORA else 2)
+            calls = 2 + layers * (6 if variant.layout is Layout.SLORA else 2)
         wait = (1e-3 + TRUE.timer) * calls if at.latency_s else 0.0
         return [time + wait] * 3
 
@@ -95,4 +97,6 @@ def test_too_little_to_hold_out():
 def test_bridges_layers_are_not_predicted():
     plan = small_plan(bridge=True)
     fit = calibrate(plan, make_cells(plan, lambda cell: [1.0] * 3), 4, cpu=True)
-    assert {p.cell.arm.label for p in fit.predicted} == {arm.label for arm in small_plan().arms()}
+    assert {p.cell.variant.label for p in fit.predicted} == {
+        variant.label for variant in small_plan().variants()
+    }

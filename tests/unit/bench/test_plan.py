@@ -10,15 +10,15 @@ from tests.unit.bench.cells import small_plan
 
 
 def test_ranks_are_paired_as_the_paper_pairs_them():
-    labels = [arm.label for arm in small_plan().arms()]
+    labels = [variant.label for variant in small_plan().variants()]
     assert labels == ["base", "bdlora 32", "bdlora 64", "half_sharded 16", "slora 16"]
-    two = [arm.label for arm in small_plan(ranks=(16, 32)).arms()]
+    two = [variant.label for variant in small_plan(ranks=(16, 32)).variants()]
     assert two.count("bdlora 64") == 1, "4 x 16 and 2 x 32 are one contender"
     assert len(two) == 1 + 4 + 4 - 1
 
 
 def test_bridge_stands_beside_the_layouts_where_it_is_asked_for():
-    labels = [arm.label for arm in small_plan(bridge=True).arms()]
+    labels = [variant.label for variant in small_plan(bridge=True).variants()]
     assert labels == ["base", "bdlora 32", "bdlora 64", "half_sharded 16", "slora 16", "bridge 16"]
 
 
@@ -46,10 +46,10 @@ def test_mixed_steps_have_as_many_adapters_as_requests_at_most():
     assert len({setting.step for setting in plan.settings()}) == 3 + 3
     assert all(setting.decodes for setting in mixed)
     # Bridge's layers hold one adapter.
-    assert {arm.label for at, arm in plan.pairs() if at.adapters} == {
-        arm.label for arm in plan.arms() if not arm.bridge
+    assert {variant.label for at, variant in plan.pairs() if at.adapters} == {
+        variant.label for variant in plan.variants() if not variant.bridge
     }
-    assert len(list(plan.pairs())) == 6 * len(plan.arms()) * 2 - 3 * 2
+    assert len(list(plan.pairs())) == 6 * len(plan.variants()) * 2 - 3 * 2
 
 
 def test_layers_can_be_cut():

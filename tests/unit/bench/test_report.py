@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bdlora_megatron.bench.calibrate import Calibration, Machine, Predicted
-from bdlora_megatron.bench.plan import Arm
+from bdlora_megatron.bench.plan import Variant
 from bdlora_megatron.bench.plot import plot_report
 from bdlora_megatron.bench.report import BenchReport, write_report
 from bdlora_megatron.cli.main import main
@@ -27,7 +27,7 @@ ROUNDS = {
 def _report(calibration=None, plan=None):
     plan = plan or small_plan()
     cells = make_cells(
-        plan, lambda cell: [ms / 1e3 for ms in ROUNDS.get(cell.arm.label, (1, 1, 1))]
+        plan, lambda cell: [ms / 1e3 for ms in ROUNDS.get(cell.variant.label, (1, 1, 1))]
     )
     return BenchReport(
         plan=plan,
@@ -59,7 +59,7 @@ def test_times_spreads_and_ratios():
 
 def test_errors_of_the_prediction():
     report = _report()
-    cells = [cell for cell in report.cells if cell.arm.label == "base"]
+    cells = [cell for cell in report.cells if cell.variant.label == "base"]
     fit = Calibration(
         machine=Machine(),
         predicted=tuple(
@@ -116,7 +116,7 @@ def test_everything_is_in_the_json():
     (found,) = [
         cell["seconds"]
         for cell in data["cells"]
-        if (cell["phase"], cell["batch"], cell["latency_s"], cell["arm"])
+        if (cell["phase"], cell["batch"], cell["latency_s"], cell["variant"])
         == ("decode", 8, 1e-3, "slora 16")
     ]
     assert found == [0.02, 0.03, 0.09]
@@ -127,7 +127,7 @@ def test_everything_is_in_the_json():
 def test_a_cell_that_was_not_measured():
     report = _report()
     with pytest.raises(KeyError, match="bdlora"):
-        report.cell(Arm(layout=Layout.BDLORA, rank=2), report.plan.settings()[0])
+        report.cell(Variant(layout=Layout.BDLORA, rank=2), report.plan.settings()[0])
 
 
 def test_the_picture(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bdlora_megatron.cli.jobs import Job
+from bdlora_megatron.cli.jobs import ConversionJob
 from bdlora_megatron.cli.pool import run_jobs
 from bdlora_megatron.cli.records import locked
 from bdlora_megatron.convert import read_adapter
@@ -255,7 +255,7 @@ def test_workers_make_the_same_as_one_process(tmp_path, capsys):
         assert_same_files(tmp_path / "one" / name, tmp_path / "two" / name)
 
 
-class DeadlyJob(Job):
+class DeadlyJob(ConversionJob):
     """Kills the worker that takes it up."""
 
     @property
@@ -268,7 +268,7 @@ class DeadlyJob(Job):
 def test_a_dying_worker_fails_its_adapter_alone(tmp_path):
     conversion = Conversion(format="peft")
     jobs = [
-        Job(source=source, out=tmp_path / "out", conversion=conversion)
+        ConversionJob(source=source, out=tmp_path / "out", conversion=conversion)
         for source in make_adapters(tmp_path / "in", 4)
     ]
     jobs.insert(1, DeadlyJob(source=tmp_path / "in/a00", out=tmp_path, conversion=conversion))

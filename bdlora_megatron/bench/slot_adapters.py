@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bdlora_megatron.bench.plan import Arm, BenchPlan, Setting
+from bdlora_megatron.bench.plan import BenchPlan, Setting, Variant
 from bdlora_megatron.config import Layout
 from bdlora_megatron.layers import collect_adapter, lora_layers
 from bdlora_megatron.layers.slots import LayerSlots
@@ -32,56 +32,60 @@ class SlotAdapters:
     def __init__(self, model: Any, plan: BenchPlan) -> None:
         self._model = model
         self._plan = plan
-        self._slots: dict[Arm, ModelSlots] = {}
-        self._layers: dict[Arm, dict[str, LayerSlots]] = {}
+        self._slots: dict[Variant, ModelSlots] = {}
+        self._layers: dict[Variant, dict[str, LayerSlots]] = {}
 
-    def take_over(self, arm: Arm) -> None:
+    def take_over(self, variant: Variant) -> None:
         """Fill a contender's slots with the adapter that the model's layers hold, and take it out.
 
         Every slot holds the same factors, in rows of its own: what a step costs does not depend on
         what they are.
 
         Args:
-            arm: Whose adapter it is.
+            variant: Whose adapter it is.
 
         Collectives: those of ``collect_adapter``.
         """
         if not self._plan.mixed:
             return
-        assert arm.layout is not None
-        adapter = collect_adapter(self._model, arm.label)
+        assert variant.layout is not None
+        adapter = collect_adapter(self._model, variant.label)
         for _, layer in lora_layers(self._model):
             layer.adapter = None
         number = max(self._plan.adapters)
-        width = arm.rank // self._plan.tp if arm.layout is Layout.BDLORA else arm.rank
+        width = variant.rank // self._plan.tp if variant.layout is Layout.BDLORA else variant.rank
         room = SlotRoom(
             max_loras=number,
             max_lora_rank=width,
-            layouts=(arm.layout,),
+            layouts=(variant.layout,),
             target_modules=self._plan.target_modules,
         )
-        slots = self._slots[arm] = ModelSlots(self._model, room)
-        share = slots.share(adapter, arm.layout)
+        slots = self._slots[variant] = ModelSlots(self._model, room)
+        share = slots.share(adapter, variant.layout)
         for key in range(number):
             slots.load(key, share)
-        self._layers[arm] = {n: s.slots for n, s in lora_layers(self._model) if s.slots is not None}
+        self._layers[variant] = {
+            n: s.slots for n, s in lora_layers(self._model) if s.slots is not None
+        }
         self.choose(None)
 
-    def choose(self, arm: Arm | None) -> None:
+    def choose(self, variant: Variant | None) -> None:
         """Put one contender's slots into the layers.
 
         Args:
-            arm: Which; None takes all out.
+            variant: Which; None takes all out.
         """
-        chosen = {} if arm is None else self._layers.get(arm, {})
+        chosen = {} if variant is None else self._layers.get(variant, {})
         for name, layer in lora_layers(self._model):
             layer.slots = chosen.get(name)
 
-    def serving(self, arm: Arm, setting: Setting) -> Callable[[], AbstractContextManager[None]]:
+    def serving(
+        self, variant: Variant, setting: Setting
+    ) -> Callable[[], AbstractContextManager[None]]:
         """What a step runs inside.
 
         Args:
-            arm: Whose slots.
+            variant: Whose slots.
             setting: How many requests, and how many adapters they take in turn.
 
         Returns:
@@ -89,8 +93,8 @@ class SlotAdapters:
             context in which the model runs it; nothing of that where the step takes no slots.
         """
         number = setting.adapters
-        if number is None or arm not in self._slots:
+        if number is None or variant not in self._slots:
             return nullcontext
-        slots = self._slots[arm]
+        slots = self._slots[variant]
         token_slot = torch.arange(setting.batch, device=slots.device, dtype=torch.int32) % number
         return lambda: slots.serving(slots.batch(token_slot), range(number))

@@ -10,7 +10,7 @@ from bdlora_megatron.blocks import matching_rank
 from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.plan import HARDWARE, PRESETS, AdapterLoad, Step, predict_step
-from bdlora_megatron.plan.report import Deployment, make_plan, make_sweep
+from bdlora_megatron.plan.deployment import Deployment, make_plan, make_sweep
 
 
 def _deployment(**changes):
