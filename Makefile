@@ -49,7 +49,7 @@ figures: .venv/installed.stamp ## write the reports' figures into README.md and 
 	$(BIN)/python -m benchmarks.figures
 
 docs: .venv/installed.stamp ## the documentation as a site, in site/
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: .venv/installed.stamp ## format, and mend what lint can mend
 	$(BIN)/ruff check --fix

@@ -189,6 +189,8 @@ def report(result: dict[str, Any]) -> str:
     """The table for the documents."""
     model, made = result["model"], result["versions"]
     lines = [
+        "# A training step beside Megatron-Bridge",
+        "",
         f"{model['num_layers']} layers, hidden size {model['hidden_size']}, {model['batch']} rows "
         f"of {model['sequence']} tokens, {model['dtype']}, rank {result['rank']}, "
         f"{result['tp']} tensor-parallel ranks; Megatron-Bridge {made['megatron-bridge']}, "

@@ -166,7 +166,8 @@ class BenchReport:
 
     def _about(self) -> Iterator[str]:
         plan, shape, here = self.plan, self.plan.shape, machine()
-        yield "# Layouts, timed"
+        beside = ", beside Megatron-Bridge" if plan.bridge else ""
+        yield f"# Layouts timed on {plan.tp} ranks{beside}"
         yield ""
         yield f"Made by `{self.command}` in {self.seconds:.0f} s on {here['date']}."
         yield ""
