@@ -22,7 +22,8 @@ PUBLISHED = {"llama-3.1-70b": (1.79, 1.23), "llama-3.1-8b": (1.63, 1.30)}
 
 def main() -> None:
     """Write the report."""
-    parts = ["# Predictions of the cost model", "", _about(), "", *_speedups(), "", *_against_paper(), ""]
+    title = "# Predictions of the cost model"
+    parts = [title, "", _about(), "", *_speedups(), "", *_against_paper(), ""]
     OUT.write_text("\n".join(parts), "utf-8")
     print(OUT)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,13 @@ def test_links_lead_somewhere(name):
     path = PAGES[name]
     for target in links(path.read_text("utf-8")):
         assert (path.parent / target).resolve().exists(), f"{name} links to {target}"
+
+
+@pytest.mark.parametrize("name", ["train", "convert", "serve"])
+def test_figures_name_modules_that_exist(name):
+    drawn = (ROOT / "docs" / "figures" / f"{name}.svg").read_text("utf-8")
+    texts = re.findall(r"<text [^>]*monospace[^>]*>([^<]+)", drawn)
+    modules = [part for text in texts for part in text.split(", ") if re.search(r"/|\.py$", part)]
+    assert len(modules) > 4
+    missing = [module for module in modules if not (ROOT / "bdlora_megatron" / module).exists()]
+    assert not missing
