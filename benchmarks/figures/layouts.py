@@ -62,12 +62,12 @@ def _errors(cells: str) -> Callable[[Any], Mapping[str, float]]:
 def _readme() -> Iterator[Statement]:
     for start, step, link_ms in (
         (
-            "| [decoding](benchmarks/results/layouts.md) 1 request, times as fast as S-LoRA",
+            "| [decoding](benchmarks/results/layouts.md) 1 request, speed relative to S-LoRA",
             _ONE,
             0,
         ),
         ("| the same, 1 ms added to each collective", _ONE, 1),
-        ("| decoding 32 requests, each with an adapter of its own", _MANY, 0),
+        ("| decoding 32 requests, each with its own adapter", _MANY, 0),
     ):
         yield Statement(
             page="README.md",

@@ -48,7 +48,10 @@ def _beside_vllm(report: Any) -> Mapping[str, float]:
 
 def _readme() -> Iterator[Statement]:
     for start, link_ms in (
-        ("| [the server](benchmarks/results/serving.md) under load, tokens/s over S-LoRA's", 0),
+        (
+            "| [the server](benchmarks/results/serving.md) under load, tokens/s relative to S-LoRA",
+            0,
+        ),
         ("| the server under load, 1 ms added", 1),
     ):
         yield Statement(
