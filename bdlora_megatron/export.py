@@ -56,13 +56,13 @@ _Entries = dict[ModuleKey, tuple[ModuleEntry, tuple[Any, ...]]]
 def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None) -> Path:
     """Save the adapter of a model in the format `megatron`.
 
-    Every rank of the job calls it with the same path, on a file system that all of them see. The
+    Every rank of the job calls this with the same path, on a file system that all ranks see. The
     folder appears complete or not at all.
 
     Args:
         model: The model, or this rank's pipeline stage of it.
         path: The new folder.
-        name: The adapter's name; the folder's when unset.
+        name: The adapter's name; by default that of the folder.
 
     Returns:
         The folder, which `convert.open_adapter` reads on one process, and from which
@@ -70,7 +70,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
 
     Raises:
         TargetError: The model has no adapter.
-        ConfigError: There is something at the path.
+        ConfigError: The path exists.
 
     Collectives: over all ranks, those of `dist_checkpointing.save`, one all-gather of names and
     settings, two small broadcasts and a barrier.
@@ -137,7 +137,7 @@ def export_adapter(
     Args:
         model: The model or the chunks of this pipeline stage, wrapped by the host or not.
         folder: The adapter's folder.
-        name: The adapter's name; the folder's when unset.
+        name: The adapter's name; by default that of the folder.
         base_model: Name or path of the base model, noted in the adapter's config.
         dense: Write the same function as a vanilla LoRA, for engines without BD-LoRA.
 

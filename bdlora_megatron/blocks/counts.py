@@ -55,18 +55,18 @@ def num_parameters(
 
 
 def matching_rank(shapes: Sequence[ModuleShape], *, lora_rank: int, num_blocks: int) -> int:
-    """The largest block-diagonal rank that costs no more parameters than a LoRA.
+    """The largest block-diagonal rank with no more parameters than a LoRA.
 
     The rule of the BD-LoRA experiments: raise the rank in steps of N until the parameters over all
     target modules exceed LoRA's, then take one step back.
 
     Args:
-        shapes: Every target module.
+        shapes: The shapes of all target modules.
         lora_rank: The rank of the LoRA to match.
-        num_blocks: N.
+        num_blocks: The number of blocks, N.
 
     Returns:
-        A multiple of N, never 0.
+        The rank, a positive multiple of N.
 
     Raises:
         ConfigError: If there is no module, the LoRA rank is not positive, or even rank N costs

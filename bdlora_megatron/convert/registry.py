@@ -188,16 +188,16 @@ def read_adapter(
 
     Args:
         path: The adapter's folder.
-        allow_pickle: Also read files that are pickles, tensors and plain values only.
-        format: Its format; told from its files when unset.
-        base: The base model's heads, for fused checkpoints that do not tell them (`bridge`).
+        allow_pickle: Also read pickles, but only their tensors and plain values.
+        format: The format; by default detected from the files.
+        base: The base model's heads, for fused checkpoints that do not record them (`bridge`).
         base_folder: The base model's folder in Hugging Face's format. Whole weights beside the
-            factors (`peft`) are dropped where they equal its own, and refused elsewhere.
-        ignore_unknown: Options of an `adapter_config.json` that are unknown here and that the
-            caller knows to change no update.
+            factors (`peft`) are dropped if they equal the base model's, and refused otherwise.
+        ignore_unknown: Options of an `adapter_config.json` that this package does not know and
+            that the caller knows not to change the update.
 
     Returns:
-        The adapter, in memory of its own.
+        The adapter, with every factor in memory.
     """
     with open_adapter(
         path,
@@ -215,21 +215,20 @@ def write_adapter(
 ) -> Path:
     """Write an adapter, one module after the other.
 
-    The folder appears complete or not at all, also if the process is killed on the way.
+    The folder appears complete or not at all, even if the process is killed.
 
     Args:
         adapter: Lazy or in memory.
         path: The new folder.
-        format: Its format.
-        options: What else to do.
+        format: The format to write.
+        options: Options of the writers, such as ``dense`` and ``overwrite``.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterFormatError: If there is nothing to write, or a module's numbers are not finite.
-        ConfigError: If the path is taken by something that is not to be replaced, or there is no
-            such format.
+        AdapterFormatError: The adapter is empty, or a module's numbers are not finite.
+        ConfigError: The path exists and must not be replaced, or the format is unknown.
     """
     options = options or WriteOptions()
     kind = _format(format)

@@ -36,28 +36,29 @@ _STACKS = decoder_classes()
 def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list[str]:
     """Put fresh adapters into a built model and freeze everything else.
 
-    Layers are exchanged in place; parameters are shared with the old layers, nothing is copied.
-    Call it before the model is wrapped in Megatron's DDP, whose buffers hold the trainable
+    Layers are replaced in place and share their parameters with the old layers; nothing is copied.
+    Call this before the model is wrapped in Megatron's DDP, whose buffers hold the trainable
     parameters.
 
     Args:
         model: A ``GPTModel``, a ``HybridModel``, or any module that holds Megatron-Core linear
             layers; or the list of model chunks of this pipeline stage.
-        lora: What the adapters look like and which layers get one.
+        lora: Shape, scale, layout and targets of the adapters.
 
     Returns:
         The full names of the layers that got an adapter, with layer numbers counted over the whole
         pipeline.
 
     Raises:
-        ConfigError: The model is wrapped already, has adapters already, or does not divide.
-        TargetError: A target pattern matches no layer on any pipeline stage, or matches one of a
-            decoder's model for whose adapter no file format has a name, such as ``output_layer``.
+        ConfigError: The model is wrapped already, has adapters already, or has sizes that
+            do not divide evenly.
+        TargetError: A target pattern matches no layer on any pipeline stage, or a layer whose
+            adapter no file format can name, such as ``output_layer``.
         UnsupportedError: A matched layer is an expert, is quantised, or would split a key-value
             head.
 
     Collectives: none in the tensor-parallel group, except one broadcast per replicated factor in
-    layout ``half_sharded``; one small all-gather over pipeline stages, where there are several.
+    layout ``half_sharded``; one small all-gather over pipeline stages, if there are several.
     """
     chunks = [model] if isinstance(model, nn.Module) else list(model)
     for chunk in chunks:
@@ -168,21 +169,21 @@ def _requiring(x: Any) -> Any:
 
 
 def remove_lora(model: nn.Module, *, keep_merged: bool = False) -> None:
-    """Put the plain Megatron-Core layers back; adapters are dropped, the base stays as it was.
+    """Remove all adapters and restore the plain Megatron-Core layers; the base stays unchanged.
 
     Parameters stay frozen.
 
     Args:
         model: A model with adapters, or without.
-        keep_merged: Leave in the weights what ``merge_adapters`` added to them: the model that is
-            left computes, and saves, base and adapter together.
+        keep_merged: Keep the updates that ``merge_adapters`` added to the weights: the remaining
+            model computes, and saves, base and adapter together.
     """
     for _, layer in list(lora_layers(model)):
         replace_module(model, layer, layer.to_base(keep_merged=keep_merged))
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Add every adapter to its base weight; see ``LoRALinear.merge`` for what that costs."""
+    """Add every adapter to its base weight; ``LoRALinear.merge`` describes the cost."""
     for _, layer in lora_layers(model):
         if layer.adapter is not None:
             layer.merge()
@@ -197,7 +198,7 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the base model alone inside the ``with`` block, also where adapters are merged."""
+    """Run the base model alone inside the ``with`` block, even if adapters are merged."""
     layers = [layer for _, layer in lora_layers(model)]
     before = [layer.adapter_enabled for layer in layers]
     with ExitStack() as stack:

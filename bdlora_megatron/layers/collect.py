@@ -23,25 +23,24 @@ __all__ = ["collect_adapter"]
 
 @torch.no_grad()
 def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) -> Adapter:
-    """Put the whole adapter together from all ranks' shares, on every rank's CPU.
+    """Gather the whole adapter from all ranks' shards, on every rank's CPU.
 
     Args:
         model: A model with adapters, from ``apply_lora`` or ``load_adapter``; not wrapped in DDP.
-        name: What to call the adapter.
-        base: What is known of the base model.
+        name: The adapter's name.
+        base: The base model's sizes, if known.
 
     Returns:
-        The adapter; what the model computes with it is what the adapter says.
+        The adapter, which computes the same function as the model's layers.
 
     Raises:
-        TargetError: The model carries no adapter, or one in a layer for which no file format has a
-            name.
+        TargetError: The model has no adapter, or an adapter that no file format can name.
         UnsupportedError: A layer trains one pair of factors for a fused projection, or two decoders
             are adapted.
 
     Collectives:
         One all-gather per factor over tensor-parallel ranks; one of all factors over pipeline
-        stages, where there are several.
+        stages, if there are several.
     """
     modules: dict[ModuleKey, BlockFactors] = {}
     for full_name, layer in lora_layers(model):

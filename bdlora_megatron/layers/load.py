@@ -67,23 +67,23 @@ class LoadOptions:
 def load_adapter(
     model: nn.Module, adapter: NeutralAdapter, options: LoadOptions | None = None
 ) -> list[str]:
-    """Put an adapter into a built model, replacing any that is there.
+    """Load an adapter into a built model, replacing any adapter in it.
 
-    The function each layer computes is the adapter's own, whatever the layout and the
-    tensor-parallel size: resharding is exact.
+    Each layer computes the adapter's exact function, whatever the layout and the tensor-parallel
+    size.
 
     Args:
         model: A ``GPTModel``, a ``HybridModel``, or any module that holds their decoder layers.
-        adapter: What to load, as the readers in ``bdlora_megatron.convert`` return it.
+        adapter: The adapter, as the readers in ``bdlora_megatron.convert`` return it.
         options: Layout, trainability, dropout, type.
 
     Returns:
-        The full names of the layers that carry a part of it on this pipeline stage.
+        The full names of the layers on this pipeline stage that got a part of the adapter.
 
     Raises:
-        ShapeError: A factor does not fit its layer; all that do not are listed, and the model is
-            left as it was.
-        TargetError: The adapter holds modules that the model does not have; likewise.
+        ShapeError: Factors do not fit their layers. The error lists all of them, and the model is
+            unchanged.
+        TargetError: The adapter holds modules that the model does not have. Likewise.
 
     Collectives: none in layouts ``bdlora`` and ``slora``; one broadcast for each replicated factor
     in ``half_sharded``.

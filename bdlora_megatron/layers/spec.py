@@ -21,7 +21,7 @@ __all__ = ["lora_spec"]
 
 
 def lora_spec(spec: Any, config: Any, lora: LoRAConfig) -> Any:
-    """Exchange the targeted linear layers of a specification for adapter-carrying ones.
+    """Replace the targeted linear layers of a specification by layers with adapters.
 
     Freeze the base with ``freeze_base(model)`` once the model is built and its weights are loaded.
 
@@ -29,13 +29,13 @@ def lora_spec(spec: Any, config: Any, lora: LoRAConfig) -> Any:
         spec: The ``ModuleSpec`` of one decoder layer, or ``TransformerBlockSubmodules`` with one
             per layer of this pipeline stage.
         config: The model's ``TransformerConfig``.
-        lora: What the adapters look like and which layers get one.
+        lora: Shape, scale, layout and targets of the adapters.
 
     Returns:
         A specification of the same kind; ``spec`` is not changed.
 
     Raises:
-        ConfigError: A single layer's specification cannot express the choice of some layers only.
+        ConfigError: ``lora`` targets only some layers, and ``spec`` describes a single one.
         TargetError: A target pattern matches no layer.
     """
     matcher = TargetMatcher(lora.target_modules, lora.exclude_modules)

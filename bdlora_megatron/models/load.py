@@ -44,7 +44,7 @@ def load_hf_model(
     layer_spec: ModuleSpec | None = None,
     model_class: ModelClass = "auto",
 ) -> Any:
-    """Load a Llama-family model at the tensor- and pipeline-parallel size now in force.
+    """Load a Llama-family model at the current tensor- and pipeline-parallel size.
 
     Every rank calls this inside ``bdlora_megatron.runtime.model_parallel`` and reads its own rows
     and columns from the files; beyond the model itself it holds one slice of one tensor at a time.
@@ -52,16 +52,15 @@ def load_hf_model(
     Args:
         folder: A folder with ``config.json`` and safetensors. Nothing is downloaded.
         dtype: Type of the parameters; that of the stored embedding by default.
-        max_sequence_length: Longest sequence that will be used; what the model was made for by
-            default.
+        max_sequence_length: Longest sequence that will be used; by default the model's own limit.
         settings: Further fields of ``TransformerConfig``, such as ``sequence_parallel``.
-        layer_spec: The layers' specification, for example from ``layers.lora_spec``. Transformer
-            Engine's where it and CUDA are present and Megatron-Core's own elsewhere by default.
+        layer_spec: The layers' specification, for example from ``layers.lora_spec``. By default
+            Transformer Engine's if it and CUDA are present, otherwise Megatron-Core's own.
         model_class: ``hybrid`` for a ``HybridModel`` (Megatron-Core 0.19 and newer), ``gpt`` for a
-            ``GPTModel``; the first where the release has it by default.
+            ``GPTModel``; by default the first if the release has it.
 
     Returns:
-        This rank's part of the model, in training mode. Where the vocabulary was rounded up to a
+        This rank's part of the model, in training mode. If the vocabulary is rounded up to a
         multiple of the ranks, logits of the padding are minus infinity; ``without_padding`` cuts
         them off.
 
@@ -71,7 +70,7 @@ def load_hf_model(
         UnsupportedError: The model is of a kind that Megatron-Core cannot compute the same way.
 
     Collectives:
-        None, but for one all-reduce of the embedding where it is tied across pipeline stages.
+        None, except one all-reduce of an embedding that is tied across pipeline stages.
     """
     hf = read_hf_config(folder)
     # Before the model takes memory: what is wrong with the files is known from their headers.
