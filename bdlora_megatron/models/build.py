@@ -168,6 +168,8 @@ def build_model(
     else:
         model = GPTModel(config=config, transformer_layer_spec=spec, **settings, **scaling)
     config.perform_initialization = True
+    # Megatron-Core's own ``vocab_size`` counts the padding.
+    model.unpadded_vocab_size = hf.vocab_size
     # Norms outside Transformer Engine are made in float32, whatever params_dtype says.
     model.to(device=device(), dtype=config.params_dtype)
     if model.post_process and padded_vocab_size(hf, config.tensor_model_parallel_size) != (

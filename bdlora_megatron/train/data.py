@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,35 +21,37 @@ from bdlora_megatron.train.examples import Example
 __all__ = ["Batch", "RowDataset", "ShareOfBatch", "pack"]
 
 _OPEN_ROWS = 64
+#: Attention over padding costs with the square of its length.
+_PADDING = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """One micro-batch.
+    """One micro-batch: its rows one after another, T = b S tokens.
 
     Attributes:
-        tokens: ``[b, S]``.
-        labels: ``[b, S]``, the token that follows each.
-        loss_mask: ``[b, S]`` in float32: 1 where predicting the label counts.
-        positions: ``[b, S]``, counted from each example's start.
-        hidden: ``[b, 1, S, S]`` bool, True where a query may not see a key: later ones, and those
-            of other examples in the row.
+        tokens: ``[1, T]``.
+        labels: ``[T]``, the token that follows each.
+        learnt: ``[n]``, the places of the labels that count in the loss.
+        starts: ``[examples + 1]`` int32: where each example begins, and T. What is left of a row is
+            cut into short examples of which nothing is learnt.
+        longest: Tokens of the longest example.
     """
 
     tokens: Tensor
     labels: Tensor
-    loss_mask: Tensor
-    positions: Tensor
-    hidden: Tensor
+    learnt: Tensor
+    starts: Tensor
+    longest: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
         return Batch(
             tokens=self.tokens.to(device),
             labels=self.labels.to(device),
-            loss_mask=self.loss_mask.to(device),
-            positions=self.positions.to(device),
-            hidden=self.hidden.to(device),
+            learnt=self.learnt.to(device),
+            starts=self.starts.to(device),
+            longest=self.longest,
         )
 
 
@@ -80,9 +83,9 @@ def pack(lengths: Sequence[int], seq_length: int) -> list[list[int]]:
 class RowDataset:
     """Examples in rows of equal length.
 
-    Rows with several examples keep them apart: none attends to another, and no label reaches from
-    one into the next. Rotary embedding only sees distances, so an example computes the same
-    wherever it stands in a row.
+    Rows with several examples keep them apart: none attends to another, no label reaches from one
+    into the next, and rotary embedding counts positions from each example's start. So an example
+    computes the same wherever it stands.
     """
 
     def __init__(
@@ -118,30 +121,27 @@ class RowDataset:
         Returns:
             The batch, on the CPU.
         """
-        shape = (len(rows), self.seq_length)
-        tokens, labels, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
-        loss_mask = torch.zeros(shape)
-        # What is left of a row is a document of its own, so that no position sees nothing at all.
-        documents = torch.full(shape, -1)
+        size = self.seq_length
+        tokens, labels = (torch.zeros(len(rows) * size, dtype=torch.int64) for _ in range(2))
+        learnt = torch.zeros(len(rows) * size, dtype=torch.bool)
+        lengths: list[int] = []
         for place, row in enumerate(rows):
-            start = 0
-            for number, index in enumerate([] if row is None else self._rows[row]):
+            start, end = place * size, (place + 1) * size
+            for index in [] if row is None else self._rows[row]:
                 example = self._examples[index]
                 here = slice(start, start + len(example))
                 ids = torch.from_numpy(example.tokens)
-                tokens[place, here], labels[place, here] = ids[:-1], ids[1:]
-                loss_mask[place, here] = torch.from_numpy(example.learnt[1:]).float()
-                positions[place, here] = torch.arange(len(example))
-                documents[place, here] = number
+                tokens[here], labels[here] = ids[:-1], ids[1:]
+                learnt[here] = torch.from_numpy(example.learnt[1:])
+                lengths.append(len(example))
                 start += len(example)
-        later = torch.ones(self.seq_length, self.seq_length, dtype=torch.bool).triu(1)
-        others = documents[:, :, None] != documents[:, None, :]
+            lengths += [min(_PADDING, end - at) for at in range(start, end, _PADDING)]
         return Batch(
-            tokens=tokens,
+            tokens=tokens[None],
             labels=labels,
-            loss_mask=loss_mask,
-            positions=positions,
-            hidden=(later | others)[:, None],
+            learnt=learnt.nonzero()[:, 0],
+            starts=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+            longest=max(lengths),
         )
 
 

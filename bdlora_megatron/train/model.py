@@ -12,6 +12,7 @@ from torch import nn
 from bdlora_megatron.layers import apply_lora, lora_layers
 from bdlora_megatron.layers.factors import kaiming_uniform
 from bdlora_megatron.models import HFConfig, load_hf_model, read_hf_config
+from bdlora_megatron.train.attention import with_packed_attention
 from bdlora_megatron.train.peft import resolve_peft
 from bdlora_megatron.train.schema import ModelSection, TrainConfig
 
@@ -37,8 +38,9 @@ def build_model(config: TrainConfig) -> tuple[Any, HFConfig]:
         dtype=_DTYPES["bfloat16" if config.train.precision == "bf16" else config.model.dtype],
         max_sequence_length=config.model.seq_length,
         settings=_settings(config.model),
-        # Transformer Engine's attention would not see the mask that keeps packed examples apart.
-        layer_spec=get_gpt_layer_local_spec(qk_layernorm=hf.qk_norm, normalization="RMSNorm"),
+        layer_spec=with_packed_attention(
+            get_gpt_layer_local_spec(qk_layernorm=hf.qk_norm, normalization="RMSNorm")
+        ),
         model_class=config.model.model_class,
     )
     if lora is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,14 +22,17 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from bdlora_megatron.errors import BDLoRAError
 from bdlora_megatron.runtime import device
 from bdlora_megatron.train.data import Batch
+from bdlora_megatron.train.loss import token_losses
 from bdlora_megatron.train.schema import TrainConfig
 
 __all__ = ["DivergedError", "StepResult", "Stepper", "forward_backward", "mean_loss"]
@@ -160,24 +164,43 @@ def forward_backward(
         data_iterator=(batch.to(where) for batch in batches),
         model=[model],
         num_microbatches=len(batches),
-        seq_length=config.model.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
+        seq_length=config.model.seq_length * config.train.micro_batch_size,
+        # The rows of a micro-batch stand one after another.
+        micro_batch_size=1,
         forward_only=forward_only,
     )
     return _over_ranks(outputs, where)
 
 
 def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-    batch = next(batches)
-    output = model(batch.tokens, batch.positions, batch.hidden, labels=batch.labels)
-    return output, partial(_loss, batch.loss_mask)
+    batch, inner = next(batches), get_attr_wrapped_model(model, "decoder", return_model_obj=True)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.starts,
+        cu_seqlens_kv=batch.starts,
+        max_seqlen_q=batch.longest,
+        max_seqlen_kv=batch.longest,
+    )
+    with _without_logits(inner):
+        hidden = model(batch.tokens, None, None, packed_seq_params=packed)
+    return hidden, partial(_loss, inner, batch)
 
 
-def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@contextmanager
+def _without_logits(model: Any) -> Iterator[None]:
+    """Let a last stage's model return what its decoder gives, as an earlier stage's does."""
+    last, model.post_process = model.post_process, False
+    try:
+        yield
+    finally:
+        model.post_process = last
+
+
+def _loss(model: Any, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum, number of tokens, and both for the record; Megatron-Core divides when all are known."""
-    total = (losses.float() * loss_mask).sum()
-    tokens = loss_mask.sum()
-    return total, tokens.int(), torch.stack([total.detach(), tokens])
+    total = token_losses(model, hidden, batch.labels, batch.learnt).sum()
+    tokens = torch.tensor(len(batch.learnt), device=total.device)
+    return total, tokens.int(), torch.stack([total.detach(), tokens.to(total.dtype)])
 
 
 def _over_ranks(outputs: Sequence[Tensor], where: torch.device) -> tuple[float, int]:

@@ -35,29 +35,28 @@ def test_examples_of_a_row_do_not_see_one_another():
     dataset = RowDataset([example(10, 3), example(50, 2, 2)], 7, packing=True, seed=0)
     assert len(dataset) == 1
     batch = dataset.batch([0, None])
-    starts_at = batch.tokens[0].tolist().index(10)
-    ten = slice(starts_at, starts_at + 3)
-    fifty = slice(3, 5) if starts_at == 0 else slice(0, 2)
+    # Either of them comes first; what is left of each row is an example that teaches nothing.
+    ten_first = batch.tokens[0, 0] == 10
+    assert batch.starts.tolist() == ([0, 3, 5, 7, 14] if ten_first else [0, 2, 5, 7, 14])
+    assert batch.starts.dtype == torch.int32
+    assert batch.longest == 7
+    ten, fifty = (slice(0, 3), slice(3, 5)) if ten_first else (slice(2, 5), slice(0, 2))
     assert batch.tokens[0, ten].tolist() == [10, 11, 12]
-    assert batch.labels[0, ten].tolist() == [11, 12, 13]
-    assert batch.positions[0, ten].tolist() == [0, 1, 2]
-    assert batch.positions[0, fifty].tolist() == [0, 1]
-    assert batch.loss_mask[0, ten].tolist() == [1, 1, 1]
-    assert batch.loss_mask[0, fifty].tolist() == [0, 1]
-    assert batch.loss_mask[0, 5:].sum() == 0
-    assert batch.loss_mask[1].sum() == 0
-    seen = ~batch.hidden[0, 0]
-    for query in range(7):
-        own = next((part for part in (ten, fifty) if part.start <= query < part.stop), slice(5, 7))
-        wanted = [own.start <= key <= query for key in range(7)]
-        assert seen[query].tolist() == wanted
-    assert seen.any(dim=1).all(), "a position that sees nothing would give NaN"
+    assert batch.labels[ten].tolist() == [11, 12, 13]
+    assert batch.tokens[0, fifty].tolist() == [50, 51]
+    assert batch.learnt.tolist() == sorted([*range(ten.start, ten.stop), fifty.stop - 1])
+
+
+def test_padding_is_cut_so_that_attention_over_it_costs_little():
+    batch = RowDataset([example(1, 200)], 1000, packing=True, seed=0).batch([0])
+    assert batch.starts.diff().tolist() == [200, *[128] * 6, 32]
+    assert batch.longest == 200
 
 
 def test_unpacked_rows_hold_one_example_each():
     dataset = RowDataset([example(0, 2), example(9, 2)], 7, packing=False, seed=0)
     assert len(dataset) == 2
-    assert sorted(dataset.batch([0, 1]).tokens[:, 0].tolist()) == [0, 9]
+    assert sorted(dataset.batch([0, 1]).tokens[0, [0, 7]].tolist()) == [0, 9]
 
 
 def test_every_epoch_takes_every_row_once_in_an_order_of_its_own():

@@ -1,0 +1,125 @@
+"""Attention over packed examples that never forms a mask or a matrix of scores.
+
+Megatron-Core's ``DotProductAttention`` refuses packed sequences, and with a mask its memory grows
+with the square of a row. Letters in shapes: T tokens of a micro-batch; H and G query and key-value
+heads of this rank; D width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from bdlora_megatron.errors import UnsupportedError
+
+varlen_attn: Any = None
+# Torch has it since 2.10.
+with suppress(ImportError):
+    from torch.nn.attention.varlen import varlen_attn
+
+__all__ = ["PackedAttention", "with_packed_attention"]
+
+
+class PackedAttention(nn.Module):
+    """Causal attention within each example of a micro-batch, in Megatron-Core's place for it.
+
+    On a GPU with 16-bit types torch's variable-length kernel (flash attention) takes all examples
+    at once; elsewhere ``scaled_dot_product_attention`` takes them one by one. Memory grows with T.
+
+    Collectives: none; each rank has heads of its own.
+    """
+
+    def __init__(
+        self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **more: Any
+    ) -> None:
+        """Take what Megatron-Core gives any core attention.
+
+        Args:
+            config: The model's ``TransformerConfig``.
+            layer_number: Unused.
+            attn_mask_type: Unused: examples are causal.
+            attention_type: Unused: there is no other than self-attention.
+            more: ``softmax_scale``, if it is not one over the root of D; the rest is unused.
+
+        Raises:
+            UnsupportedError: Attention drops probabilities out, which is not done here.
+        """
+        super().__init__()
+        if config.attention_dropout:
+            raise UnsupportedError(
+                f"attention_dropout={config.attention_dropout}; packed attention has none: set it "
+                "to 0, and dropout on the adapter's path instead"
+            )
+        self._scale = more.get("softmax_scale") or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``[T, H, D]``.
+            key: ``[T, G, D]``.
+            value: ``[T, G, D]``.
+            attention_mask: Unused.
+            attn_mask_type: Unused.
+            attention_bias: Unused.
+            packed_seq_params: Where each example begins; they cover all T tokens.
+
+        Returns:
+            ``[T, H D]``.
+        """
+        assert packed_seq_params is not None, "training packs every row"
+        starts, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        if varlen_attn is not None and query.is_cuda and query.element_size() == 2:
+            mixed = varlen_attn(
+                query, key, value, starts, starts, longest, longest,
+                scale=self._scale, window_size=(-1, 0), enable_gqa=key.shape[1] < query.shape[1],
+            )  # fmt: skip
+        else:
+            mixed = self._one_by_one(query, key, value, starts.diff().tolist())
+        outputs: Tensor = mixed.flatten(1)
+        return outputs
+
+    def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        each = query.shape[1] // key.shape[1]
+        if each > 1:
+            key, value = (tensor.repeat_interleave(each, dim=1) for tensor in (key, value))
+        examples = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+        mixed = []
+        for example in examples:
+            q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in example)
+            one = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale)
+            mixed.append(one.squeeze(0).transpose(0, 1))
+        return torch.cat(mixed)
+
+
+def with_packed_attention(spec: ModuleSpec) -> ModuleSpec:
+    """The specification of a decoder layer, with packed attention in it.
+
+    Args:
+        spec: Of one ``TransformerLayer``.
+
+    Returns:
+        A new one.
+    """
+    attention = spec.submodules.self_attention
+    inside = replace(attention.submodules, core_attention=PackedAttention)
+    layer = replace(spec.submodules, self_attention=replace(attention, submodules=inside))
+    return replace(spec, submodules=layer)
