@@ -8,11 +8,14 @@ b rows of a micro-batch, S positions in a row.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bdlora_megatron.errors import ConfigError
@@ -55,7 +58,9 @@ class Batch:
         )
 
 
-def pack(lengths: Sequence[int], seq_length: int) -> list[list[int]]:
+def pack(
+    lengths: NDArray[np.int64], seq_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Put examples into as few rows as a quick look allows: the first open row with room.
 
     Args:
@@ -63,21 +68,31 @@ def pack(lengths: Sequence[int], seq_length: int) -> list[list[int]]:
         seq_length: Positions in a row.
 
     Returns:
-        The examples' indices, row by row; every one exactly once.
+        The examples' indices, row after row, every one exactly once; and ``[rows + 1]`` where each
+        row begins among them.
     """
-    full: list[list[int]] = []
-    open_rows: list[tuple[list[int], int]] = []
-    for index, length in enumerate(lengths):
-        for place, (row, room) in enumerate(open_rows):
-            if length <= room:
-                row.append(index)
-                open_rows[place] = (row, room - length)
-                break
-        else:
-            if len(open_rows) == _OPEN_ROWS:
-                full.append(open_rows.pop(0)[0])
-            open_rows.append(([index], seq_length - length))
-    return full + [row for row, _ in open_rows]
+    order, starts = array("q"), array("q", [0])
+    rows: list[list[int]] = []
+    rooms = np.zeros(0, dtype=np.int64)
+
+    def close(row: list[int]) -> None:
+        order.extend(row)
+        starts.append(len(order))
+
+    for index, length in enumerate(lengths.tolist()):
+        fits = rooms >= length
+        place = int(fits.argmax()) if fits.any() else len(rows)
+        if place == len(rows):
+            if len(rows) == _OPEN_ROWS:
+                close(rows.pop(0))
+                rooms, place = rooms[1:], place - 1
+            rows.append([])
+            rooms = np.append(rooms, seq_length)
+        rows[place].append(index)
+        rooms[place] -= length
+    for row in rows:
+        close(row)
+    return np.asarray(order), np.asarray(starts)
 
 
 class RowDataset:
@@ -92,25 +107,28 @@ class RowDataset:
         self, examples: Sequence[Example], seq_length: int, *, packing: bool, seed: int
     ) -> None:
         self.seq_length = seq_length
-        self._examples = list(examples)
-        random.Random(seed).shuffle(self._examples)
-        lengths = [len(example) for example in self._examples]
-        self._rows = pack(lengths, seq_length) if packing else [[i] for i in range(len(lengths))]
-        self._seed = seed
-        self._epoch: tuple[int, list[int]] | None = None
+        self._examples, self._seed = examples, seed
+        lengths = getattr(examples, "lengths", None)
+        if lengths is None:
+            lengths = np.array([len(example) for example in examples], dtype=np.int64)
+        shuffled = _shuffled(len(examples), seed)
+        if packing:
+            order, self._starts = pack(lengths[shuffled], seq_length)
+            self._order = shuffled[order]
+        else:
+            self._order, self._starts = shuffled, np.arange(len(shuffled) + 1)
+        self._epoch: tuple[int, NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         """Rows in an epoch."""
-        return len(self._rows)
+        return len(self._starts) - 1
 
     def in_training_order(self, number: int) -> int:
         """The row that stands at place ``number`` of an endless walk over shuffled epochs."""
         epoch, place = divmod(number, len(self))
         if self._epoch is None or self._epoch[0] != epoch:
-            order = list(range(len(self)))
-            random.Random(f"{self._seed} {epoch}").shuffle(order)
-            self._epoch = (epoch, order)
-        return self._epoch[1][place]
+            self._epoch = (epoch, _shuffled(len(self), f"{self._seed} {epoch}"))
+        return int(self._epoch[1][place])
 
     def batch(self, rows: Sequence[int | None]) -> Batch:
         """Make a micro-batch.
@@ -127,10 +145,11 @@ class RowDataset:
         lengths: list[int] = []
         for place, row in enumerate(rows):
             start, end = place * size, (place + 1) * size
-            for index in [] if row is None else self._rows[row]:
+            for index in self._row(row):
                 example = self._examples[index]
                 here = slice(start, start + len(example))
-                ids = torch.from_numpy(example.tokens)
+                # A copy: what lies on disk is read-only.
+                ids = torch.tensor(example.tokens, dtype=torch.int64)
                 tokens[here], labels[here] = ids[:-1], ids[1:]
                 learnt[here] = torch.from_numpy(example.learnt[1:])
                 lengths.append(len(example))
@@ -143,6 +162,20 @@ class RowDataset:
             starts=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             longest=max(lengths),
         )
+
+    def _row(self, row: int | None) -> list[int]:
+        if row is None:
+            return []
+        found: list[int] = self._order[self._starts[row] : self._starts[row + 1]].tolist()
+        return found
+
+
+def _shuffled(size: int, seed: int | str) -> NDArray[np.int64]:
+    """The numbers from 0 in an order that depends on the seed alone."""
+    order = array("q", range(size))
+    # Not numpy's, which promises no order from release to release.
+    random.Random(seed).shuffle(order)
+    return np.asarray(order)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

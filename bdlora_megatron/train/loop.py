@@ -27,8 +27,9 @@ from bdlora_megatron.train.checkpoint import (
     read_facts,
     save_checkpoint,
 )
+from bdlora_megatron.train.corpus import Corpus, Storage, read_examples
 from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch
-from bdlora_megatron.train.examples import Example, load_tokenizer, read_examples
+from bdlora_megatron.train.examples import Documents, load_tokenizer
 from bdlora_megatron.train.metrics import Report
 from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.resume import check_resumable, run_facts, weights_digest
@@ -234,23 +235,32 @@ def _share(config: TrainConfig) -> ShareOfBatch:
 
 def _examples(
     config: TrainConfig, tokenizer: Any, paths: tuple[str, ...], vocab_size: int
-) -> list[Example]:
-    return read_examples(
-        paths,
+) -> Corpus:
+    dataset = config.dataset
+    documents = Documents(
         tokenizer,
-        format=config.dataset.format,
-        seq_length=config.model.seq_length,
-        too_long=config.dataset.too_long,
+        dataset.format,
         vocab_size=vocab_size,
         chats=ChatOptions(
-            train_on=config.dataset.train_on,
-            template_kwargs=config.dataset.chat_template_kwargs,
-            ignore_keys=config.dataset.ignore_keys,
+            train_on=dataset.train_on,
+            template_kwargs=dataset.chat_template_kwargs,
+            ignore_keys=dataset.ignore_keys,
+        ),
+    )
+    return read_examples(
+        paths,
+        documents,
+        seq_length=config.model.seq_length,
+        too_long=dataset.too_long,
+        storage=Storage(
+            cache_dir=dataset.cache_dir,
+            num_proc=dataset.num_proc,
+            progress=config.logger.progress_bar and torch.distributed.get_rank() == 0,
         ),
     )
 
 
-def _rows(config: TrainConfig, examples: list[Example], *, shuffled: bool) -> RowDataset:
+def _rows(config: TrainConfig, examples: Corpus, *, shuffled: bool) -> RowDataset:
     return RowDataset(
         examples,
         config.model.seq_length,

@@ -30,6 +30,8 @@ _FREE = (
     "model.recompute_granularity",
     "dataset.train",
     "dataset.validation",
+    "dataset.cache_dir",
+    "dataset.num_proc",
     "train.train_iters",
     "train.micro_batch_size",
     "train.eval_interval",

@@ -104,7 +104,7 @@ class PeftSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class DatasetSection:
-    """What is learnt: JSONL files, one example a line."""
+    """What is learnt: files of JSONL, JSON, CSV, Parquet or Arrow, one example a record."""
 
     train: Names
     """Files to train on."""
@@ -123,6 +123,11 @@ class DatasetSection:
     should be made with the same ones."""
     ignore_keys: Names = ()
     """Keys of lines and messages to leave out, where they would be refused."""
+    cache_dir: str | None = None
+    """Where tokens are kept, for all ranks and later runs; in the cache of Hugging Face's
+    ``datasets`` by default."""
+    num_proc: Count | None = None
+    """Processes that tokenize; one for each 20,000 records by default, up to one a core."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)

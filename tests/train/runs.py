@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bdlora_megatron import runtime
+from bdlora_megatron.train import corpus
 from bdlora_megatron.train.config import from_mapping
+from bdlora_megatron.train.examples import Documents
 from bdlora_megatron.train.loop import train
 from bdlora_megatron.train.schema import TrainConfig
 
@@ -40,6 +42,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=TEMPLATE
     )
+
+
+def read_examples(paths: Any, tokenizer: Any, *, format: Any, **options: Any) -> corpus.Corpus:
+    """The examples of some files, kept beside the first of them."""
+    encoding = {name: options.pop(name) for name in ("vocab_size", "chats") if name in options}
+    storage = corpus.Storage(cache_dir=Path(paths[0]).parent / "kept")
+    documents = Documents(tokenizer, format, **encoding)
+    return corpus.read_examples(paths, documents, storage=storage, **options)
 
 
 def make_base(path: Path, **changes: Any) -> Path:
@@ -94,6 +104,7 @@ def settings(root: Path, save: Path, **changes: Any) -> TrainConfig:
             "train": str(root / "train.jsonl"),
             "validation": str(root / "validation.jsonl"),
             "too_long": "truncate",
+            "cache_dir": str(root / "kept"),
         },
         "train": {"train_iters": 6, "global_batch_size": 4, "micro_batch_size": 2},
         "optimizer": {"lr": 0.02},

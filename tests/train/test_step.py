@@ -14,7 +14,7 @@ from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import WriteOptions, read_peft, write_adapter
 from bdlora_megatron.layers import LoadOptions, collect_adapter, load_adapter, lora_layers
 from bdlora_megatron.train.data import RowDataset, ShareOfBatch
-from bdlora_megatron.train.examples import load_tokenizer, read_examples
+from bdlora_megatron.train.examples import load_tokenizer
 from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.step import Stepper, forward_backward, mean_loss
 from benchmarks.step_collectives import measure_step
@@ -22,7 +22,7 @@ from tests.harness import run_ranks
 from tests.tolerances import MODEL_GRADIENTS, assert_close
 from tests.tp.models import randomize_adapters
 from tests.tp.session import model_parallel
-from tests.train.runs import make_files, settings
+from tests.train.runs import make_files, read_examples, settings
 
 SCHEMES = {
     "bdlora": {"scheme": "bdlora", "bdlora": {"num_blocks": 6, "rank": 12}},

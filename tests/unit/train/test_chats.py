@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.train.chats import ChatOptions, Encoder
-from bdlora_megatron.train.examples import read_examples
-from tests.train.runs import make_tokenizer
+from tests.train.runs import make_tokenizer, read_examples
 from tests.unit.train.test_examples import parts, read
 
 WRITE = "<|{{ m.role }}|>{{ m.content }}<|end|>"

@@ -22,7 +22,8 @@ def example(first, length, learnt_from=1):
 
 @given(st.lists(st.integers(1, 20), max_size=300))
 def test_packing_loses_nothing_and_overfills_nothing(lengths):
-    rows = pack(lengths, 20)
+    order, starts = pack(np.array(lengths, dtype=np.int64), 20)
+    rows = [order[start:stop].tolist() for start, stop in pairwise(starts.tolist())]
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[index] for index in row) <= 20 for row in rows)
     # No two neighbours among open rows could have been one.

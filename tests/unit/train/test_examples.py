@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.train.examples import load_tokenizer, read_examples
-from tests.train.runs import make_tokenizer
+from bdlora_megatron.train.examples import load_tokenizer
+from tests.train.runs import make_tokenizer, read_examples
 
 CHAT = {
     "messages": [
