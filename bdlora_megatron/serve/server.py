@@ -61,8 +61,10 @@ class Server:
             socket.AF_INET6 if ":" in settings.host else socket.AF_INET, socket.SOCK_STREAM
         )
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it.
+        # Connections inherit both. Without the second, a piece of an answer waits until the client
+        # has acknowledged the one before, which it puts off for 40 ms.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             self._socket.bind((settings.host, settings.port))
             # Who connects from now on waits for the front instead of being refused.
