@@ -72,9 +72,6 @@ class Form:
         """A whole answer."""
         raise NotImplementedError
 
-    def _spelt(self, token: int) -> str:
-        return self._tokenizer.decode([token], special=True)
-
 
 class CompletionForm(Form):
     """``/v1/completions``."""
@@ -148,7 +145,7 @@ class CompletionForm(Form):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def _logprobs(self, index: int, choices: Sequence[Choice]) -> dict[str, Any]:
-        tokens = [self._spelt(choice.token) for choice in choices]
+        tokens = [self._tokenizer.spell(choice.token) for choice in choices]
         offsets = []
         for token in tokens:
             offsets.append(self._offsets[index])
@@ -157,13 +154,17 @@ class CompletionForm(Form):
             "tokens": tokens,
             "token_logprobs": [choice.logprob for choice in choices],
             "top_logprobs": [
-                None
-                if choice.logprob is None
-                else {self._spelt(token): value for token, value in choice.top}
-                for choice in choices
+                None if choice.logprob is None else self._top(choice) for choice in choices
             ],
             "text_offset": offsets,
         }
+
+    def _top(self, choice: Choice) -> dict[str, float]:
+        """By text. Of tokens that are spelt alike, the most probable one, which comes first."""
+        found: dict[str, float] = {}
+        for token, value in choice.top:
+            found.setdefault(self._tokenizer.spell(token), value)
+        return found
 
 
 class ChatForm(Form):
@@ -209,5 +210,10 @@ class ChatForm(Form):
         }
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._spelt(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        spelt = self._tokenizer
+        return {
+            "token": spelt.spell(token),
+            "logprob": logprob,
+            # Clients put the characters together that are torn between tokens.
+            "bytes": list(spelt.spell_bytes(token)),
+        }

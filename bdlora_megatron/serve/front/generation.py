@@ -122,8 +122,10 @@ def plan(
         raise BadRequestError("a prompt has no tokens; send at least one", param="prompt")
     if room < (max_tokens or 1):
         raise BadRequestError(
-            f"this model's longest prompt and answer together are {front.settings.max_model_len} "
-            f"tokens; the prompt has {longest} and max_tokens is {max_tokens or 1}: shorten one",
+            # By these words clients know that a prompt is too long, and may ask a longer model.
+            f"this model's maximum context length is {front.settings.max_model_len} tokens, prompt "
+            f"and answer together; the prompt is too long for max_tokens={max_tokens or 1}: it has "
+            f"{longest} tokens; shorten one",
             code="context_length_exceeded",
             param="max_tokens",
         )

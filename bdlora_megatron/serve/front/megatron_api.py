@@ -43,5 +43,5 @@ async def generate(request: Request, body: MegatronRequest) -> dict[str, Any]:
     return {
         "text": [prompt.text + one.text for prompt, one in zip(prompts, made, strict=True)],
         "tokens": ids,
-        "segments": [[tokenizer.decode([token], special=True) for token in t] for t in ids],
+        "segments": [[tokenizer.spell(token) for token in t] for t in ids],
     }

@@ -6,9 +6,11 @@ import copy
 import inspect
 import json
 import logging
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 #: So many tokens of the prompt decide how the first token of the answer is spelt.
 _CONTEXT = 6
 _UNFINISHED = "\ufffd"
+#: How sentencepiece's vocabularies write a byte down.
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
@@ -44,6 +48,8 @@ class Tokenizer:
         """
         self._tokenizer: Any = _read_tokenizer(folder)
         self._template = ""
+        # A token that stands for itself: decoders change what stands at the beginning of a text.
+        self._before = self.encode("a", special=False)[-1:]
         self.stop_ids = stop_ids(Path(folder), self._tokenizer.eos_token_id)
 
     def with_own(self, folder: Path, own: Collection[str]) -> Tokenizer:
@@ -71,6 +77,17 @@ class Tokenizer:
             return self._template
         template: str = self._tokenizer.get_chat_template()
         return template
+
+    def facts(self) -> dict[str, Any]:
+        """Its class, its special tokens by their names, and the chat template, as vLLM has them."""
+        return {
+            "tokenizer_class": type(self._tokenizer).__name__,
+            # Clients look for these two, also where a model has none.
+            "bos_token": None,
+            "eos_token": None,
+            **self._tokenizer.special_tokens_map,
+            "chat_template": self.template or None,
+        }
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text.
@@ -156,6 +173,47 @@ class Tokenizer:
             list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
         return text
+
+    def spell(self, token: int) -> str:
+        """The text of one token within a text, also where that is a space and more, or special.
+
+        Args:
+            token: Its id.
+
+        Returns:
+            The text; with U+FFFD for what is only a part of a character.
+        """
+        before = self.decode(self._before, special=True)
+        text = self.decode([*self._before, token], special=True)
+        return text.removeprefix(before) if text.startswith(before) else text
+
+    def spell_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which for a part of a character are no text.
+
+        Args:
+            token: Its id.
+
+        Returns:
+            The bytes.
+        """
+        text = self.spell(token)
+        if _UNFINISHED not in text:
+            return text.encode()
+        name: str = self._tokenizer.convert_ids_to_tokens(token)
+        byte, letters = _BYTE.fullmatch(name), _byte_letters()
+        if byte is not None:
+            return bytes.fromhex(byte[1])
+        if letters.keys() >= set(name):
+            return bytes(letters[letter] for letter in name)
+        return text.encode()
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """How byte-level vocabularies write bytes: visible characters stand for themselves."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = sorted(set(range(256)) - set(visible))
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 def chat_template(folder: Path) -> str:

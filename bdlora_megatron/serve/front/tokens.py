@@ -1,4 +1,4 @@
-"""``/tokenize``, ``/detokenize`` and ``/version``, as vLLM has them."""
+"""``/tokenize``, ``/detokenize``, ``/tokenizer_info`` and ``/version``, as vLLM has them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def tokenize(
     else:
         ids, unread = chat_ids(front, body, adapter)
     response.headers.update(ignored_header([*ignored_fields(dict(body.undeclared())), *unread]))
-    spelt = [tokenizer.decode([token], special=True) for token in ids]
+    spelt = [tokenizer.spell(token) for token in ids]
     return {
         "count": len(ids),
         "max_model_len": front.settings.max_model_len,
@@ -53,6 +53,14 @@ async def detokenize(
     adapter = front.resolve(body.model or front.base_name, front.authorize(request))
     response.headers.update(ignored_header(ignored_fields(dict(body.undeclared()))))
     return {"prompt": front.tokenizer_of(adapter).decode(body.tokens, special=True)}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
+    """What a client without the model's files has to know of its tokenizer."""
+    front: Front = request.app.state.front
+    adapter = front.resolve(model or front.base_name, front.authorize(request))
+    return front.tokenizer_of(adapter).facts()
 
 
 @router.get("/version")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 
 import pytest
 from fastapi.testclient import TestClient
@@ -16,6 +17,7 @@ from bdlora_megatron.serve.front.openai import plan_body
 from bdlora_megatron.serve.front.schema import ChatRequest, CompletionRequest
 from bdlora_megatron.serve.front.state import Front
 from bdlora_megatron.serve.front.text import Tokenizer
+from bdlora_megatron.serve.server import Server
 from bdlora_megatron.serve.settings import ServeSettings
 from tests.serve.models import make_tokenizer
 
@@ -356,6 +358,33 @@ def test_texts_and_conversations_are_tokenized_as_requests_are(http, front):
     for wrong in ({}, {"prompt": "\ud83d"}, {"prompt": 3}):
         assert post(http, "/tokenize", wrong).status_code == 400
     assert http.post("/tokenize", json={"model": "nobody", "prompt": "a"}).status_code == 404
+
+
+def test_a_client_without_the_models_files_is_told_of_its_tokenizer(http, front):
+    info = http.get("/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
+    assert info["chat_template"] == front.tokenizer.template
+    ids = http.post("/tokenize", json={"prompt": "</s>", "add_special_tokens": False}).json()
+    assert ids["tokens"] == [1]
+    assert http.get("/tokenizer_info?model=nobody").status_code == 404
+
+
+def test_a_prompt_that_is_too_long_is_told_in_the_words_that_clients_look_for(http):
+    """LiteLLM and LangChain make an error of its own of it, by one phrase or the other."""
+    for body in ({"prompt": "a" * 300}, {"messages": MESSAGES, "max_tokens": 300}):
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        error = post(http, path, {"model": "model", **body}).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        for phrase in ("this model's maximum context length is 256 tokens", "prompt is too long"):
+            assert phrase in error["message"]
+
+
+def test_no_piece_of_an_answer_waits_for_an_acknowledgement(folder):
+    server = Server(ServeSettings(model=str(folder / "model"), host="127.0.0.1", port=0))
+    with server._socket as listening, socket.create_connection(("127.0.0.1", server.port)):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_version_is_the_packages(http):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import tokenizers
+import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +20,28 @@ from tests.serve.models import make_tokenizer
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder)
+    return Tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def pieced(tmp_path_factory):
+    """A tokenizer with sentencepiece's habits: words with their space, bytes for all else."""
+    letters = ["\u2581", "a", "b", "\u2581a", "\u2581b"]
+    names = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    model = tokenizers.models.BPE(
+        vocab={name: i for i, name in enumerate(names)},
+        merges=[("\u2581", "a"), ("\u2581", "b")],
+        byte_fallback=True,
+    )
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(split=False)
+    parts = tokenizers.decoders
+    made.decoder = parts.Sequence(
+        [parts.Replace("\u2581", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)]
+    )
+    folder = tmp_path_factory.mktemp("pieced")
+    fast = transformers.PreTrainedTokenizerFast
+    fast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return Tokenizer(str(folder))
 
 
@@ -88,6 +112,24 @@ def test_text_is_shown_as_soon_as_it_can_no_longer_be_a_stop(tokenizer):
 def test_a_torn_character_at_the_end_is_told_as_such(tokenizer):
     ids = tokenizer.encode("a€")[:-1]
     assert "".join(piece.text for piece in pieces(tokenizer, [], ids, [])) == "a\ufffd"
+
+
+def test_a_token_is_spelt_as_it_is_within_a_text(tokenizer, pieced):
+    """Clients join the tokens of an answer, and count in them where each begins."""
+    for each, first in ((tokenizer, ""), (pieced, " ")):
+        ids = each.encode("ab b a ab")
+        assert "".join(each.spell(i) for i in ids) == first + "ab b a ab"
+        assert each.spell(1) == "</s>"
+    assert [pieced.spell(i) for i in pieced.encode("a b")] == [" a", " b"]
+
+
+def test_the_bytes_of_torn_characters_make_them_whole(tokenizer, pieced):
+    text = "ä \ufffd 𝄞 a\n\x7f\xad"
+    for each, first in ((tokenizer, ""), (pieced, " ")):
+        ids = each.encode(text)
+        assert each.spell(each.encode("ä")[-1]) == "\ufffd"
+        assert b"".join(each.spell_bytes(i) for i in ids).decode() == first + text
+        assert each.spell_bytes(1) == b"</s>"
 
 
 def test_the_end_token_has_no_text(tokenizer):
