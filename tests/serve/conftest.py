@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.serve import models, servers
 
@@ -29,3 +30,46 @@ def server(folder, tmp_path_factory):
         f"adapter_dirs=[{folder / 'adapters'}]",
     ) as running:  # fmt: skip
         yield running
+
+
+@pytest.fixture(scope="module")
+def tuned(folder):
+    """PEFT's model with all adapters."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    tuned = None
+    for name in models.ADAPTERS:
+        path = folder / "adapters" / name
+        if tuned is None:
+            tuned = peft.PeftModel.from_pretrained(base, path, adapter_name=name)
+        else:
+            tuned.load_adapter(path, adapter_name=name)
+    return tuned
+
+
+@pytest.fixture(scope="module")
+def alone(tuned):
+    """What PEFT answers, token by token, to a prompt's token ids."""
+
+    def answer(model: str, ids: list[int], count: int) -> list[int]:
+        given = torch.tensor([ids])
+        settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        settings |= {"attention_mask": torch.ones_like(given)}
+        if model == "model":
+            with tuned.disable_adapter():
+                out = tuned.generate(given, **settings)
+        else:
+            tuned.set_adapter(model)
+            out = tuned.generate(given, **settings)
+        return out[0, len(ids) :].tolist()
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(folder / "model")

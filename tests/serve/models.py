@@ -100,3 +100,13 @@ def make(folder: Path) -> Path:
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
         make_adapter(model, Path(folder) / "adapters" / name, seed=seed, **settings)
     return Path(folder)
+
+
+@torch.no_grad()
+def logits(tuned: Any, model: str, ids: list[int]) -> torch.Tensor:
+    """Of the next token in every place, by PEFT's model of all adapters; ``[len(ids), vocab]``."""
+    if model == "model":
+        with tuned.disable_adapter():
+            return tuned(torch.tensor([ids])).logits[0].double()
+    tuned.set_adapter(model)
+    return tuned(torch.tensor([ids])).logits[0].double()

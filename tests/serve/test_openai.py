@@ -8,7 +8,6 @@ import contextlib
 import httpx2 as httpx
 import openai
 import pytest
-import torch
 
 from bdlora_megatron.serve.messages import Sampling
 from tests.serve import models
@@ -23,49 +22,6 @@ pytestmark = pytest.mark.engine
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def tuned(folder):
-    """PEFT's model with all adapters."""
-    import peft
-    import transformers
-
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
-    tuned = None
-    for name in models.ADAPTERS:
-        path = folder / "adapters" / name
-        if tuned is None:
-            tuned = peft.PeftModel.from_pretrained(base, path, adapter_name=name)
-        else:
-            tuned.load_adapter(path, adapter_name=name)
-    return tuned
-
-
-@pytest.fixture(scope="module")
-def alone(tuned):
-    """What PEFT answers, token by token, to a prompt's token ids."""
-
-    def answer(model: str, ids: list[int], count: int) -> list[int]:
-        given = torch.tensor([ids])
-        settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        settings |= {"attention_mask": torch.ones_like(given)}
-        if model == "model":
-            with tuned.disable_adapter():
-                out = tuned.generate(given, **settings)
-        else:
-            tuned.set_adapter(model)
-            out = tuned.generate(given, **settings)
-        return out[0, len(ids) :].tolist()
-
-    return answer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(folder / "model")
 
 
 def test_models_are_listed_with_their_parents(client, folder):
@@ -271,20 +227,6 @@ def test_echo_token_prompts_and_log_probabilities(client, tokenizer):
     assert max(logprobs.top_logprobs[0].values()) == logprobs.token_logprobs[0]
 
 
-@torch.no_grad()
-def _logits(tuned, model, ids):
-    """Of every next token in every place, by PEFT."""
-    if model == "model":
-        with tuned.disable_adapter():
-            return tuned(torch.tensor([ids])).logits[0].double()
-    tuned.set_adapter(model)
-    return tuned(torch.tensor([ids])).logits[0].double()
-
-
-def _log_probabilities(tuned, model, ids):
-    return _logits(tuned, model, ids).log_softmax(-1)
-
-
 @pytest.mark.parametrize(
     "asked",
     [
@@ -309,7 +251,7 @@ def test_penalties_are_openais_and_vllms_on_pefts_logits(client, tuned, tokenize
     how = Sampling(logit_bias=tuple(bias.items()), stop_ids=stops, max_tokens=50, **fields)
     prompt, said, worth, turned = tokenizer.encode("hello"), [], [], 0
     while len(said) < 50 and not (said and said[-1] in stops):
-        logits = _logits(tuned, model, prompt + said)[-1]
+        logits = models.logits(tuned, model, prompt + said)[-1]
         changed = by_hand(logits.tolist(), how, prompt, said)
         said.append(max(range(len(changed)), key=changed.__getitem__))
         worth.append(float(logits.log_softmax(-1)[said[-1]]))
@@ -348,7 +290,7 @@ def test_prompts_are_scored_as_peft_scores_them(client, tuned, alone, tokenizer,
     assert made.choices[0].text.startswith(prompt)
     found = made.choices[0].logprobs
     whole = ids + alone(model, ids, 2)
-    wanted = _log_probabilities(tuned, model, whole)
+    wanted = models.logits(tuned, model, whole).log_softmax(-1)
     assert len(found.tokens) == len(whole) == len(ids) + 2
     assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
     for place, token in enumerate(whole[1:], start=1):
