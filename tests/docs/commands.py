@@ -87,10 +87,18 @@ def _check_curl(arguments: list[str]) -> None:
             json.loads(value)
 
 
+def _check_lm_eval(arguments: list[str]) -> None:
+    """`make test-clients` runs it with these options and arguments of its model."""
+    run = (ROOT / "tests" / "serve" / "test_clients.py").read_text()
+    for name in re.findall(r"(?<!\S)--\w+|\w+(?==)", " ".join(arguments)):
+        assert name in run, name
+
+
 CHECKS = {
     "bdlora": check_bdlora,
     "curl": _check_curl,
     "grep": lambda arguments: None,
+    "lm-eval": _check_lm_eval,
     "ls": lambda arguments: None,
     "make": check_make,
     "pip": _check_pip,
