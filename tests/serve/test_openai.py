@@ -178,6 +178,7 @@ def test_chat_uses_the_models_template(client, alone, tokenizer):
         assert token.top_logprobs[0].logprob == token.logprob
     told = b"".join(bytes(token.bytes) for token in content)
     assert told.decode(errors="replace") == made.choices[0].message.content
+    assert {len(token.bytes) for token in content} == {1}
     assert "\ufffd" in [token.token for token in content], "no character is torn"
     streamed = client.chat.completions.create(
         model="vanilla", messages=messages, max_tokens=9, temperature=0, stream=True
