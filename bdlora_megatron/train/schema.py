@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, Strict
 from pydantic.dataclasses import dataclass
 
-from bdlora_megatron.config import DEFAULT_TARGETS
-from bdlora_megatron.decoder import ModelClass
+from bdlora_megatron.decoder import DEFAULT_TARGETS, ModelClass
 from bdlora_megatron.settings import (
     FORBID_UNKNOWN,
     Count,
