@@ -15,7 +15,7 @@ from bdlora_megatron.errors import BDLoRAError, explain
 
 __all__ = ["main"]
 
-#: Imported when they are called: half of them need torch, and a server's front is to have none.
+#: Imported when they are called: half of them need torch, which an API server is to do without.
 _COMMANDS = {
     "convert": "bdlora_megatron.cli.convert",
     "inspect": "bdlora_megatron.cli.inspect",

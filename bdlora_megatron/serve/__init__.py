@@ -2,7 +2,7 @@
 
 `ModelSlots` gives a model room for adapters that one batch can mix; `AdapterStore` brings them
 there from disk. `SlotLedger` and `HostCache` are the bookkeeping of both, plain Python. `engine`
-runs requests with them on each rank, `front` answers HTTP, and `bdlora serve` starts both.
+runs requests with them on each rank, `api` answers HTTP, and `bdlora serve` starts both.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bdlora_megatron.serve.allocator import Placement, SlotAllocator
     from bdlora_megatron.serve.host_cache import HostCache
-    from bdlora_megatron.serve.ledger import Placement, SlotLedger
     from bdlora_megatron.serve.room import AdapterShare, SlotRoom
     from bdlora_megatron.serve.slots import ModelSlots
     from bdlora_megatron.serve.store import AdapterStore
@@ -25,7 +25,7 @@ __all__ = [
     "HostCache",
     "ModelSlots",
     "Placement",
-    "SlotLedger",
+    "SlotAllocator",
     "SlotRoom",
     "StoreOptions",
     "StoreStats",
@@ -33,7 +33,7 @@ __all__ = [
 
 _HOMES = {
     "host_cache": ("HostCache",),
-    "ledger": ("Placement", "SlotLedger"),
+    "allocator": ("Placement", "SlotAllocator"),
     "room": ("AdapterShare", "SlotRoom"),
     "slots": ("ModelSlots",),
     "store": ("AdapterStore",),
@@ -42,7 +42,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: the front and the command line need neither torch nor Megatron-Core.
+    # On first use: the API server and the command line need neither torch nor Megatron-Core.
     for home, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
     if rank:
         ours, theirs = multiprocessing.Pipe()
         status = torchrun.serve_rank(settings, rank, theirs)
-        # An end that was dropped earlier would tell the rank that its front has gone.
+        # An end that was dropped earlier would tell the rank that the API server has gone.
         ours.close()
         return status
     if rank == 0:

@@ -22,8 +22,8 @@ from bdlora_megatron.serve.lines import json_line
 from bdlora_megatron.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from bdlora_megatron.serve.front.schema import ChatRequest, CompletionRequest
-    from bdlora_megatron.serve.front.state import Front
+    from bdlora_megatron.serve.api.schema import ChatRequest, CompletionRequest
+    from bdlora_megatron.serve.api.state import APIServer
 
 __all__ = ["add_parser", "run"]
 
@@ -112,16 +112,16 @@ async def _answer_all(settings: ServeSettings, lines: IO[str], out: IO[str], tot
     started: set[_Answering] = set()
     ahead: asyncio.Queue[_Answering | None] = asyncio.Queue(settings.max_num_seqs * _AHEAD)
 
-    async def read(front: Front) -> None:
+    async def read(api: APIServer) -> None:
         for number, line in _numbered(lines):
-            task = asyncio.create_task(_one(front, number, line))
+            task = asyncio.create_task(_one(api, number, line))
             started.add(task)
             await ahead.put(task)
         await ahead.put(None)
 
     with tqdm(total=total, unit="request", file=sys.stderr) as bar:
-        async with _running(settings) as front:
-            reading = asyncio.create_task(read(front))
+        async with _running(settings) as api:
+            reading = asyncio.create_task(read(api))
             try:
                 while (task := await ahead.get()) is not None:
                     answer, ignored = await task
@@ -147,17 +147,17 @@ def _numbered(lines: IO[str]) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-async def _one(front: Front, number: int, line: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+async def _one(api: APIServer, number: int, line: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """One line of the output, and the fields of the request that have no effect.
 
     Raises:
         ConfigError: Never; it becomes a line.
         EngineGoneError: The ranks have ended, and with them the whole run.
     """
-    from bdlora_megatron.serve.front.client import EngineGoneError
-    from bdlora_megatron.serve.front.errors import as_api_error
-    from bdlora_megatron.serve.front.generation import answer
-    from bdlora_megatron.serve.front.openai import plan_body
+    from bdlora_megatron.serve.api.client import EngineGoneError
+    from bdlora_megatron.serve.api.errors import as_api_error
+    from bdlora_megatron.serve.api.generation import answer
+    from bdlora_megatron.serve.api.openai import plan_body
 
     head: dict[str, Any] = {"id": f"batch_req_{number}", "custom_id": None}
     try:
@@ -173,10 +173,10 @@ async def _one(front: Front, number: int, line: str) -> tuple[dict[str, Any], tu
     try:
         if body.get("stream"):
             raise ConfigError("stream=true, and a file has no streams; leave it out")
-        fields = _kind(url).model_validate({"model": front.base_name, **body})
-        form = plan_body(front, fields, front.resolve(fields.model, None))
-        status, made = 200, form.whole(await answer(front, form.job))
-        ignored = form.ignored
+        fields = _kind(url).model_validate({"model": api.base_name, **body})
+        reply = plan_body(api, fields, api.resolve(fields.model, None))
+        status, made = 200, reply.whole(await answer(api, reply.job))
+        ignored = reply.ignored
     except EngineGoneError:
         raise
     except Exception as error:
@@ -204,39 +204,39 @@ def _url_and_body(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _kind(url: str) -> type[ChatRequest] | type[CompletionRequest]:
-    from bdlora_megatron.serve.front.schema import ChatRequest, CompletionRequest
+    from bdlora_megatron.serve.api.schema import ChatRequest, CompletionRequest
 
     return ChatRequest if url == _CHAT else CompletionRequest
 
 
 @asynccontextmanager
-async def _running(settings: ServeSettings) -> AsyncIterator[Front]:
+async def _running(settings: ServeSettings) -> AsyncIterator[APIServer]:
     """Ranks for the length of a block; a rank that dies ends it.
 
     Raises:
         ConfigError: The ranks did not come up, or did not stay.
     """
-    from bdlora_megatron.serve.front.client import EngineGoneError
-    from bdlora_megatron.serve.front.state import Front
-    from bdlora_megatron.serve.front.text import Tokenizer
+    from bdlora_megatron.serve.api.client import EngineGoneError
+    from bdlora_megatron.serve.api.state import APIServer
+    from bdlora_megatron.serve.api.text import Tokenizer
     from bdlora_megatron.serve.ranks import Ranks
 
-    front = Front(settings, Tokenizer(settings.model))
+    api = APIServer(settings, Tokenizer(settings.model))
     ranks = await asyncio.to_thread(Ranks, settings)
 
     async def watch() -> None:
         while not ranks.dead:
             await asyncio.sleep(_LOOK_S)
-        front.client.detach()
+        api.client.detach()
 
     watching = asyncio.create_task(watch())
     try:
-        front.client.attach(ranks.link)
-        await front.come_up()
-        yield front
+        api.client.attach(ranks.link)
+        await api.come_up()
+        yield api
     except EngineGoneError as error:
         raise ConfigError(f"a rank has ended ({ranks.dead}); its messages tell why") from error
     finally:
         watching.cancel()
-        front.client.detach()
+        api.client.detach()
         await asyncio.to_thread(ranks.stop, timeout_s=_STOP_S)

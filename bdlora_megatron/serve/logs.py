@@ -21,10 +21,10 @@ class JSONLines(logging.Formatter):
         """Make a formatter.
 
         Args:
-            rank: Which rank's process this is; None for the front.
+            rank: Which rank's process this is; None for the API server.
         """
         super().__init__()
-        self._where = "front" if rank is None else f"rank {rank}"
+        self._where = "api" if rank is None else f"rank {rank}"
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, without its end."""
@@ -46,7 +46,7 @@ def configure_logging(*, rank: int | None = None, level: int = logging.INFO) -> 
     """Send this process's logs to stderr.
 
     Args:
-        rank: Which rank's process this is; None for the front.
+        rank: Which rank's process this is; None for the API server.
         level: Of this package's messages; others' are shown from WARNING on.
     """
     _unbuffer()

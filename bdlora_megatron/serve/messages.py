@@ -1,7 +1,7 @@
-"""What the front and the ranks say to each other: plain values, without the code of either side.
+"""What the API server and the ranks send each other: plain values, without the code of either side.
 
-The front sends commands to rank 0, which passes them to the other ranks in the order in which it
-takes them; every rank carries out the same ones before the same step. Rank 0 answers with what a
+The API server sends commands to rank 0, which passes them to the other ranks in the order in which
+it takes them; every rank carries out the same ones before the same step. Rank 0 answers with what a
 step gave.
 """
 
@@ -14,12 +14,12 @@ from typing import Literal, TypeAlias
 from bdlora_megatron.errors import ConfigError
 
 __all__ = [
-    "Answer",
+    "AdapterResult",
     "Cancel",
     "Choice",
     "Command",
     "Failed",
-    "Load",
+    "LoadAdapter",
     "Ready",
     "Sampling",
     "Snapshot",
@@ -27,7 +27,7 @@ __all__ = [
     "Stop",
     "Submit",
     "Token",
-    "Unload",
+    "UnloadAdapter",
 ]
 
 FinishReason: TypeAlias = Literal["stop", "length"]
@@ -136,7 +136,7 @@ class Sampling:
         return bool(self.logit_bias or self.min_tokens or penalties != (0.0, 0.0, 1.0))
 
 
-# --- from the front --------------------------------------------------------------------------
+# --- from the API server ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +164,7 @@ class Cancel:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
+class LoadAdapter:
     """Register an adapter and load it; of a known name, make a new version.
 
     Attributes:
@@ -184,7 +184,7 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unload:
+class UnloadAdapter:
     """Forget an adapter, once the requests that were sent before this have ended."""
 
     ticket: int
@@ -196,7 +196,7 @@ class Stop:
     """End the ranks; what is running is dropped."""
 
 
-Command: TypeAlias = Submit | Cancel | Load | Unload | Stop
+Command: TypeAlias = Submit | Cancel | LoadAdapter | UnloadAdapter | Stop
 
 
 # --- from rank 0 -----------------------------------------------------------------------------
@@ -250,8 +250,8 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What became of a ``Load`` or ``Unload``.
+class AdapterResult:
+    """What became of a ``LoadAdapter`` or ``UnloadAdapter``.
 
     Attributes:
         ticket: Whose.
@@ -299,7 +299,7 @@ class StepReport:
         snapshot: The engine afterwards.
     """
 
-    events: tuple[Token | Failed | Answer, ...] = ()
+    events: tuple[Token | Failed | AdapterResult, ...] = ()
     snapshot: Snapshot = Snapshot()
 
 

@@ -15,6 +15,6 @@ with warnings.catch_warnings(), imported_for_forks(), suppress(Exception):
     # Megatron-Core's, about Apex and Transformer Engine.
     warnings.simplefilter("ignore")
     import bdlora_megatron.serve.engine.rank  # noqa: F401
-# A SIGTERM to the whole process group is the front's to answer: it drains, then ends the ranks. Set
+# The API server answers a SIGTERM to the whole process group: it drains, then ends the ranks. Set
 # after torch's own handler, which prints a stack.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -53,7 +53,7 @@ def enter_rank(rank: int, settings: ServeSettings, store: str, link: Connection)
         rank: Which.
         settings: The server's.
         store: A file through which the ranks find each other.
-        link: To the front.
+        link: To the API server.
     """
     try:
         from bdlora_megatron.serve.engine.rank import rank_main

@@ -1,4 +1,4 @@
-"""One server: the ranks, the front, and their common end."""
+"""One server: the ranks, the API server, and their common end."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 import uvicorn
 
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.serve.front.app import make_app
-from bdlora_megatron.serve.front.client import EngineGoneError
-from bdlora_megatron.serve.front.connection import TimedProtocol
-from bdlora_megatron.serve.front.state import Front
-from bdlora_megatron.serve.front.text import Tokenizer
+from bdlora_megatron.serve.api.app import make_app
+from bdlora_megatron.serve.api.client import EngineGoneError
+from bdlora_megatron.serve.api.connection import TimedProtocol
+from bdlora_megatron.serve.api.state import APIServer
+from bdlora_megatron.serve.api.text import Tokenizer
 from bdlora_megatron.serve.ranks import Ranks
 from bdlora_megatron.serve.settings import ServeSettings
 from bdlora_megatron.serve.torchrun import OwnRank
@@ -52,7 +52,7 @@ class Server:
             ConfigError: The model's folder has no tokenizer, or the port is taken.
         """
         self.settings = settings
-        self.front = Front(settings, Tokenizer(settings.model))
+        self.api = APIServer(settings, Tokenizer(settings.model))
         self._start_ranks = start_ranks
         self._ranks: Ranks | OwnRank | None = None
         self._stopping = asyncio.Event()
@@ -67,7 +67,7 @@ class Server:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             self._socket.bind((settings.host, settings.port))
-            # Who connects from now on waits for the front instead of being refused.
+            # Who connects from now on waits for the API server instead of being refused.
             self._socket.listen(2048)
         except OSError as error:
             raise ConfigError(
@@ -95,7 +95,7 @@ class Server:
             loop.add_signal_handler(number, self._stopping.set)
         protocol: Any = partial(TimedProtocol, timeout_s=self.settings.client_timeout_s)
         config = uvicorn.Config(
-            make_app(self.front),
+            make_app(self.api),
             http=protocol,
             log_config=None,
             access_log=False,
@@ -115,8 +115,8 @@ class Server:
             if watch.done() and not self._stopping.is_set():
                 self._status = 1
         finally:
-            self.front.draining = True
-            self.front.client.detach()
+            self.api.draining = True
+            self.api.client.detach()
             http.should_exit = True
             for task in (watch, stopping):
                 task.cancel()
@@ -133,8 +133,8 @@ class Server:
 
     async def _drain(self, watch: asyncio.Task[None]) -> None:
         """Take nothing new, and let what is in flight come to its end."""
-        self.front.draining = True
-        client = self.front.client
+        self.api.draining = True
+        client = self.api.client
         logger.info("draining", extra={"in_flight": client.total_outstanding})
         deadline = asyncio.get_running_loop().time() + self.settings.drain_s
         while client.total_outstanding and not watch.done():
@@ -157,30 +157,30 @@ class Server:
     @asynccontextmanager
     async def _running_ranks(self) -> AsyncIterator[Ranks | OwnRank]:
         self._ranks = ranks = await asyncio.to_thread(self._start_ranks, self._with_adapters())
-        self.front.client.attach(ranks.link)
+        self.api.client.attach(ranks.link)
         try:
             yield ranks
         finally:
             if ranks.dead:
-                self.front.client.detach()
+                self.api.client.detach()
                 self._ranks = None
                 await asyncio.to_thread(ranks.kill)
 
     def _with_adapters(self) -> ServeSettings:
         """The settings with the adapters as they are now, for ranks that start again."""
-        adapters = {name: str(card.path) for name, card in self.front.adapters.items()}
+        adapters = {name: str(card.path) for name, card in self.api.adapters.items()}
         return replace(self.settings, adapters=adapters)
 
     async def _come_up(self) -> None:
         with suppress(EngineGoneError):
-            ready = await self.front.come_up()
+            ready = await self.api.come_up()
             logger.info(
                 "ready",
                 extra={
                     "url": f"http://{self.settings.host}:{self.port}",
                     "model": self.settings.base_name,
-                    "adapters": len(self.front.adapters),
-                    "refused": list(self.front.refused),
+                    "adapters": len(self.api.adapters),
+                    "refused": list(self.api.refused),
                     "tensor_parallel": self.settings.tensor_parallel_size,
                     "max_model_len": ready.max_model_len,
                 },

@@ -24,7 +24,7 @@ from bdlora_megatron.layers.lora_linear import LoRALinear
 from bdlora_megatron.layers.pools import LayerRoom, LayerShare, row_bytes
 from bdlora_megatron.layers.slots import LayerSlots, ServingStep
 from bdlora_megatron.ops import GroupedBatch, SlotTables
-from bdlora_megatron.serve.ledger import SlotLedger
+from bdlora_megatron.serve.allocator import SlotAllocator
 from bdlora_megatron.serve.room import AdapterShare, SlotRoom
 
 __all__ = ["ModelSlots"]
@@ -77,7 +77,7 @@ class ModelSlots:
             row_bytes(layer, target.geometry, dtype, **pools) for layer, target, dtype in places
         )
         rows = self._rows()
-        self.ledger = SlotLedger(room.max_loras, rows=rows, max_rows=room.max_lora_rank)
+        self.allocator = SlotAllocator(room.max_loras, rows=rows, max_rows=room.max_lora_rank)
         self._layers: dict[str, LayerSlots] = {}
         for layer, target, dtype in places:
             layer_room = LayerRoom(
@@ -105,7 +105,7 @@ class ModelSlots:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all pools on this rank."""
-        return self.row_bytes * self.ledger.rows
+        return self.row_bytes * self.allocator.rows
 
     @property
     def largest_bytes(self) -> int:
@@ -233,7 +233,7 @@ class ModelSlots:
         Returns:
             Its slot, or None if what is in use leaves no room.
         """
-        place = self.ledger.place(key, share.rows)
+        place = self.allocator.place(key, share.rows)
         if place is None:
             return None
         for slot in {*place.evicted} - {place.slot}:
@@ -248,15 +248,15 @@ class ModelSlots:
 
     def acquire(self, key: Hashable) -> int:
         """Count one more use of an adapter in a slot; the slot is not touched until ``release``."""
-        return self.ledger.acquire(key)
+        return self.allocator.acquire(key)
 
     def release(self, key: Hashable) -> None:
         """Count one use less."""
-        self.ledger.release(key)
+        self.allocator.release(key)
 
     def evict(self, key: Hashable) -> None:
         """Empty the slot of an adapter that is neither in use nor pinned."""
-        self._clear(self.ledger.evict(key))
+        self._clear(self.allocator.evict(key))
 
     def _clear(self, slot: int) -> None:
         self._note_empty(slot)

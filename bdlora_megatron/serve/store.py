@@ -189,7 +189,7 @@ class AdapterStore:
 
     def uses(self, key: AdapterKey) -> int:
         """How often a version is in use now."""
-        return self.slots.ledger.uses(key)
+        return self.slots.allocator.uses(key)
 
     # --- loading -----------------------------------------------------------------------------
 
@@ -203,9 +203,9 @@ class AdapterStore:
             key: What ``register`` or ``key`` gave.
         """
         entry = self._entry(key)
-        in_slot, on_host = key in self.slots.ledger, self._host.get(key) is not None
+        in_slot, on_host = key in self.slots.allocator, self._host.get(key) is not None
         if in_slot:
-            self.slots.ledger.touch(key)
+            self.slots.allocator.touch(key)
         if in_slot or on_host:
             self.stats.host_hits += 1
         elif entry.load is None and not entry.waiting:
@@ -270,7 +270,7 @@ class AdapterStore:
         entry = self._entry(key)
         if entry.error is not None:
             raise AdapterLoadError(f"adapter {key} could not be loaded: {entry.error}")
-        if key in self.slots.ledger:
+        if key in self.slots.allocator:
             self.stats.slot_hits += 1
         elif not self._move_in(key):
             entry.asked = self._step
@@ -295,8 +295,8 @@ class AdapterStore:
             pinned: Whether to keep it.
         """
         self._host.pin(key, pinned=pinned)
-        if key in self.slots.ledger:
-            self.slots.ledger.pin(key, pinned=pinned)
+        if key in self.slots.allocator:
+            self.slots.allocator.pin(key, pinned=pinned)
 
     @property
     def host_bytes_used(self) -> int:
@@ -326,11 +326,11 @@ class AdapterStore:
         if share is None:
             self.prefetch(key)
             return False
-        before = len(self.slots.ledger)
+        before = len(self.slots.allocator)
         if self.slots.load(key, share) is None:
             return False
         self.stats.slot_loads += 1
-        self.stats.slot_evictions += before + 1 - len(self.slots.ledger)
+        self.stats.slot_evictions += before + 1 - len(self.slots.allocator)
         return True
 
     def _is_awaited(self, key: Hashable) -> bool:
@@ -402,7 +402,7 @@ class AdapterStore:
             entry.waiting = False
         if entry.load is not None:
             return
-        if key in self.slots.ledger:
+        if key in self.slots.allocator:
             self.slots.evict(key)
         self._host.drop(key)
         del self._entries[key]

@@ -67,7 +67,7 @@ def serve_rank(settings: ServeSettings, rank: int, link: Connection) -> int:
     Args:
         settings: The server's.
         rank: This process's.
-        link: To the front; of ranks other than 0 never used.
+        link: To the API server; of ranks other than 0 never used.
 
     Returns:
         The exit status.
@@ -95,7 +95,7 @@ def serve_rank(settings: ServeSettings, rank: int, link: Connection) -> int:
 
 
 class OwnRank:
-    """Rank 0 in a thread of the front's process; has what the front asks of ``Ranks``."""
+    """Rank 0 in a thread of the API server's process; has what the API server asks of ``Ranks``."""
 
     def __init__(self, settings: ServeSettings) -> None:
         """Start the thread.

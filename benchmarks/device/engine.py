@@ -25,7 +25,7 @@ import torch
 
 from bdlora_megatron.serve.engine import ServingEngine
 from bdlora_megatron.serve.engine.rank import build_engine
-from bdlora_megatron.serve.messages import Choice, Load, Sampling, Submit, Token
+from bdlora_megatron.serve.messages import Choice, LoadAdapter, Sampling, Submit, Token
 from bdlora_megatron.serve.settings import ServeSettings
 from benchmarks.device.models import ADAPTERS, VOCAB, Reference, make_adapter, make_base
 from benchmarks.device.session import one_rank
@@ -109,9 +109,9 @@ def _check(variant: Variant, base: Path, adapters: dict[str, Path]) -> dict[str,
     requests = _requests(variant)
     with one_rank(cuda_graphs=variant.cuda_graphs) as device, torch.inference_mode():
         control = torch.distributed.new_group(backend="gloo")
-        engine, desk = build_engine(_settings(variant, base), control)
+        engine, manager = build_engine(_settings(variant, base), control)
         for ticket, (name, path) in enumerate(adapters.items()):
-            answer = desk.load(Load(ticket=ticket, name=name, path=str(path), wait=False))
+            answer = manager.load(LoadAdapter(ticket=ticket, name=name, path=str(path), wait=False))
             if answer is not None and answer.error is not None:
                 raise RuntimeError(f"adapter {name}: {answer.error}")
         with _counted_replays() as replays:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from bdlora_megatron.serve.front.client import EngineClient
+from bdlora_megatron.serve.api.client import EngineClient
 from bdlora_megatron.serve.messages import Sampling
 from bdlora_megatron.serve.ranks import Ranks
 from bdlora_megatron.serve.settings import ServeSettings

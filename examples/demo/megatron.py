@@ -214,7 +214,7 @@ def _prompt_logits(
     padded = [[*submit.prompt, *[0] * (longest - len(submit.prompt))] for submit in submits]
     slots = store.slots
     per_row = [
-        -1 if submit.adapter is None else slots.ledger.slot(store.key(submit.adapter))
+        -1 if submit.adapter is None else slots.allocator.slot(store.key(submit.adapter))
         for submit in submits
     ]
     # Tokens lie position by position, all rows of one position together.

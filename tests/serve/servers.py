@@ -71,12 +71,12 @@ class RunningServer:
         return found
 
     @property
-    def front(self) -> psutil.Process:
+    def api(self) -> psutil.Process:
         """The process that answers."""
         return psutil.Process(self.process.pid)
 
     def ranks(self) -> list[psutil.Process]:
-        """The ranks' processes, youngest last: those whose link to the front is open."""
+        """The ranks' processes, youngest last: those whose link to the API server is open."""
         main = self.process.pid
         return sorted(
             (p for p in self.family() if p.pid != main and p.num_threads() > 2),

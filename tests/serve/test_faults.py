@@ -106,8 +106,8 @@ def test_connections_without_a_request_are_closed_and_hold_nobody_up(patient):
         for plug in plugs:
             while plug.recv(4096):
                 pass
-        front = psutil.Process(patient.process.pid)
-        assert front.num_fds() < 100
+        api = psutil.Process(patient.process.pid)
+        assert api.num_fds() < 100
     finally:
         for plug in plugs:
             plug.close()

@@ -1,4 +1,4 @@
-"""How a server ends: after a drain, with a rank, with its front. Nothing may be left behind."""
+"""How a server ends: after a drain, with a rank, with its API server. Nothing is left behind."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _kill_while_it_answers(server, rank, *, wait_s):
 
 
 def test_a_rank_whose_front_is_killed_while_it_starts_waits_for_no_other(folder, tmp_path):
-    """The second rank never comes: its front died before it was started."""
+    """The second rank never comes: its API server died before it was started."""
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     settings = ServeSettings(

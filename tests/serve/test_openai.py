@@ -151,7 +151,7 @@ def test_fields_without_effect_are_named_in_a_header(server, stream):
 
 def test_the_front_has_no_torch(server):
     """It answers while ranks compute, and a process with torch is ten times as large."""
-    libraries = {mapped.path for mapped in server.front.memory_maps()}
+    libraries = {mapped.path for mapped in server.api.memory_maps()}
     assert any("tokenizers" in path for path in libraries), "no tokenizer was read"
     assert not any("libtorch" in path for path in libraries)
 

@@ -22,17 +22,17 @@ from bdlora_megatron.convert import write_adapter
 from bdlora_megatron.layers import load_adapter, remove_lora
 from bdlora_megatron.runtime.collectives import Collective
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
-from bdlora_megatron.serve.engine.desk import AdapterDesk
+from bdlora_megatron.serve.engine.adapter_manager import AdapterManager
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import (
     Answer,
     Choice,
     Failed,
-    Load,
+    LoadAdapter,
     Sampling,
     Submit,
     Token,
-    Unload,
+    UnloadAdapter,
 )
 from tests.harness import run_ranks
 from tests.tp.engine_cases import ADAPTERS, engine_for, make, requests, run, wide_model
@@ -334,16 +334,18 @@ def unload_body(rank: int, world: int, root: Path) -> None:
     with runtime.model_parallel(world):
         engine = engine_for(world, blocks=40)
         assert engine.store is not None
-        desk, folder = AdapterDesk(engine, engine.store), root / f"rank{rank}"
+        manager, folder = AdapterManager(engine, engine.store), root / f"rank{rank}"
         write_adapter(make("two"), folder, "peft")
-        assert desk.load(Load(ticket=1, name="leaving", path=str(folder), wait=False)) == Answer(1)
-        twice = Load(ticket=4, name="twice", path=str(folder))
-        assert desk.load(twice) is None
-        assert "try later" in desk.load(replace(twice, ticket=5)).error
+        assert manager.load(
+            LoadAdapter(ticket=1, name="leaving", path=str(folder), wait=False)
+        ) == Answer(1)
+        twice = LoadAdapter(ticket=4, name="twice", path=str(folder))
+        assert manager.load(twice) is None
+        assert "try later" in manager.load(replace(twice, ticket=5)).error
         engine.store.advance(wait_s=30.0)
-        assert desk.settle() == [Answer(4)]
-        assert desk.unload(Unload(ticket=6, name="twice")) is None
-        assert desk.settle() == [Answer(6)]
+        assert manager.settle() == [Answer(4)]
+        assert manager.unload(UnloadAdapter(ticket=6, name="twice")) is None
+        assert manager.settle() == [Answer(6)]
         greedy = Sampling(temperature=0.0, max_tokens=6)
         for request_id in (1, 2):
             engine.submit(
@@ -352,14 +354,14 @@ def unload_body(rank: int, world: int, root: Path) -> None:
         events: list[Any] = []
         while not events:
             events += engine.step(wait_s=0.05)
-        assert desk.unload(Unload(ticket=2, name="leaving")) is None
+        assert manager.unload(UnloadAdapter(ticket=2, name="leaving")) is None
         while engine.has_work:
-            assert desk.settle() == [], "it was unloaded under a request that runs"
-            assert desk.unload(Unload(ticket=3, name="leaving")).error
-            again = Load(ticket=7, name="leaving", path=str(folder), wait=False)
-            assert "try later" in desk.load(again).error
+            assert manager.settle() == [], "it was unloaded under a request that runs"
+            assert manager.unload(UnloadAdapter(ticket=3, name="leaving")).error
+            again = LoadAdapter(ticket=7, name="leaving", path=str(folder), wait=False)
+            assert "try later" in manager.load(again).error
             events += engine.step(wait_s=0.05)
-        assert desk.settle() == [Answer(2)]
+        assert manager.settle() == [Answer(2)]
         assert sum(event.finish == "length" for event in events) == 2
         assert "leaving" not in engine.store.names
         assert engine.store.host_bytes_used == 0

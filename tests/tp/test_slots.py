@@ -214,8 +214,8 @@ def _memory(rank, world_size):
         for number in range(world_size):
             assert slots.load(number, share) is not None
             slots.acquire(number)
-        assert "b" in slots.ledger
-        assert "a" not in slots.ledger
+        assert "b" in slots.allocator
+        assert "a" not in slots.allocator
         assert slots.load("one more", share) is None
 
 

@@ -53,7 +53,7 @@ def ready(store, key):
 
 def held(store, key):
     """What the slots hold of an adapter in the first layer: A below B."""
-    slot = store.slots.ledger.slot(key)
+    slot = store.slots.allocator.slot(key)
     factors = next(iter(store.slots._layers.values()))._own.factors
     return torch.cat([factors.a(slot, 0), factors.b(slot, 0)], dim=1)
 
@@ -83,7 +83,7 @@ def _versions(rank, world_size):
             store.acquire(first)
         assert store.uses(first) == 1
         store.release(first)
-        assert first not in store.slots.ledger
+        assert first not in store.slots.allocator
         assert store.host_bytes_used == store._host._entries[second][0]
         # Unloading frees at once what nobody uses, and with the last release what somebody does.
         store.acquire(second)
@@ -91,7 +91,7 @@ def _versions(rank, world_size):
         for _ in range(2):
             assert store.uses(second)
             store.release(second)
-        assert not len(store.slots.ledger)
+        assert not len(store.slots.allocator)
         assert store.host_bytes_used == 0
         assert not store._entries
         with pytest.raises(AdapterNotFoundError):
@@ -258,12 +258,12 @@ def _room(rank, world_size):
         store.pin(keys[3])
         assert store.acquire(keys[4]) is not None
         assert store.acquire(keys[5]) is None, "both slots are in use"
-        assert store.slots.ledger.available == 0
+        assert store.slots.allocator.available == 0
         store.release(keys[3])
         assert store.acquire(keys[5]) is None, "one is in use and one is pinned"
         store.release(keys[4])
         assert store.acquire(keys[5]) is not None
-        assert keys[3] in store.slots.ledger
+        assert keys[3] in store.slots.allocator
         for key in (keys[3], keys[4], keys[5]):
             store.pin(key)
         store.prefetch(keys[0])
@@ -326,7 +326,7 @@ def _thousand(rank, world_size):
             for key in wanted:
                 assert store.acquire(key) is not None
             assert store.host_bytes_used <= store.options.host_cache_bytes
-            assert len(store.slots.ledger) <= 32
+            assert len(store.slots.allocator) <= 32
             for key in wanted:
                 store.release(key)
             if step in (400, 999):

@@ -173,7 +173,10 @@ class Schedule(RuleBasedStateMachine):
     def ranks_decide_alike(self):
         store = self.store
         state = (
-            [(k, self.slots.ledger.slot(k), *self.slots.ledger.rows_of(k)) for k in self.keys()],
+            [
+                (k, self.slots.allocator.slot(k), *self.slots.allocator.rows_of(k))
+                for k in self.keys()
+            ],
             [(k, size, held is None) for k, (size, held) in store._host._entries.items()],
             store.host_bytes_used,
             store._loading,
@@ -187,7 +190,7 @@ class Schedule(RuleBasedStateMachine):
         assert store.host_bytes_used <= store.options.host_cache_bytes
 
     def keys(self):
-        return self.slots.ledger.keys
+        return self.slots.allocator.keys
 
     @invariant()
     def slots_in_use_hold_their_adapters(self):
@@ -195,7 +198,7 @@ class Schedule(RuleBasedStateMachine):
             assert self.store.uses(key) == self.used.count(key)
             seed, adapter_rank, _ = self.made[key]
             share = self.slots.share(make_adapter(seed, rank=adapter_rank, modules=PROJ))
-            slot = self.slots.ledger.slot(key)
+            slot = self.slots.allocator.slot(key)
             for name, part in share.layers.items():
                 factors = self.slots._layers[name]._own.factors
                 assert torch.equal(factors.a(slot, 0), part.A)
@@ -284,7 +287,7 @@ class _Queue:
         self.store = store
 
     def is_resident(self, adapter):
-        return self.store.key(adapter) in self.store.slots.ledger
+        return self.store.key(adapter) in self.store.slots.allocator
 
     def take(self, adapter):
         key = self.store.key(adapter)

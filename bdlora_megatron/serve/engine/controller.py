@@ -66,7 +66,7 @@ class AdapterGPT(GPTInferenceWrapper):
 
 
 class _NoText:
-    """Text is the front's matter; here there are tokens only."""
+    """Text is the API server's matter; here there are tokens only."""
 
     bos = None
     eod = -1

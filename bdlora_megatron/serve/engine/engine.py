@@ -163,11 +163,11 @@ class ServingEngine:
         """The engine in numbers."""
         counts: dict[str, Any] = {}
         if self.store is not None:
-            ledger, stats = self.store.slots.ledger, self.store.stats
+            allocator, stats = self.store.slots.allocator, self.store.stats
             counts = {
-                "slots_in_use": ledger.num_slots - ledger.available,
-                "num_slots": ledger.num_slots,
-                "resident": tuple(getattr(key, "name", str(key)) for key in ledger.keys),
+                "slots_in_use": allocator.num_slots - allocator.available,
+                "num_slots": allocator.num_slots,
+                "resident": tuple(getattr(key, "name", str(key)) for key in allocator.keys),
                 "host_bytes": self.store.host_bytes_used,
                 "slot_hits": stats.slot_hits,
                 "slot_loads": stats.slot_loads,
@@ -206,7 +206,7 @@ class ServingEngine:
         return (
             store is not None
             and adapter in store.names
-            and (store.key(adapter) in store.slots.ledger)
+            and (store.key(adapter) in store.slots.allocator)
         )
 
     def take(self, adapter: str) -> Take:
@@ -248,7 +248,7 @@ class ServingEngine:
 
     def _slot_of(self, request_id: int) -> int:
         key = self._running[request_id]
-        return -1 if key is None or self.store is None else self.store.slots.ledger.slot(key)
+        return -1 if key is None or self.store is None else self.store.slots.allocator.slot(key)
 
     def _slots_in_use(self) -> set[int]:
         return {self._slot_of(request_id) for request_id in self._running} - {-1}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from bdlora_megatron.serve.engine.sampling import worths
+from bdlora_megatron.serve.engine.sampling import top_logprobs
 from bdlora_megatron.serve.messages import Choice
 
 __all__ = ["PromptScores", "Span"]
@@ -112,6 +112,6 @@ class PromptScores:
             following = prompt.ids[span.first + 1 : span.first + 1 + span.length]
             if not following:
                 continue
-            choices = worths(rows[: len(following)], following, prompt.count)
+            choices = top_logprobs(rows[: len(following)], following, prompt.count)
             for place, choice in enumerate(choices, start=span.first + 1):
                 prompt.known[place] = choice

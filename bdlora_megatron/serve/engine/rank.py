@@ -32,23 +32,23 @@ from bdlora_megatron.errors import AdapterLoadError, BDLoRAError, MissingDepende
 from bdlora_megatron.runtime.attention import find_attention, use_attention
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.runtime.launch import join_ranks
-from bdlora_megatron.serve.engine.desk import AdapterDesk
+from bdlora_megatron.serve.engine.adapter_manager import AdapterManager
 from bdlora_megatron.serve.engine.engine import ServingEngine
 from bdlora_megatron.serve.engine.options import EngineOptions
 from bdlora_megatron.serve.logs import configure_logging
 from bdlora_megatron.serve.messages import (
-    Answer,
+    AdapterResult,
     Cancel,
     Command,
     Failed,
-    Load,
+    LoadAdapter,
     Ready,
     Snapshot,
     StepReport,
     Stop,
     Submit,
     Token,
-    Unload,
+    UnloadAdapter,
 )
 from bdlora_megatron.serve.room import SlotRoom
 from bdlora_megatron.serve.settings import ServeSettings
@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 Inbox: TypeAlias = "queue.SimpleQueue[Command]"
 
-#: Exit status of a rank whose front has gone.
+#: Exit status of a rank whose API server has gone.
 ORPHANED = 3
 #: How long rank 0 waits for commands before it tells its peers that there are none.
 _IDLE_S = 1.0
@@ -77,14 +77,14 @@ def rank_main(rank: int, settings: ServeSettings, store: str, link: Connection) 
         rank: Which.
         settings: The server's.
         store: A file through which the ranks find each other.
-        link: To the front; its end is the end of the rank.
+        link: To the API server; its end is the end of the rank.
     """
-    # The front decides when ranks end; a Ctrl-C reaches the whole process group.
+    # The API server decides when ranks end; a Ctrl-C reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging(rank=rank)
     status = 1
-    # Before anything that waits for the other ranks: the front may die before they are there.
+    # Before anything that waits for the other ranks: the API server may die before they are there.
     inbox = listen(link, store)
     try:
         join_ranks(
@@ -111,8 +111,8 @@ def listen(link: Connection, store: str | None = None) -> Inbox:
     """Take commands as they come, in a thread; the end of the link is the end of the process.
 
     Args:
-        link: To the front.
-        store: What the front would have removed in the end, with the folder made for it.
+        link: To the API server.
+        store: What the API server would have removed in the end, with the folder made for it.
 
     Returns:
         Where the commands are.
@@ -127,8 +127,8 @@ def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
 
     Args:
         settings: The server's.
-        link: To the front. Rank 0 takes commands from it and reports to it; the others only watch
-            it.
+        link: To the API server. Rank 0 takes commands from it and reports to it; the others only
+            watch it.
         inbox: What ``listen`` made of it.
 
     Raises:
@@ -145,15 +145,17 @@ def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
         control = torch.distributed.new_group(
             backend="gloo", timeout=timedelta(seconds=settings.rank_timeout_s)
         )
-        engine, desk = build_engine(settings, control)
-        refused = desk.check(settings.adapters, settings.layout, control)
+        engine, manager = build_engine(settings, control)
+        refused = manager.check(settings.adapters, settings.layout, control)
         if refused and settings.strict_adapters:
             reasons = "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
             raise AdapterLoadError(f"strict_adapters, and {len(refused)} are refused: {reasons}")
         served = {n: path for n, path in settings.adapters.items() if n not in refused}
         for ticket, (name, path) in enumerate(served.items(), start=1):
-            answer = desk.load(
-                Load(ticket=-ticket, name=name, path=path, layout=settings.layout, wait=False)
+            answer = manager.load(
+                LoadAdapter(
+                    ticket=-ticket, name=name, path=path, layout=settings.layout, wait=False
+                )
             )
             if answer is not None and answer.error is not None:
                 raise BDLoRAError(f"adapter {name!r}: {answer.error}")
@@ -167,10 +169,10 @@ def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
                     refused=refused,
                 )
             )
-        _Loop(engine, desk, control, inbox, link if chief else None).run()
+        _Loop(engine, manager, control, inbox, link if chief else None).run()
 
 
-def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, AdapterDesk]:
+def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, AdapterManager]:
     """The model in its slots, the store around it, the engine around both.
 
     Args:
@@ -178,7 +180,7 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
         control: A gloo group of all ranks, for the store's agreements.
 
     Returns:
-        The engine and the desk.
+        The engine and the adapter manager.
     """
     # Before the model, which takes minutes to load: it may be refused.
     attention = None if settings.cpu else find_attention(block_size=settings.block_size)
@@ -199,7 +201,7 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
     # Its fields are called as the settings are.
     options = EngineOptions(**{f.name: getattr(settings, f.name) for f in fields(EngineOptions)})
     engine = ServingEngine(model, store, options)
-    return engine, AdapterDesk(engine, store)
+    return engine, AdapterManager(engine, store)
 
 
 def _load_model(settings: ServeSettings, more: Mapping[str, Any]) -> Any:
@@ -233,7 +235,7 @@ def _layer_spec(settings: ServeSettings) -> ModuleSpec:
 
 
 def _receive(link: Connection, inbox: Inbox, store: str | None) -> None:
-    """Take commands as they come; without a front there is nothing to live for."""
+    """Take commands as they come; without an API server there is nothing to live for."""
     while True:
         try:
             inbox.put(link.recv())
@@ -257,13 +259,13 @@ class _Loop:
     def __init__(
         self,
         engine: ServingEngine,
-        desk: AdapterDesk,
+        manager: AdapterManager,
         control: Any,
         inbox: Inbox,
         link: Connection | None,
     ) -> None:
         self._engine = engine
-        self._desk = desk
+        self._manager = manager
         self._control = control
         self._inbox = inbox
         self._link = link
@@ -274,11 +276,11 @@ class _Loop:
             commands = self._commands()
             if any(isinstance(command, Stop) for command in commands):
                 return
-            events: list[Token | Failed | Answer] = []
+            events: list[Token | Failed | AdapterResult] = []
             for command in commands:
                 events += self._carry_out(command)
             events += self._engine.step(wait_s=_LOAD_WAIT_S)
-            events += self._desk.settle()
+            events += self._manager.settle()
             self._report(events)
 
     def _commands(self) -> list[Command]:
@@ -295,7 +297,7 @@ class _Loop:
         return commands
 
     def _drain(self) -> Iterable[Command]:
-        busy = self._engine.has_work or self._desk.is_waiting
+        busy = self._engine.has_work or self._manager.is_waiting
         try:
             yield self._inbox.get(block=not busy, timeout=None if busy else _IDLE_S)
             while True:
@@ -303,8 +305,8 @@ class _Loop:
         except queue.Empty:
             return
 
-    def _carry_out(self, command: Command) -> list[Failed | Answer]:
-        answer: Failed | Answer | None = None
+    def _carry_out(self, command: Command) -> list[Failed | AdapterResult]:
+        answer: Failed | AdapterResult | None = None
         if isinstance(command, Submit):
             try:
                 self._engine.submit(command)
@@ -312,13 +314,13 @@ class _Loop:
                 answer = Failed(command.request_id, str(error), type(error).__name__)
         elif isinstance(command, Cancel):
             self._engine.cancel(command.request_id)
-        elif isinstance(command, Load):
-            answer = self._desk.load(command)
-        elif isinstance(command, Unload):
-            answer = self._desk.unload(command)
+        elif isinstance(command, LoadAdapter):
+            answer = self._manager.load(command)
+        elif isinstance(command, UnloadAdapter):
+            answer = self._manager.unload(command)
         return [] if answer is None else [answer]
 
-    def _report(self, events: list[Token | Failed | Answer]) -> None:
+    def _report(self, events: list[Token | Failed | AdapterResult]) -> None:
         if self._link is None:
             return
         snapshot = self._engine.snapshot()

@@ -23,7 +23,7 @@ from torch import Tensor
 from bdlora_megatron.serve.engine.penalties import Penalties
 from bdlora_megatron.serve.messages import Choice, Sampling
 
-__all__ = ["Sampler", "choose_tokens", "worths"]
+__all__ = ["Sampler", "choose_tokens", "top_logprobs"]
 
 #: So many of the most probable tokens are looked at first: sorting a vocabulary takes ten times as
 #: long as finding them.
@@ -89,7 +89,7 @@ class Sampler:
             # All rows at once: one by one, each would wait for the device.
             rows = list(asked)
             these = logits if len(rows) == len(logits) else logits[rows]
-            told = worths(these, [tokens[row] for row in rows], max(asked.values()))
+            told = top_logprobs(these, [tokens[row] for row in rows], max(asked.values()))
             for (row, count), choice in zip(asked.items(), told, strict=True):
                 choices[row] = replace(choice, top=choice.top[:count])
         return choices
@@ -197,7 +197,7 @@ def _best(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best, ids.gather(1, places)
 
 
-def worths(logits: Tensor, tokens: Sequence[int], count: int) -> list[Choice]:
+def top_logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[Choice]:
     """The log-probabilities of a token in each row, and of the most probable ones.
 
     Args:

@@ -7,9 +7,9 @@ import asyncio
 import httpx2 as httpx
 import pytest
 
-from bdlora_megatron.serve.front.app import make_app
-from bdlora_megatron.serve.front.state import Front
-from bdlora_megatron.serve.front.text import Tokenizer
+from bdlora_megatron.serve.api.app import make_app
+from bdlora_megatron.serve.api.state import APIServer
+from bdlora_megatron.serve.api.text import Tokenizer
 from bdlora_megatron.serve.settings import ApiKey, ServeSettings
 from tests.serve.models import make_tokenizer
 
@@ -25,7 +25,7 @@ def ask(tokenizer, method, path, *, key=None, json=None, **settings):
     made = ServeSettings(
         model="/m/base", adapters={"a": "/a", "b": "/b"}, adapter_dirs=("/tmp",), **settings
     )
-    app = make_app(Front(made, tokenizer))
+    app = make_app(APIServer(made, tokenizer))
 
     async def one():
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

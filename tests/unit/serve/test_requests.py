@@ -10,13 +10,13 @@ import pytest
 from fastapi.testclient import TestClient
 
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.serve.front.app import make_app
-from bdlora_megatron.serve.front.errors import APIError
-from bdlora_megatron.serve.front.fields import ignored_header
-from bdlora_megatron.serve.front.openai import plan_body
-from bdlora_megatron.serve.front.schema import ChatRequest, CompletionRequest
-from bdlora_megatron.serve.front.state import Front
-from bdlora_megatron.serve.front.text import Tokenizer
+from bdlora_megatron.serve.api.app import make_app
+from bdlora_megatron.serve.api.errors import APIError
+from bdlora_megatron.serve.api.fields import ignored_header
+from bdlora_megatron.serve.api.openai import plan_body
+from bdlora_megatron.serve.api.schema import ChatRequest, CompletionRequest
+from bdlora_megatron.serve.api.state import APIServer
+from bdlora_megatron.serve.api.text import Tokenizer
 from bdlora_megatron.serve.server import Server
 from bdlora_megatron.serve.settings import ServeSettings
 from tests.serve.models import make_tokenizer
@@ -50,23 +50,23 @@ def folder(tmp_path_factory):
 
 def make_front(folder, **settings):
     settings = ServeSettings(model=str(folder / "model"), max_model_len=256, **settings)
-    return Front(settings, Tokenizer(settings.model))
+    return APIServer(settings, Tokenizer(settings.model))
 
 
 @pytest.fixture(scope="module")
-def front(folder):
+def api(folder):
     return make_front(folder)
 
 
-def plan(front, body, adapter=None):
+def plan(api, body, adapter=None):
     kind = ChatRequest if "messages" in body else CompletionRequest
-    return plan_body(front, kind.model_validate({"model": "model", **body}), adapter)
+    return plan_body(api, kind.model_validate({"model": "model", **body}), adapter)
 
 
-def read(front, body, adapter=None):
+def read(api, body, adapter=None):
     """What the model gets to read."""
-    (prompt,) = plan(front, body, adapter).job.prompts
-    return front.tokenizer.decode(prompt.ids)
+    (prompt,) = plan(api, body, adapter).job.prompts
+    return api.tokenizer.decode(prompt.ids)
 
 
 def post(client, path, body):
@@ -89,17 +89,17 @@ NEUTRAL = {
 
 
 @pytest.mark.parametrize("field", NEUTRAL)
-def test_a_value_that_asks_for_nothing_changes_nothing(front, field):
+def test_a_value_that_asks_for_nothing_changes_nothing(api, field):
     for body in ({"messages": MESSAGES}, {"prompt": "The sky is"}):
         if "prompt" in body and field in {"continue_final_message", "add_generation_prompt"}:
             continue
-        form = plan(front, {**body, "seed": 3, field: NEUTRAL[field]})
-        plain = plan(front, {**body, "seed": 3})
-        assert form.ignored == ()
-        assert form.job.prompts == plain.job.prompts
+        reply = plan(api, {**body, "seed": 3, field: NEUTRAL[field]})
+        plain = plan(api, {**body, "seed": 3})
+        assert reply.ignored == ()
+        assert reply.job.prompts == plain.job.prompts
         if field != "seed":
-            assert form.job.sampling == plain.job.sampling
-        assert form.job.count == 1
+            assert reply.job.sampling == plain.job.sampling
+        assert reply.job.count == 1
 
 
 IGNORED = {
@@ -110,9 +110,9 @@ IGNORED = {
 
 
 @pytest.mark.parametrize("field", IGNORED)
-def test_a_field_that_changes_no_answer_is_named_as_ignored(front, field):
+def test_a_field_that_changes_no_answer_is_named_as_ignored(api, field):
     for body in ({"messages": MESSAGES}, {"prompt": "The sky is"}):
-        assert plan(front, {**body, field: IGNORED[field]}).ignored == (field,)
+        assert plan(api, {**body, field: IGNORED[field]}).ignored == (field,)
 
 
 @pytest.mark.parametrize("name", ["", " ", "\n", "ä", "\ud83d", "a, b", "x" * 5000])
@@ -123,11 +123,11 @@ def test_any_name_of_a_field_makes_a_header(name):
     assert len(ignored_header([name] * 900)["X-Ignored-Fields"]) < 2**15
 
 
-def test_fields_below_the_top_are_named_by_their_paths(front):
+def test_fields_below_the_top_are_named_by_their_paths(api):
     part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
     messages = [{"role": "user", "content": [part], "mood": "bad"}, {**DUMPED, "refusal": "no"}]
     body = {"messages": messages, "stream_options": {"include_usage": True, "chatty": 1}}
-    assert sorted(plan(front, body).ignored) == [
+    assert sorted(plan(api, body).ignored) == [
         "messages.content.cache_control", "messages.mood", "messages.refusal",
         "stream_options.chatty",
     ]  # fmt: skip
@@ -145,10 +145,10 @@ CHANGING = {
 
 
 @pytest.mark.parametrize("field", CHANGING)
-def test_a_field_that_would_change_the_answer_is_refused_by_name(front, field):
+def test_a_field_that_would_change_the_answer_is_refused_by_name(api, field):
     for body in ({"messages": MESSAGES}, {"prompt": "The sky is"}):
         with pytest.raises(APIError, match=field) as caught:
-            plan(front, {**body, field: CHANGING[field]})
+            plan(api, {**body, field: CHANGING[field]})
         assert caught.value.status == 400
         assert caught.value.body["error"]["param"] == field
 
@@ -163,9 +163,9 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name(front, field):
     ],
     ids=str,
 )
-def test_fields_of_the_other_endpoint_are_refused_where_they_would_matter(front, body):
+def test_fields_of_the_other_endpoint_are_refused_where_they_would_matter(api, body):
     with pytest.raises(APIError, match="would change the answer"):
-        plan(front, body)
+        plan(api, body)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,8 @@ def test_fields_of_the_other_endpoint_are_refused_where_they_would_matter(front,
     ],
     ids=str,
 )  # fmt: skip
-def test_what_cannot_be_read_gets_a_clear_refusal(front, path, body):
-    with TestClient(make_app(front), raise_server_exceptions=False) as client:
+def test_what_cannot_be_read_gets_a_clear_refusal(api, path, body):
+    with TestClient(make_app(api), raise_server_exceptions=False) as client:
         answer = post(client, f"/v1/{path}", {"model": "model", **body})
     assert answer.status_code == 400, answer.text
     message = answer.json()["error"]["message"]
@@ -198,33 +198,33 @@ def test_what_cannot_be_read_gets_a_clear_refusal(front, path, body):
     assert "Input should be a valid dictionary" not in message, "it was not even read"
 
 
-def test_a_length_may_have_either_name_or_both(front):
+def test_a_length_may_have_either_name_or_both(api):
     for fields in (
         {"max_tokens": 3}, {"max_completion_tokens": 3},
         {"max_tokens": 3, "max_completion_tokens": 3},
         {"max_tokens": None, "max_completion_tokens": 3},
     ):  # fmt: skip
         for body in ({"prompt": "a"}, {"messages": MESSAGES}):
-            form = plan(front, {**body, **fields})
-            assert form.job.sampling.max_tokens == 3
-            assert form.ignored == ()
+            reply = plan(api, {**body, **fields})
+            assert reply.job.sampling.max_tokens == 3
+            assert reply.ignored == ()
     for body in ({"prompt": "a"}, {"messages": MESSAGES}):
         with pytest.raises(ValueError, match="differ"):
-            plan(front, {**body, "max_tokens": 4, "max_completion_tokens": 3})
+            plan(api, {**body, "max_tokens": 4, "max_completion_tokens": 3})
 
 
-def test_an_answer_of_before_may_come_back_as_it_was_dumped(front):
+def test_an_answer_of_before_may_come_back_as_it_was_dumped(api):
     body = {"messages": [*MESSAGES, DUMPED, {"role": "user", "content": "more"}]}
-    assert read(front, body) == "<user>Say hi\n<assistant>hi\n<user>more\n<assistant>"
-    assert plan(front, body).ignored == ()
+    assert read(api, body) == "<user>Say hi\n<assistant>hi\n<user>more\n<assistant>"
+    assert plan(api, body).ignored == ()
 
 
 def test_tool_calls_reach_a_template_that_knows_them_and_are_named_where_it_does_not(
-    front, folder, tmp_path
+    api, folder, tmp_path
 ):
     body = {"messages": [*MESSAGES, *CALLED]}
-    assert read(front, body) == "<user>Say hi\n<assistant>\n<tool>2\n<assistant>"
-    assert plan(front, body).ignored == ("messages.tool_calls", "messages.tool_call_id")
+    assert read(api, body) == "<user>Say hi\n<assistant>\n<tool>2\n<assistant>"
+    assert plan(api, body).ignored == ("messages.tool_calls", "messages.tool_call_id")
     shutil.copytree(folder / "model", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
     knows = make_front(tmp_path)
@@ -235,11 +235,11 @@ def test_tool_calls_reach_a_template_that_knows_them_and_are_named_where_it_does
     assert plan(knows, told).ignored == ("chat_template_kwargs.enable_thinking",)
 
 
-def test_an_answer_may_go_on_with_the_last_message(front):
+def test_an_answer_may_go_on_with_the_last_message(api):
     body = {"messages": [*MESSAGES, DUMPED], "continue_final_message": True}
-    assert read(front, body) == "<user>Say hi\n<assistant>hi"
+    assert read(api, body) == "<user>Say hi\n<assistant>hi"
     bare = {"messages": MESSAGES, "add_generation_prompt": False}
-    assert read(front, bare) == "<user>Say hi\n"
+    assert read(api, bare) == "<user>Say hi\n"
 
 
 # --- an adapter's own tokenizer and template ---------------------------------------------------
@@ -269,10 +269,10 @@ def with_adapters(folder, tmp_path):
 def test_an_adapters_own_text_is_used_when_asked_for_and_else_named(
     with_adapters, folder, used, caplog
 ):
-    front = make_front(folder, adapters=with_adapters, adapter_tokenizers=used)
+    api = make_front(folder, adapters=with_adapters, adapter_tokenizers=used)
     body, plain = {"messages": [{"role": "user", "content": "ab"}]}, "<user>ab\n<assistant>"
-    base = front.tokenizer.encode(plain)
-    read = {name: list(plan(front, body, name).job.prompts[0].ids) for name in with_adapters}
+    base = api.tokenizer.encode(plain)
+    read = {name: list(plan(api, body, name).job.prompts[0].ids) for name in with_adapters}
     assert read["none"] == read["same"] == base
     notes = " ".join(record.getMessage() for record in caplog.records)
     if not used:
@@ -283,20 +283,20 @@ def test_an_adapters_own_text_is_used_when_asked_for_and_else_named(
         assert "'none'" not in notes
         return
     assert not notes
-    assert read["template"] == front.tokenizer.encode("ab!")
+    assert read["template"] == api.tokenizer.encode("ab!")
     # Two letters have changed places, so another text is read and written by the same tokens.
-    assert read["words"] == front.tokenizer.encode(plain.translate({97: "b", 98: "a"}))
-    assert front.tokenizer_of("words").decode(front.tokenizer.encode("ba")) == "ab"
+    assert read["words"] == api.tokenizer.encode(plain.translate({97: "b", 98: "a"}))
+    assert api.tokenizer_of("words").decode(api.tokenizer.encode("ba")) == "ab"
 
 
 def test_a_template_that_cannot_be_read_is_an_adapters_refusal(folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{not json")
     adapters = {"broken": str(tmp_path)}
-    front = make_front(folder, adapters=adapters)
-    assert "chat template" in front.refused["broken"]
-    assert "broken" not in front.adapters
+    api = make_front(folder, adapters=adapters)
+    assert "chat template" in api.refused["broken"]
+    assert "broken" not in api.adapters
     with pytest.raises(APIError, match="refused when the server started"):
-        front.resolve("broken", None)
+        api.resolve("broken", None)
     with pytest.raises(ConfigError, match="chat template"):
         make_front(folder, adapters=adapters, strict_adapters=True)
 
@@ -306,8 +306,8 @@ def test_a_template_that_cannot_be_read_is_an_adapters_refusal(folder, tmp_path)
 
 @pytest.fixture(scope="module")
 def http(folder):
-    front = make_front(folder, cors_origins=("https://chat.example",))
-    with TestClient(make_app(front), raise_server_exceptions=False) as client:
+    api = make_front(folder, cors_origins=("https://chat.example",))
+    with TestClient(make_app(api), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -329,7 +329,7 @@ def test_head_is_get_without_a_body(http, path):
     assert head.headers["content-length"] == str(len(get.content))
 
 
-def test_pages_of_named_origins_may_ask(http, front):
+def test_pages_of_named_origins_may_ask(http, api):
     ours = {"Origin": "https://chat.example"}
     asked = {**ours, "Access-Control-Request-Method": "POST"}
     asked["Access-Control-Request-Headers"] = "authorization,content-type"
@@ -340,18 +340,18 @@ def test_pages_of_named_origins_may_ask(http, front):
     assert refusal.headers["access-control-allow-origin"] == ours["Origin"]
     other = http.get("/version", headers={"Origin": "https://elsewhere.example"})
     assert "access-control-allow-origin" not in other.headers
-    with TestClient(make_app(front)) as plain:
+    with TestClient(make_app(api)) as plain:
         assert "access-control-allow-origin" not in plain.get("/version", headers=ours).headers
 
 
-def test_texts_and_conversations_are_tokenized_as_requests_are(http, front):
+def test_texts_and_conversations_are_tokenized_as_requests_are(http, api):
     made = http.post("/tokenize", json={"prompt": "hé", "return_token_strs": True}).json()
-    ids = front.tokenizer.encode("hé")
+    ids = api.tokenizer.encode("hé")
     assert made == {
         "count": 3, "max_model_len": 256, "tokens": ids, "token_strs": ["h", "\ufffd", "\ufffd"],
     }  # fmt: skip
     chat = http.post("/tokenize", json={"model": "model", "messages": MESSAGES, "x": 1})
-    assert chat.json()["tokens"] == front.tokenizer.encode("<user>Say hi\n<assistant>")
+    assert chat.json()["tokens"] == api.tokenizer.encode("<user>Say hi\n<assistant>")
     assert chat.headers["x-ignored-fields"] == "x"
     back = http.post("/detokenize", json={"tokens": [*ids, 1]}).json()
     assert back == {"prompt": "hé</s>"}
@@ -360,10 +360,10 @@ def test_texts_and_conversations_are_tokenized_as_requests_are(http, front):
     assert http.post("/tokenize", json={"model": "nobody", "prompt": "a"}).status_code == 404
 
 
-def test_a_client_without_the_models_files_is_told_of_its_tokenizer(http, front):
+def test_a_client_without_the_models_files_is_told_of_its_tokenizer(http, api):
     info = http.get("/tokenizer_info").json()
     assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
-    assert info["chat_template"] == front.tokenizer.template
+    assert info["chat_template"] == api.tokenizer.template
     ids = http.post("/tokenize", json={"prompt": "</s>", "add_special_tokens": False}).json()
     assert ids["tokens"] == [1]
     assert http.get("/tokenizer_info?model=nobody").status_code == 404

@@ -134,7 +134,7 @@ def test_only_folders_below_the_allowed_ones_are_found(tmp_path):
 
 
 def test_the_command_line_does_not_import_torch():
-    """`bdlora --help` stays fast, and the front's process small."""
+    """`bdlora --help` stays fast, and the API server's process small."""
     code = (
         "import sys, bdlora_megatron.serve.cli, bdlora_megatron.serve.server, "
         "bdlora_megatron.serve.generate\n"

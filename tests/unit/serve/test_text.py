@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.serve.front.text import TextStream, Tokenizer
+from bdlora_megatron.serve.api.text import TextStream, Tokenizer
 from bdlora_megatron.serve.messages import Choice, Token
 from tests.serve.models import make_tokenizer
 
@@ -45,14 +45,14 @@ def pieced(tmp_path_factory):
     return Tokenizer(str(folder))
 
 
-def pieces(tokenizer, prompt, ids, stop, finish="length", **more):
+def deltas(tokenizer, prompt, ids, stop, finish="length", **more):
     stream, shown = TextStream(tokenizer, prompt, stop, **more), []
     for place, token in enumerate(ids):
         last = finish if place == len(ids) - 1 else None
-        piece = stream.push(Token(1, Choice(token), last))
-        if piece is not None:
-            shown.append(piece)
-            if piece.finish is not None:
+        delta = stream.push(Token(1, Choice(token), last))
+        if delta is not None:
+            shown.append(delta)
+            if delta.finish is not None:
                 break
     return shown
 
@@ -73,12 +73,12 @@ def cut(text, stop):
 def test_pieces_add_up_to_the_text_cut_at_the_first_stop(tokenizer, text, stop, prompt):
     """One byte a token, so that characters and stop texts are torn at every place."""
     ids = tokenizer.encode(text)
-    shown = pieces(tokenizer, tokenizer.encode(prompt), ids, stop)
+    shown = deltas(tokenizer, tokenizer.encode(prompt), ids, stop)
     expected, finish = cut(text, stop)
-    assert "".join(piece.text for piece in shown) == expected
+    assert "".join(delta.text for delta in shown) == expected
     assert shown[-1].finish == finish
-    assert all(piece.finish is None for piece in shown[:-1])
-    taken = [choice.token for piece in shown for choice in piece.choices]
+    assert all(delta.finish is None for delta in shown[:-1])
+    taken = [choice.token for delta in shown for choice in delta.choices]
     assert taken == ids[: len(taken)]
     assert finish == "stop" or taken == ids
 
@@ -92,26 +92,26 @@ def test_pieces_add_up_to_the_text_cut_at_the_first_stop(tokenizer, text, stop, 
 @example(text="aba", stop=["b", "bab"], least=2)
 def test_a_stop_text_that_is_whole_too_early_ends_nothing(tokenizer, text, stop, least):
     """One character a token: the first stop text that ends beyond the least length cuts."""
-    shown = pieces(tokenizer, [], tokenizer.encode(text), stop, min_tokens=least)
+    shown = deltas(tokenizer, [], tokenizer.encode(text), stop, min_tokens=least)
     expected, finish = text, "length"
     for end in range(least + 1, len(text) + 1):
         found = [len(s) for s in stop if text[:end].endswith(s)]
         if found:
             expected, finish = text[: end - max(found)], "stop"
             break
-    assert "".join(piece.text for piece in shown) == expected
+    assert "".join(delta.text for delta in shown) == expected
     assert shown[-1].finish == finish
 
 
 def test_text_is_shown_as_soon_as_it_can_no_longer_be_a_stop(tokenizer):
-    shown = pieces(tokenizer, [], tokenizer.encode("abcabd"), ["abd"])
-    assert [piece.text for piece in shown] == ["abc", ""]
+    shown = deltas(tokenizer, [], tokenizer.encode("abcabd"), ["abd"])
+    assert [delta.text for delta in shown] == ["abc", ""]
     assert shown[-1].finish == "stop"
 
 
 def test_a_torn_character_at_the_end_is_told_as_such(tokenizer):
     ids = tokenizer.encode("a€")[:-1]
-    assert "".join(piece.text for piece in pieces(tokenizer, [], ids, [])) == "a\ufffd"
+    assert "".join(delta.text for delta in deltas(tokenizer, [], ids, [])) == "a\ufffd"
 
 
 def test_a_token_is_spelt_as_it_is_within_a_text(tokenizer, pieced):
@@ -134,10 +134,10 @@ def test_the_bytes_of_torn_characters_make_them_whole(tokenizer, pieced):
 
 def test_the_end_token_has_no_text(tokenizer):
     ids = [*tokenizer.encode("ab"), *tokenizer.stop_ids]
-    shown = pieces(tokenizer, [], ids, [], finish="stop")
-    assert "".join(piece.text for piece in shown) == "ab"
+    shown = deltas(tokenizer, [], ids, [], finish="stop")
+    assert "".join(delta.text for delta in shown) == "ab"
     assert shown[-1].finish == "stop"
-    assert sum(len(piece.choices) for piece in shown) == 3
+    assert sum(len(delta.choices) for delta in shown) == 3
 
 
 def test_all_end_tokens_that_the_model_names_count(tmp_path):

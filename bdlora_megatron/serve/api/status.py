@@ -10,13 +10,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
-from bdlora_megatron.serve.front.state import Front
+from bdlora_megatron.serve.api.state import APIServer
 
 __all__ = ["router"]
 
 router = APIRouter(include_in_schema=False)
 
-_PAGE = resources.files("bdlora_megatron.serve.front").joinpath("status.html").read_text()
+_PAGE = resources.files("bdlora_megatron.serve.api").joinpath("status.html").read_text()
 
 
 @router.get("/", response_class=HTMLResponse)
@@ -29,10 +29,10 @@ async def page() -> HTMLResponse:
 @router.get("/status.json")
 async def numbers(request: Request) -> dict[str, Any]:
     """What the page shows, for the models that the key may use."""
-    front: Front = request.app.state.front
-    key = front.authorize(request)
-    names = front.allowed(key)
-    base, client, metrics = front.base_name, front.client, front.metrics
+    api: APIServer = request.app.state.api
+    key = api.authorize(request)
+    names = api.allowed(key)
+    base, client, metrics = api.base_name, api.client, api.metrics
     snapshot = asdict(client.snapshot)
     resident = set(snapshot.pop("resident"))
     ended: dict[str, float] = {}
@@ -41,7 +41,7 @@ async def numbers(request: Request) -> dict[str, Any]:
         if sample.name.endswith("_total"):
             ended[sample.labels["model"]] = ended.get(sample.labels["model"], 0) + sample.value
     tokens = _by_model(metrics.generated_tokens, "_total", names)
-    state = "draining" if front.draining else "ready" if client.is_ready else "loading"
+    state = "draining" if api.draining else "ready" if client.is_ready else "loading"
     return {
         "time_s": time.monotonic(),
         "state": state,
@@ -60,7 +60,7 @@ async def numbers(request: Request) -> dict[str, Any]:
             }
             for name in names
         ],
-        "refused": [{"name": name, "reason": r} for name, r in front.refused_for(key).items()],
+        "refused": [{"name": name, "reason": r} for name, r in api.refused_for(key).items()],
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bdlora_megatron.serve.front.errors import APIError
+from bdlora_megatron.serve.api.errors import APIError
 
 __all__ = ["TimedProtocol"]
 

@@ -9,35 +9,35 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from bdlora_megatron.serve.front import admin, errors, megatron_api, openai, status, tokens
-from bdlora_megatron.serve.front.errors import APIError, as_api_error
-from bdlora_megatron.serve.front.generation import REQUEST_ID
-from bdlora_megatron.serve.front.state import Front
+from bdlora_megatron.serve.api import admin, errors, megatron_api, openai, status, tokens
+from bdlora_megatron.serve.api.errors import APIError, as_api_error
+from bdlora_megatron.serve.api.generation import REQUEST_ID
+from bdlora_megatron.serve.api.state import APIServer
 
 __all__ = ["make_app"]
 
 
-def make_app(front: Front) -> FastAPI:
+def make_app(api: APIServer) -> FastAPI:
     """Build the app.
 
     Args:
-        front: What its requests share.
+        api: What its requests share.
 
     Returns:
         The app.
     """
     app = FastAPI(title="bdlora-megatron", docs_url=None, redoc_url=None)
-    app.state.front = front
+    app.state.api = api
     for module in (openai, tokens, admin, megatron_api, status):
         app.include_router(module.router)
     errors.install(app)
     # The last one is the outermost.
-    app.add_middleware(_BodyLimit, most=front.settings.max_body_bytes)
+    app.add_middleware(_BodyLimit, most=api.settings.max_body_bytes)
     app.add_middleware(_Named)
-    if front.settings.cors_origins:
+    if api.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=front.settings.cors_origins,
+            allow_origins=api.settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Ignored-Fields"],

@@ -18,7 +18,7 @@ from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.models.config import stop_ids
 from bdlora_megatron.serve.messages import Choice, FinishReason, Token
 
-__all__ = ["VOCABULARIES", "Piece", "TextStream", "Tokenizer", "chat_template"]
+__all__ = ["VOCABULARIES", "TextDelta", "TextStream", "Tokenizer", "chat_template"]
 
 #: Files that hold a tokenizer, one of which is enough.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -265,7 +265,7 @@ def _read_tokenizer(folder: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextDelta:
     """Text that can be shown, and the tokens that have come since the last piece.
 
     Attributes:
@@ -315,7 +315,7 @@ class TextStream:
         self._choices: list[Choice] = []
         self._prompt: tuple[Choice, ...] = ()
 
-    def push(self, token: Token) -> Piece | None:
+    def push(self, token: Token) -> TextDelta | None:
         """Take a token.
 
         Args:
@@ -362,9 +362,9 @@ class TextStream:
                 return length
         return 0
 
-    def _piece(self, text: str, finish: FinishReason | None) -> Piece:
+    def _piece(self, text: str, finish: FinishReason | None) -> TextDelta:
         self._held = self._held[len(text) :]
         self._exempt = max(self._exempt - len(text), 0)
         choices, self._choices = tuple(self._choices), []
         prompt, self._prompt = self._prompt, ()
-        return Piece(text, choices, finish, prompt)
+        return TextDelta(text, choices, finish, prompt)

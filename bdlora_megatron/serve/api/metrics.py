@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from bdlora_megatron.serve.front.client import EngineClient
+from bdlora_megatron.serve.api.client import EngineClient
 
 __all__ = ["Metrics"]
 

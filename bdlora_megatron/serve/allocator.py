@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bdlora_megatron.errors import AdapterNotFoundError, CapacityError, ConfigError
 
-__all__ = ["Placement", "SlotLedger"]
+__all__ = ["Placement", "SlotAllocator"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class _Resident:
         return not (self.uses or self.pinned)
 
 
-class SlotLedger:
+class SlotAllocator:
     """Slots, the pool rows behind them, who uses them, and who has to go first.
 
     Adapters share the rows: one of few ranks takes few. Where there are ``max_rows`` for every

@@ -14,11 +14,11 @@ from bdlora_megatron.convert import open_adapter
 from bdlora_megatron.errors import BDLoRAError, explain
 from bdlora_megatron.serve.adapter_files import AdapterFiles
 from bdlora_megatron.serve.engine.engine import ServingEngine
-from bdlora_megatron.serve.messages import Answer, Load, Unload
+from bdlora_megatron.serve.messages import AdapterResult, LoadAdapter, UnloadAdapter
 from bdlora_megatron.serve.store import AdapterStore
 from bdlora_megatron.serve.store_types import AdapterKey
 
-__all__ = ["AdapterDesk"]
+__all__ = ["AdapterManager"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class _Held:
     layout: Layout
 
 
-class AdapterDesk:
-    """Carries out ``Load`` and ``Unload``; the same on every rank.
+class AdapterManager:
+    """Carries out ``LoadAdapter`` and ``UnloadAdapter``; the same on every rank.
 
     Collectives: none of its own; what is loading is agreed on by ``AdapterStore.advance``.
     """
@@ -82,7 +82,7 @@ class AdapterDesk:
         found = {name: reason for part in every for name, reason in part.items()}
         return {name: found[name] for name in folders if name in found}
 
-    def load(self, command: Load) -> Answer | None:
+    def load(self, command: LoadAdapter) -> AdapterResult | None:
         """Register an adapter, and begin to load it where the command waits for that.
 
         Args:
@@ -93,23 +93,23 @@ class AdapterDesk:
         """
         name = command.name
         if name in self._loading or name in self._leaving:
-            return Answer(
+            return AdapterResult(
                 command.ticket, f"adapter {name!r} is being loaded or unloaded; try later"
             )
         try:
             held = _Held(AdapterFiles(Path(command.path), name), Layout(command.layout))
             key = self._register(name, held)
         except (BDLoRAError, ValueError) as error:
-            return Answer(command.ticket, str(error))
+            return AdapterResult(command.ticket, str(error))
         before = self._held.get(name)
         self._held[name] = held
         if not command.wait:
-            return Answer(command.ticket)
+            return AdapterResult(command.ticket)
         self._store.prefetch(key)
         self._loading[name] = (command.ticket, key, before)
         return None
 
-    def unload(self, command: Unload) -> Answer | None:
+    def unload(self, command: UnloadAdapter) -> AdapterResult | None:
         """Let an adapter go as soon as no request of it waits or runs.
 
         Args:
@@ -120,19 +120,19 @@ class AdapterDesk:
         """
         name = command.name
         if name not in self._held:
-            return Answer(command.ticket, f"no adapter is called {name!r}")
+            return AdapterResult(command.ticket, f"no adapter is called {name!r}")
         if name in self._loading or name in self._leaving:
-            return Answer(
+            return AdapterResult(
                 command.ticket, f"adapter {name!r} is being loaded or unloaded; try later"
             )
         self._leaving[name] = command.ticket
         return None
 
-    def settle(self) -> list[Answer]:
+    def settle(self) -> list[AdapterResult]:
         """What has become of loads and unloads since the last step."""
         return [*self._settle_loads(), *self._settle_leaving()]
 
-    def _settle_loads(self) -> list[Answer]:
+    def _settle_loads(self) -> list[AdapterResult]:
         answers = []
         for name, (ticket, key, before) in list(self._loading.items()):
             if self._store.is_loading(key):
@@ -141,7 +141,7 @@ class AdapterDesk:
             del self._loading[name]
             if error is not None:
                 self._put_back(name, before)
-            answers.append(Answer(ticket, error))
+            answers.append(AdapterResult(ticket, error))
         return answers
 
     def _put_back(self, name: str, before: _Held | None) -> None:
@@ -157,12 +157,12 @@ class AdapterDesk:
         files = held.files
         return self._store.register(name, files.read, layout=held.layout, check=files.check)
 
-    def _settle_leaving(self) -> list[Answer]:
+    def _settle_leaving(self) -> list[AdapterResult]:
         answers = []
         for name, ticket in list(self._leaving.items()):
             if not self._engine.uses(name):
                 del self._leaving[name]
                 del self._held[name]
                 self._store.unregister(name)
-                answers.append(Answer(ticket))
+                answers.append(AdapterResult(ticket))
         return answers

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from bdlora_megatron.errors import AdapterFormatError, ConfigError
+from bdlora_megatron.serve.api.errors import APIError, BadRequestError
+from bdlora_megatron.serve.api.fields import ignored_fields, ignored_header
+from bdlora_megatron.serve.api.schema import LoadRequest, UnloadRequest
+from bdlora_megatron.serve.api.state import AdapterCard, APIServer
 from bdlora_megatron.serve.files import Fingerprint, fingerprint
-from bdlora_megatron.serve.front.errors import APIError, BadRequestError
-from bdlora_megatron.serve.front.fields import ignored_fields, ignored_header
-from bdlora_megatron.serve.front.schema import LoadRequest, UnloadRequest
-from bdlora_megatron.serve.front.state import AdapterCard, Front
 from bdlora_megatron.serve.settings import check_adapter_name
 
 __all__ = ["router"]
@@ -25,12 +25,12 @@ router = APIRouter()
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """The base model and the adapters that the key may use, and those that were refused."""
-    front: Front = request.app.state.front
-    key = front.authorize(request)
-    names, refused = front.allowed(key), front.refused_for(key)
+    api: APIServer = request.app.state.api
+    key = api.authorize(request)
+    names, refused = api.allowed(key), api.refused_for(key)
     return {
         "object": "list",
-        "data": [_card(front, name) for name in names],
+        "data": [_card(api, name) for name in names],
         # Not among the models: clients choose from those.
         "refused": [{"id": name, "reason": why} for name, why in refused.items()],
     }
@@ -39,9 +39,9 @@ async def models(request: Request) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}")
 async def model(request: Request, model: str) -> dict[str, Any]:
     """One model."""
-    front: Front = request.app.state.front
-    front.resolve(model, front.authorize(request))
-    return _card(front, model)
+    api: APIServer = request.app.state.api
+    api.resolve(model, api.authorize(request))
+    return _card(api, model)
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
@@ -52,12 +52,12 @@ async def load_lora_adapter(request: Request, response: Response, body: LoadRequ
         APIError: Loading is off, or the name is being loaded or unloaded.
         BadRequestError: The adapter can't be loaded; the message tells why.
     """
-    front: Front = request.app.state.front
-    front.authorize_admin(request)
-    if not front.settings.adapter_dirs:
+    api: APIServer = request.app.state.api
+    api.authorize_admin(request)
+    if not api.settings.adapter_dirs:
         raise APIError(403, "loading is off: the server was started without adapter_dirs")
-    path, files = _find(front, body)
-    known = front.adapters.get(body.lora_name)
+    path, files = _find(api, body)
+    known = api.adapters.get(body.lora_name)
     same = known is not None and known.path == path and known.files == files
     if same and not body.load_inplace:
         raise BadRequestError(
@@ -67,17 +67,17 @@ async def load_lora_adapter(request: Request, response: Response, body: LoadRequ
         )
     version = 1 if known is None else known.version + 1
     card = AdapterCard(body.lora_name, path, version=version, files=files)
-    async with _Changing(front, body.lora_name):
+    async with _Changing(api, body.lora_name):
         try:
-            note = await asyncio.to_thread(front.give_text, card)
+            note = await asyncio.to_thread(api.give_text, card)
         except ConfigError as error:
             raise BadRequestError(f"adapter {body.lora_name!r} was not loaded: {error}") from error
-        problem = await front.client.load(body.lora_name, str(path), front.settings.layout)
+        problem = await api.client.load(body.lora_name, str(path), api.settings.layout)
         if problem is not None:
             raise BadRequestError(f"adapter {body.lora_name!r} was not loaded: {problem}")
-        front.adapters[body.lora_name] = card
-        front.refused.pop(body.lora_name, None)
-    response.headers.update(ignored_header(_ignored(front, body)))
+        api.adapters[body.lora_name] = card
+        api.refused.pop(body.lora_name, None)
+    response.headers.update(ignored_header(_ignored(api, body)))
     success = f"Success: LoRA adapter '{body.lora_name}' added successfully."
     return success if note is None else f"{success} {note}."
 
@@ -89,38 +89,38 @@ async def unload_lora_adapter(request: Request, response: Response, body: Unload
     Raises:
         APIError: There is no such adapter, or it is being loaded or unloaded.
     """
-    front: Front = request.app.state.front
-    front.authorize_admin(request)
-    if body.lora_name not in front.adapters:
+    api: APIServer = request.app.state.api
+    api.authorize_admin(request)
+    if body.lora_name not in api.adapters:
         raise APIError(
             404, f"the lora adapter {body.lora_name!r} cannot be found", param="lora_name"
         )
-    async with _Changing(front, body.lora_name):
-        card = front.adapters.pop(body.lora_name)
-        error = await front.client.unload(body.lora_name)
+    async with _Changing(api, body.lora_name):
+        card = api.adapters.pop(body.lora_name)
+        error = await api.client.unload(body.lora_name)
         if error is not None:
-            front.adapters[body.lora_name] = card
+            api.adapters[body.lora_name] = card
             raise APIError(500, error)
-        front.metrics.forget(body.lora_name)
-    response.headers.update(ignored_header(_ignored(front, body)))
+        api.metrics.forget(body.lora_name)
+    response.headers.update(ignored_header(_ignored(api, body)))
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
 @router.get("/health", response_class=PlainTextResponse)
 async def health(request: Request) -> Response:
     """Whether the server's processes live."""
-    front: Front = request.app.state.front
-    alive = not front.client.has_ended
+    api: APIServer = request.app.state.api
+    alive = not api.client.has_ended
     return PlainTextResponse("ok" if alive else "the engine has ended", 200 if alive else 503)
 
 
 @router.get("/ready", response_class=PlainTextResponse)
 async def ready(request: Request) -> Response:
     """Whether requests would be answered."""
-    front: Front = request.app.state.front
-    if front.draining:
+    api: APIServer = request.app.state.api
+    if api.draining:
         return PlainTextResponse("draining", 503)
-    if not front.client.is_ready:
+    if not api.client.is_ready:
         return PlainTextResponse("loading", 503)
     return PlainTextResponse("ready")
 
@@ -128,16 +128,16 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text form. Where keys are asked for, the admin's."""
-    front: Front = request.app.state.front
-    if front.settings.api_keys or front.settings.admin_key is not None:
-        front.authorize_admin(request)
-    return Response(front.metrics.text(), media_type="text/plain; version=0.0.4")
+    api: APIServer = request.app.state.api
+    if api.settings.api_keys or api.settings.admin_key is not None:
+        api.authorize_admin(request)
+    return Response(api.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _ignored(front: Front, body: LoadRequest | UnloadRequest) -> list[str]:
+def _ignored(api: APIServer, body: LoadRequest | UnloadRequest) -> list[str]:
     """Fields without effect; whether an adapter fits the base model, its shapes tell."""
     undeclared = dict(body.undeclared())
-    if undeclared.get("base_model_name") == front.base_name:
+    if undeclared.get("base_model_name") == api.base_name:
         del undeclared["base_model_name"]
     return ignored_fields(undeclared)
 
@@ -145,36 +145,36 @@ def _ignored(front: Front, body: LoadRequest | UnloadRequest) -> list[str]:
 class _Changing:
     """Holds a name while it is loaded or unloaded."""
 
-    def __init__(self, front: Front, name: str) -> None:
-        self._front = front
+    def __init__(self, api: APIServer, name: str) -> None:
+        self._api = api
         self._name = name
 
     async def __aenter__(self) -> None:
-        if self._name in self._front.changing:
+        if self._name in self._api.changing:
             raise APIError(
                 409, f"adapter {self._name!r} is being loaded or unloaded; try again later"
             )
-        self._front.changing.add(self._name)
+        self._api.changing.add(self._name)
 
     async def __aexit__(self, *exception: object) -> None:
-        self._front.changing.discard(self._name)
+        self._api.changing.discard(self._name)
 
 
-def _find(front: Front, body: LoadRequest) -> tuple[Path, Fingerprint]:
+def _find(api: APIServer, body: LoadRequest) -> tuple[Path, Fingerprint]:
     """The folder to load, and what its files are like.
 
     Raises:
         BadRequestError: The name can't be one, or there is no such folder.
         APIError: Status 403; the folder is not below those that are allowed.
     """
-    if body.lora_name == front.base_name:
+    if body.lora_name == api.base_name:
         raise BadRequestError(f"{body.lora_name!r} is the base model's name", param="lora_name")
     try:
         check_adapter_name(body.lora_name)
     except ConfigError as error:
         raise BadRequestError(str(error), param="lora_name") from error
     try:
-        path = front.settings.adapter_path(body.lora_path)
+        path = api.settings.adapter_path(body.lora_path)
     except (ConfigError, ValueError) as error:
         raise APIError(403, str(error), param="lora_path") from error
     try:
@@ -185,15 +185,15 @@ def _find(front: Front, body: LoadRequest) -> tuple[Path, Fingerprint]:
         ) from error
 
 
-def _card(front: Front, name: str) -> dict[str, Any]:
-    base = front.base_name
-    card = front.adapters.get(name)
+def _card(api: APIServer, name: str) -> dict[str, Any]:
+    base = api.base_name
+    card = api.adapters.get(name)
     return {
         "id": name,
         "object": "model",
-        "created": front.started if card is None else card.created,
+        "created": api.started if card is None else card.created,
         "owned_by": "bdlora-megatron",
-        "root": str(front.settings.model if card is None else card.path),
+        "root": str(api.settings.model if card is None else card.path),
         "parent": None if card is None else base,
-        "max_model_len": front.settings.max_model_len,
+        "max_model_len": api.settings.max_model_len,
     }

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from bdlora_megatron.errors import BDLoRAError
-from bdlora_megatron.serve.front.client import EngineGoneError, RequestFailedError
+from bdlora_megatron.serve.api.client import EngineGoneError, RequestFailedError
 
 __all__ = ["APIError", "BadRequestError", "as_api_error", "install"]
 

@@ -7,14 +7,14 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from bdlora_megatron.serve.front.generation import Answer, Job
-from bdlora_megatron.serve.front.text import Piece
+from bdlora_megatron.serve.api.generation import Answer, Job
+from bdlora_megatron.serve.api.text import TextDelta
 from bdlora_megatron.serve.messages import Choice
 
-__all__ = ["ChatForm", "CompletionForm", "Form"]
+__all__ = ["ChatResponse", "CompletionResponse", "ResponseBody"]
 
 
-class Form:
+class ResponseBody:
     """A job, and how one of the two APIs writes its answers down.
 
     Attributes:
@@ -64,7 +64,7 @@ class Form:
         """What a stream says of an answer before its first token, if anything."""
         raise NotImplementedError
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
         """A piece of an answer in a stream."""
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class Form:
         raise NotImplementedError
 
 
-class CompletionForm(Form):
+class CompletionResponse(ResponseBody):
     """``/v1/completions``."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
@@ -104,35 +104,35 @@ class CompletionForm(Form):
         text = "" if self._scored else self._before(index)
         return self._choice(index, text, (), None) if text else None
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
         """A piece of an answer in a stream."""
-        text, choices = self._said(piece)
+        text, choices = self._said(delta)
         if self._scored and index not in self._begun:
             self._begun.add(index)
             text = self._before(index) + text
-            choices = (*self._prompt(index, piece), *choices)
-        return self._choice(index, text, choices, self._finish(piece))
+            choices = (*self._prompt(index, delta), *choices)
+        return self._choice(index, text, choices, self._finish(delta))
 
     def choice(self, index: int, made: Answer) -> dict[str, Any]:
         """A whole answer."""
-        said = [self._said(piece) for piece in made.pieces]
+        said = [self._said(delta) for delta in made.deltas]
         text = self._before(index) + "".join(text for text, _ in said)
         choices = [choice for _, some in said for choice in some]
         if self._scored:
-            choices = [*self._prompt(index, made.pieces[0]), *choices]
-        return self._choice(index, text, choices, self._finish(made.pieces[-1]))
+            choices = [*self._prompt(index, made.deltas[0]), *choices]
+        return self._choice(index, text, choices, self._finish(made.deltas[-1]))
 
-    def _said(self, piece: Piece) -> tuple[str, tuple[Choice, ...]]:
-        return ("", ()) if self._silent else (piece.text, piece.choices)
+    def _said(self, delta: TextDelta) -> tuple[str, tuple[Choice, ...]]:
+        return ("", ()) if self._silent else (delta.text, delta.choices)
 
-    def _finish(self, piece: Piece) -> str | None:
+    def _finish(self, delta: TextDelta) -> str | None:
         # Whatever ended the token that is left out, the answer was as long as it could be.
-        return "length" if self._silent and piece.finish else piece.finish
+        return "length" if self._silent and delta.finish else delta.finish
 
     def _before(self, index: int) -> str:
         return self.job.prompt_of(index).text if self._echo else ""
 
-    def _prompt(self, index: int, first: Piece) -> list[Choice]:
+    def _prompt(self, index: int, first: TextDelta) -> list[Choice]:
         """The prompt's tokens. Nothing says how probable the first one is."""
         return [Choice(self.job.prompt_of(index).ids[0]), *first.prompt]
 
@@ -167,7 +167,7 @@ class CompletionForm(Form):
         return found
 
 
-class ChatForm(Form):
+class ChatResponse(ResponseBody):
     """``/v1/chat/completions``."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -177,23 +177,23 @@ class ChatForm(Form):
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
         """A piece of an answer in a stream."""
         return {
             "index": index,
-            "delta": {"content": piece.text} if piece.text else {},
-            "logprobs": self._logprobs(piece.choices),
-            "finish_reason": piece.finish,
+            "delta": {"content": delta.text} if delta.text else {},
+            "logprobs": self._logprobs(delta.choices),
+            "finish_reason": delta.finish,
         }
 
     def choice(self, index: int, made: Answer) -> dict[str, Any]:
         """A whole answer."""
-        choices = [choice for piece in made.pieces for choice in piece.choices]
+        choices = [choice for delta in made.deltas for choice in delta.choices]
         return {
             "index": index,
             "message": {"role": "assistant", "content": made.text},
             "logprobs": self._logprobs(choices),
-            "finish_reason": made.pieces[-1].finish,
+            "finish_reason": made.deltas[-1].finish,
         }
 
     def _logprobs(self, choices: Sequence[Choice]) -> dict[str, Any] | None:

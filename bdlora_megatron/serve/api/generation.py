@@ -12,10 +12,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from bdlora_megatron.serve.front.errors import BadRequestError, as_api_error
-from bdlora_megatron.serve.front.schema import GenerationFields
-from bdlora_megatron.serve.front.state import Front
-from bdlora_megatron.serve.front.text import Piece, TextStream, Tokenizer
+from bdlora_megatron.serve.api.errors import BadRequestError, as_api_error
+from bdlora_megatron.serve.api.schema import GenerationFields
+from bdlora_megatron.serve.api.state import APIServer
+from bdlora_megatron.serve.api.text import TextDelta, TextStream, Tokenizer
 from bdlora_megatron.serve.messages import Sampling
 
 __all__ = ["REQUEST_ID", "Answer", "Job", "Prompt", "answer", "plan", "stream"]
@@ -77,21 +77,21 @@ class Job:
 class Answer:
     """A whole answer."""
 
-    pieces: list[Piece] = field(default_factory=list)
+    deltas: list[TextDelta] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         """Its text."""
-        return "".join(piece.text for piece in self.pieces)
+        return "".join(delta.text for delta in self.deltas)
 
     @property
     def tokens(self) -> int:
         """How many tokens it has."""
-        return sum(len(piece.choices) for piece in self.pieces)
+        return sum(len(delta.choices) for delta in self.deltas)
 
 
 def plan(
-    front: Front,
+    api: APIServer,
     fields: GenerationFields,
     adapter: str | None,
     prompts: Sequence[Prompt],
@@ -102,7 +102,7 @@ def plan(
     """Check what a request asks for.
 
     Args:
-        front: The front.
+        api: The API server.
         fields: The request's body.
         adapter: What its ``model`` means.
         prompts: What to answer.
@@ -117,19 +117,19 @@ def plan(
         ConfigError: Likewise.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
-    room = front.settings.max_model_len - longest
+    room = api.settings.max_model_len - longest
     if min(len(prompt.ids) for prompt in prompts) == 0:
         raise BadRequestError("a prompt has no tokens; send at least one", param="prompt")
     if room < (max_tokens or 1):
         raise BadRequestError(
             # By these words clients know that a prompt is too long, and may ask a longer model.
-            f"this model's maximum context length is {front.settings.max_model_len} tokens, prompt "
+            f"this model's maximum context length is {api.settings.max_model_len} tokens, prompt "
             f"and answer together; the prompt is too long for max_tokens={max_tokens or 1}: it has "
             f"{longest} tokens; shorten one",
             code="context_length_exceeded",
             param="max_tokens",
         )
-    stop_ids, tokenizer = frozenset(fields.stop_token_ids or ()), front.tokenizer_of(adapter)
+    stop_ids, tokenizer = frozenset(fields.stop_token_ids or ()), api.tokenizer_of(adapter)
     if not fields.ignore_eos:
         stop_ids |= tokenizer.stop_ids
     top_k = fields.top_k or 0
@@ -161,11 +161,11 @@ def plan(
     )
 
 
-async def stream(front: Front, job: Job) -> AsyncGenerator[tuple[int, Piece], None]:
+async def stream(api: APIServer, job: Job) -> AsyncGenerator[tuple[int, TextDelta], None]:
     """The pieces of all answers of a job, as they come. Leaving early cancels what is left.
 
     Args:
-        front: The front.
+        api: The API server.
         job: What to do.
 
     Yields:
@@ -175,23 +175,23 @@ async def stream(front: Front, job: Job) -> AsyncGenerator[tuple[int, Piece], No
         APIError: There is no room.
         TimeoutError: It took too long.
     """
-    front.make_room(job.adapter, job.answers)
-    inbox: asyncio.Queue[tuple[int, Piece] | BaseException] = asyncio.Queue()
+    api.make_room(job.adapter, job.answers)
+    inbox: asyncio.Queue[tuple[int, TextDelta] | BaseException] = asyncio.Queue()
 
     async def one(index: int) -> None:
         try:
-            async with aclosing(_pieces(front, job, index)) as pieces:
-                async for piece in pieces:
-                    inbox.put_nowait((index, piece))
+            async with aclosing(_pieces(api, job, index)) as deltas:
+                async for delta in deltas:
+                    inbox.put_nowait((index, delta))
         except Exception as error:
             # Told to whoever reads the queue, who ends the others too.
             inbox.put_nowait(error)
 
-    front.open_answers[job.adapter] += job.answers
+    api.open_answers[job.adapter] += job.answers
     tasks = [asyncio.create_task(one(index)) for index in range(job.answers)]
     status, tokens, first_s = "cancelled", 0, None
     try:
-        left, deadline_s = job.answers, job.arrived_s + front.settings.request_timeout_s
+        left, deadline_s = job.answers, job.arrived_s + api.settings.request_timeout_s
         while left:
             item = await _in_time(inbox.get(), deadline_s)
             if isinstance(item, BaseException):
@@ -208,10 +208,10 @@ async def stream(front: Front, job: Job) -> AsyncGenerator[tuple[int, Piece], No
     finally:
         for task in tasks:
             task.cancel()
-        front.open_answers[job.adapter] -= job.answers
-        if not front.open_answers[job.adapter]:
-            del front.open_answers[job.adapter]
-        _record(front, job, status, tokens, first_s)
+        api.open_answers[job.adapter] -= job.answers
+        if not api.open_answers[job.adapter]:
+            del api.open_answers[job.adapter]
+        _record(api, job, status, tokens, first_s)
         # Last: where the client has gone, Starlette cancels whatever is awaited here.
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -229,42 +229,42 @@ async def _in_time(work: Coroutine[Any, Any, Result], deadline_s: float) -> Resu
         raise TimeoutError from error
 
 
-async def answer(front: Front, job: Job) -> list[Answer]:
+async def answer(api: APIServer, job: Job) -> list[Answer]:
     """All answers of a job, whole.
 
     Args:
-        front: The front.
+        api: The API server.
         job: What to do.
 
     Returns:
         The answers, by index.
     """
     answers = [Answer() for _ in range(job.answers)]
-    async with aclosing(stream(front, job)) as pieces:
-        async for index, piece in pieces:
-            answers[index].pieces.append(piece)
+    async with aclosing(stream(api, job)) as deltas:
+        async for index, delta in deltas:
+            answers[index].deltas.append(delta)
     return answers
 
 
-async def _pieces(front: Front, job: Job, index: int) -> AsyncGenerator[Piece, None]:
+async def _pieces(api: APIServer, job: Job, index: int) -> AsyncGenerator[TextDelta, None]:
     prompt = job.prompt_of(index)
     text = TextStream(job.tokenizer, prompt.ids, job.stop, min_tokens=job.sampling.min_tokens)
     # The same seed for every prompt of a request, another for each answer to it.
     sampling = replace(job.sampling, seed=job.sampling.seed + index % job.count)
-    async with aclosing(front.client.stream(prompt.ids, sampling, job.adapter)) as tokens:
+    async with aclosing(api.client.stream(prompt.ids, sampling, job.adapter)) as tokens:
         async for token in tokens:
-            piece = text.push(token)
-            if piece is None:
+            delta = text.push(token)
+            if delta is None:
                 continue
-            yield piece
-            if piece.finish is not None:
+            yield delta
+            if delta.finish is not None:
                 return
 
 
-def _record(front: Front, job: Job, status: str, tokens: int, first_s: float | None) -> None:
-    now, metrics = time.monotonic(), front.metrics
-    known = job.adapter is None or job.adapter in front.adapters
-    model = (job.adapter or front.base_name) if known else "unloaded"
+def _record(api: APIServer, job: Job, status: str, tokens: int, first_s: float | None) -> None:
+    now, metrics = time.monotonic(), api.metrics
+    known = job.adapter is None or job.adapter in api.adapters
+    model = (job.adapter or api.base_name) if known else "unloaded"
     metrics.requests.labels(model, status).inc()
     metrics.prompt_tokens.labels(model).inc(job.prompt_tokens)
     metrics.generated_tokens.labels(model).inc(tokens)
@@ -273,7 +273,7 @@ def _record(front: Front, job: Job, status: str, tokens: int, first_s: float | N
         if tokens > job.answers:
             per_answer = (tokens - job.answers) / job.answers
             metrics.per_token_s.labels(model).observe((now - first_s) / per_answer)
-    seen = {"prompts": [p.text for p in job.prompts]} if front.settings.log_prompts else {}
+    seen = {"prompts": [p.text for p in job.prompts]} if api.settings.log_prompts else {}
     logger.info(
         "request",
         extra={

@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bdlora_megatron.errors import AdapterNotFoundError, CapacityError, ConfigError
-from bdlora_megatron.serve import SlotLedger
+from bdlora_megatron.serve import SlotAllocator
 
 NUM_SLOTS, MAX_ROWS = 4, 5
 KEYS = st.integers(0, 7)
 
 
 class Schedule(RuleBasedStateMachine):
-    """A ledger beside what a reader of its documentation would expect of it."""
+    """an allocator beside what a reader of its documentation would expect of it."""
 
     rows = 13  # Fewer than four of five: adapters share them.
 
     def __init__(self):
         super().__init__()
-        self.ledger = SlotLedger(NUM_SLOTS, rows=self.rows, max_rows=MAX_ROWS)
+        self.allocator = SlotAllocator(NUM_SLOTS, rows=self.rows, max_rows=MAX_ROWS)
         self.uses, self.pinned, self.places = {}, set(), {}
         self.order = []  # Least recently used first.
 
@@ -37,7 +37,7 @@ class Schedule(RuleBasedStateMachine):
         if key in self.places:
             return
         before, idle = dict(self.places), self.idle()
-        place = self.ledger.place(key, rows)
+        place = self.allocator.place(key, rows)
         if place is None:
             assert not self.would_fit([self.places[k] for k in before if k not in idle], rows)
             return
@@ -69,7 +69,7 @@ class Schedule(RuleBasedStateMachine):
     @rule(data=st.data())
     def acquire(self, data):
         key = data.draw(st.sampled_from(sorted(self.places)))
-        assert self.ledger.acquire(key) == self.places[key][0]
+        assert self.allocator.acquire(key) == self.places[key][0]
         self.uses[key] += 1
         self.touch(key)
 
@@ -78,25 +78,25 @@ class Schedule(RuleBasedStateMachine):
     def release(self, data):
         key = data.draw(st.sampled_from(sorted(self.places)))
         if self.uses[key]:
-            self.ledger.release(key)
+            self.allocator.release(key)
             self.uses[key] -= 1
             self.touch(key)
         else:
             with pytest.raises(ConfigError, match="not in use"):
-                self.ledger.release(key)
+                self.allocator.release(key)
 
     @precondition(lambda self: self.places)
     @rule(data=st.data())
     def use_soon(self, data):
         key = data.draw(st.sampled_from(sorted(self.places)))
-        self.ledger.touch(key)
+        self.allocator.touch(key)
         self.touch(key)
 
     @precondition(lambda self: self.places)
     @rule(data=st.data(), pinned=st.booleans())
     def pin(self, data, pinned):
         key = data.draw(st.sampled_from(sorted(self.places)))
-        self.ledger.pin(key, pinned=pinned)
+        self.allocator.pin(key, pinned=pinned)
         (self.pinned.add if pinned else self.pinned.discard)(key)
 
     @precondition(lambda self: self.places)
@@ -104,21 +104,21 @@ class Schedule(RuleBasedStateMachine):
     def evict(self, data):
         key = data.draw(st.sampled_from(sorted(self.places)))
         if key in self.idle():
-            assert self.ledger.evict(key) == self.places[key][0]
+            assert self.allocator.evict(key) == self.places[key][0]
             self.forget(key)
         else:
             with pytest.raises(CapacityError, match=r"in use|pinned"):
-                self.ledger.evict(key)
+                self.allocator.evict(key)
 
     @invariant()
     def everything_is_where_it_was(self):
-        assert self.ledger.keys == tuple(self.order)
-        assert self.ledger.available == NUM_SLOTS - len(self.places) + len(self.idle())
+        assert self.allocator.keys == tuple(self.order)
+        assert self.allocator.available == NUM_SLOTS - len(self.places) + len(self.idle())
         taken = set()
         for key, (slot, first, rows) in self.places.items():
-            assert self.ledger.slot(key) == slot
-            assert self.ledger.rows_of(key) == (first, rows)
-            assert self.ledger.uses(key) == self.uses[key]
+            assert self.allocator.slot(key) == slot
+            assert self.allocator.rows_of(key) == (first, rows)
+            assert self.allocator.uses(key) == self.uses[key]
             own = set(range(first, first + rows))
             assert taken.isdisjoint(own)
             assert max(own) < self.rows
@@ -144,11 +144,11 @@ TestSharedRows.settings = TestRoomForAll.settings = settings(
 
 def test_refusals():
     with pytest.raises(ConfigError, match="num_slots=0"):
-        SlotLedger(0, rows=3, max_rows=3)
+        SlotAllocator(0, rows=3, max_rows=3)
     with pytest.raises(ConfigError, match="make room for one"):
-        SlotLedger(2, rows=2, max_rows=3)
-    ledger = SlotLedger(2, rows=6, max_rows=3)
+        SlotAllocator(2, rows=2, max_rows=3)
+    allocator = SlotAllocator(2, rows=6, max_rows=3)
     with pytest.raises(CapacityError, match="raise max_rank"):
-        ledger.place("a", 4)
+        allocator.place("a", 4)
     with pytest.raises(AdapterNotFoundError, match="in no slot"):
-        ledger.acquire("a")
+        allocator.acquire("a")

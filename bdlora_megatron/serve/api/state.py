@@ -13,16 +13,16 @@ from pathlib import Path
 from fastapi import Request
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.serve.api.client import EngineClient
+from bdlora_megatron.serve.api.errors import APIError
+from bdlora_megatron.serve.api.metrics import Metrics
+from bdlora_megatron.serve.api.own_text import own_text
+from bdlora_megatron.serve.api.text import Tokenizer
 from bdlora_megatron.serve.files import Fingerprint
-from bdlora_megatron.serve.front.client import EngineClient
-from bdlora_megatron.serve.front.errors import APIError
-from bdlora_megatron.serve.front.metrics import Metrics
-from bdlora_megatron.serve.front.own_text import own_text
-from bdlora_megatron.serve.front.text import Tokenizer
 from bdlora_megatron.serve.messages import Ready
 from bdlora_megatron.serve.settings import ApiKey, ServeSettings
 
-__all__ = ["AdapterCard", "Front"]
+__all__ = ["APIServer", "AdapterCard"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ class AdapterCard:
     tokenizer: Tokenizer | None = None
 
 
-class Front:
-    """The state of the front.
+class APIServer:
+    """The state of the API server.
 
     Attributes:
         base_name: What requests call the base model.

@@ -11,19 +11,19 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from bdlora_megatron.serve.front.errors import APIError, BadRequestError, as_api_error
-from bdlora_megatron.serve.front.fields import ignored_fields, ignored_header, refused_field
-from bdlora_megatron.serve.front.forms import ChatForm, CompletionForm, Form
-from bdlora_megatron.serve.front.generation import Prompt, answer, plan, stream
-from bdlora_megatron.serve.front.schema import (
+from bdlora_megatron.serve.api.errors import APIError, BadRequestError, as_api_error
+from bdlora_megatron.serve.api.fields import ignored_fields, ignored_header, refused_field
+from bdlora_megatron.serve.api.generation import Prompt, answer, plan, stream
+from bdlora_megatron.serve.api.responses import ChatResponse, CompletionResponse, ResponseBody
+from bdlora_megatron.serve.api.schema import (
     ChatRequest,
     CompletionRequest,
     Conversation,
     GenerationFields,
     StreamOptions,
 )
-from bdlora_megatron.serve.front.state import Front
-from bdlora_megatron.serve.front.text import Piece, Tokenizer
+from bdlora_megatron.serve.api.state import APIServer
+from bdlora_megatron.serve.api.text import TextDelta, Tokenizer
 from bdlora_megatron.serve.lines import json_line
 
 __all__ = ["chat_ids", "plan_body", "router", "until_gone"]
@@ -35,24 +35,26 @@ Result = TypeVar("Result")
 @router.post("/v1/completions", response_model=None)
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Go on with a text."""
-    front: Front = request.app.state.front
-    adapter = front.resolve(body.model, front.authorize(request))
-    return await _respond(request, body, plan_body(front, body, adapter))
+    api: APIServer = request.app.state.api
+    adapter = api.resolve(body.model, api.authorize(request))
+    return await _respond(request, body, plan_body(api, body, adapter))
 
 
 @router.post("/v1/chat/completions", response_model=None)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
-    front: Front = request.app.state.front
-    adapter = front.resolve(body.model, front.authorize(request))
-    return await _respond(request, body, plan_body(front, body, adapter))
+    api: APIServer = request.app.state.api
+    adapter = api.resolve(body.model, api.authorize(request))
+    return await _respond(request, body, plan_body(api, body, adapter))
 
 
-def plan_body(front: Front, body: CompletionRequest | ChatRequest, adapter: str | None) -> Form:
+def plan_body(
+    api: APIServer, body: CompletionRequest | ChatRequest, adapter: str | None
+) -> ResponseBody:
     """Check a body.
 
     Args:
-        front: The front.
+        api: The API server.
         body: Of either kind.
         adapter: What its ``model`` means.
 
@@ -69,16 +71,16 @@ def plan_body(front: Front, body: CompletionRequest | ChatRequest, adapter: str 
         raise BadRequestError(
             f"{refused} would change the answer and is not supported; leave it out", param=refused
         )
-    form = (
-        _plan_chat(front, body, adapter)
+    reply = (
+        _plan_chat(api, body, adapter)
         if isinstance(body, ChatRequest)
-        else _plan_text(front, body, adapter)
+        else _plan_text(api, body, adapter)
     )
-    form.ignored = (*ignored_fields(undeclared), *form.ignored)
-    return form
+    reply.ignored = (*ignored_fields(undeclared), *reply.ignored)
+    return reply
 
 
-def _plan_text(front: Front, body: CompletionRequest, adapter: str | None) -> Form:
+def _plan_text(api: APIServer, body: CompletionRequest, adapter: str | None) -> ResponseBody:
     """As ``plan_body``.
 
     Raises:
@@ -93,17 +95,17 @@ def _plan_text(front: Front, body: CompletionRequest, adapter: str | None) -> Fo
         raise BadRequestError(
             "max_tokens=0 wants echo=true, or nothing is left", param="max_tokens"
         )
-    tokenizer = front.tokenizer_of(adapter)
+    tokenizer = api.tokenizer_of(adapter)
     prompts = [_prompt(tokenizer, prompt, body.add_special_tokens) for prompt in body.prompts]
     # The engine gives one token at least; a form that says nothing leaves it out.
     most = 1 if silent else body.max_tokens
-    job = plan(front, body, adapter, prompts, max_tokens=most, logprobs=body.logprobs)
+    job = plan(api, body, adapter, prompts, max_tokens=most, logprobs=body.logprobs)
     if body.echo and body.logprobs is not None:
         job = replace(job, sampling=replace(job.sampling, prompt_logprobs=True))
-    return CompletionForm(job, echo=body.echo, silent=silent)
+    return CompletionResponse(job, echo=body.echo, silent=silent)
 
 
-def _plan_chat(front: Front, body: ChatRequest, adapter: str | None) -> Form:
+def _plan_chat(api: APIServer, body: ChatRequest, adapter: str | None) -> ResponseBody:
     """As ``plan_body``.
 
     Raises:
@@ -111,27 +113,27 @@ def _plan_chat(front: Front, body: ChatRequest, adapter: str | None) -> Form:
     """
     if body.top_logprobs and not body.logprobs:
         raise BadRequestError("top_logprobs wants logprobs=true", param="top_logprobs")
-    ids, unread = chat_ids(front, body, adapter)
+    ids, unread = chat_ids(api, body, adapter)
     job = plan(
-        front,
+        api,
         body,
         adapter,
         [Prompt("", ids)],
         max_tokens=body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    form = ChatForm(job)
-    form.ignored = unread
-    return form
+    reply = ChatResponse(job)
+    reply.ignored = unread
+    return reply
 
 
 def chat_ids(
-    front: Front, body: Conversation, adapter: str | None
+    api: APIServer, body: Conversation, adapter: str | None
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """A conversation's tokens.
 
     Args:
-        front: The front.
+        api: The API server.
         body: The conversation.
         adapter: Whose chat template it is written by.
 
@@ -148,7 +150,7 @@ def chat_ids(
             "add_generation_prompt and continue_final_message exclude each other; send one",
             param="continue_final_message",
         )
-    tokenizer = front.tokenizer_of(adapter)
+    tokenizer = api.tokenizer_of(adapter)
     messages = [message.plain() for message in body.messages]
     ids = tuple(
         tokenizer.encode_chat(
@@ -205,17 +207,17 @@ def _prompt(tokenizer: Tokenizer, prompt: str | list[int], special: bool) -> Pro
     return Prompt(tokenizer.decode(prompt), tuple(prompt))
 
 
-async def _respond(request: Request, body: GenerationFields, form: Form) -> Response:
-    front: Front = request.app.state.front
-    headers = ignored_header(form.ignored)
+async def _respond(request: Request, body: GenerationFields, reply: ResponseBody) -> Response:
+    api: APIServer = request.app.state.api
+    headers = ignored_header(reply.ignored)
     if not body.stream:
-        answers = await until_gone(request, answer(front, form.job))
-        return JSONResponse(form.whole(answers), headers=headers)
-    pieces = stream(front, form.job)
+        answers = await until_gone(request, answer(api, reply.job))
+        return JSONResponse(reply.whole(answers), headers=headers)
+    deltas = stream(api, reply.job)
     # The first piece before the status: a refusal is then told as one.
-    first = await until_gone(request, _first(pieces))
-    events = _events(form, first, pieces, body.stream_options or StreamOptions())
-    return _EventStream(events, pieces, headers)
+    first = await until_gone(request, _first(deltas))
+    events = _events(reply, first, deltas, body.stream_options or StreamOptions())
+    return _EventStream(events, deltas, headers)
 
 
 class _EventStream(StreamingResponse):
@@ -241,38 +243,38 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _first(pieces: AsyncGenerator[tuple[int, Piece], None]) -> tuple[int, Piece]:
-    return await anext(pieces)
+async def _first(deltas: AsyncGenerator[tuple[int, TextDelta], None]) -> tuple[int, TextDelta]:
+    return await anext(deltas)
 
 
 async def _events(
-    form: Form, first: tuple[int, Piece], pieces: Any, options: StreamOptions
+    reply: ResponseBody, first: tuple[int, TextDelta], deltas: Any, options: StreamOptions
 ) -> AsyncGenerator[str, None]:
     """Server-sent events: a chunk for each piece, and at the end ``[DONE]``."""
     tokens = 0
 
     def chunk(choice: dict[str, Any]) -> str:
         if not options.include_usage:
-            return _event(form.chunk([choice]))
-        so_far = form.usage(tokens) if options.continuous_usage_stats else None
-        return _event(form.chunk([choice], usage=so_far))
+            return _event(reply.chunk([choice]))
+        so_far = reply.usage(tokens) if options.continuous_usage_stats else None
+        return _event(reply.chunk([choice], usage=so_far))
 
     try:
-        async with aclosing(pieces):
-            for index in range(form.job.answers):
-                opening = form.opening(index)
+        async with aclosing(deltas):
+            for index in range(reply.job.answers):
+                opening = reply.opening(index)
                 if opening is not None:
                     yield chunk(opening)
-            item: tuple[int, Piece] | None = first
+            item: tuple[int, TextDelta] | None = first
             while item is not None:
                 tokens += len(item[1].choices)
-                yield chunk(form.piece(*item))
-                item = await anext(pieces, None)
+                yield chunk(reply.delta(*item))
+                item = await anext(deltas, None)
     except Exception as error:
         yield _event(as_api_error(error).body)
         return
     if options.include_usage:
-        yield _event(form.chunk([], usage=form.usage(tokens)))
+        yield _event(reply.chunk([], usage=reply.usage(tokens)))
     yield "data: [DONE]\n\n"
 
 

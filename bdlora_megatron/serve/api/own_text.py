@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.serve.front.text import VOCABULARIES, chat_template
+from bdlora_megatron.serve.api.text import VOCABULARIES, chat_template
 
 __all__ = ["own_text"]
 

@@ -1,4 +1,4 @@
-"""The front's end of the link to the ranks."""
+"""The API server's end of the link to the ranks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 
 from bdlora_megatron.errors import BDLoRAError
 from bdlora_megatron.serve.messages import (
-    Answer,
+    AdapterResult,
     Cancel,
     Command,
     Failed,
-    Load,
+    LoadAdapter,
     Ready,
     Sampling,
     Snapshot,
     StepReport,
     Submit,
     Token,
-    Unload,
+    UnloadAdapter,
 )
 
 __all__ = ["EngineClient", "EngineGoneError", "RequestFailedError"]
@@ -62,7 +62,7 @@ class EngineClient:
         self._ready: asyncio.Future[Ready] | None = None
         self._numbers = itertools.count(1)
         self._streams: dict[int, asyncio.Queue[Token | Failed | None]] = {}
-        self._answers: dict[int, asyncio.Future[Answer]] = {}
+        self._answers: dict[int, asyncio.Future[AdapterResult]] = {}
 
     def attach(self, link: Connection) -> None:
         """Take up a link to rank 0; called in the event loop.
@@ -183,7 +183,7 @@ class EngineClient:
         """
         ticket = next(self._numbers)
         return await self._ask(
-            Load(ticket=ticket, name=name, path=path, layout=layout, wait=wait), ticket
+            LoadAdapter(ticket=ticket, name=name, path=path, layout=layout, wait=wait), ticket
         )
 
     async def unload(self, name: str) -> str | None:
@@ -196,10 +196,10 @@ class EngineClient:
             As for ``load``.
         """
         ticket = next(self._numbers)
-        return await self._ask(Unload(ticket=ticket, name=name), ticket)
+        return await self._ask(UnloadAdapter(ticket=ticket, name=name), ticket)
 
     async def _ask(self, command: Command, ticket: int) -> str | None:
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[AdapterResult] = asyncio.get_running_loop().create_future()
         self._answers[ticket] = future
         try:
             self._send(command)
@@ -231,7 +231,7 @@ class EngineClient:
         assert isinstance(message, StepReport)
         self.snapshot = message.snapshot
         for event in message.events:
-            if isinstance(event, Answer):
+            if isinstance(event, AdapterResult):
                 future = self._answers.get(event.ticket)
                 if future is not None and not future.done():
                     future.set_result(event)

@@ -1,1 +1,0 @@
-"""The front: OpenAI's API over HTTP, in a process without torch."""
