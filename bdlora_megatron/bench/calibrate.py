@@ -65,9 +65,6 @@ class Machine:
             latency_s: The injected wait.
             cpu: As of ``Device``.
             memory: As of ``Device``.
-
-        Returns:
-            The machine.
         """
         wait = latency_s + self.timer if latency_s else 0.0
         ring = Protocol(base=self.start + wait, per_step=0.0, bandwidth=self.link)

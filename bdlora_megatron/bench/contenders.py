@@ -94,20 +94,11 @@ class Contenders:
         self._optimizers[variant] = torch.optim.AdamW(adapters, lr=1e-4)
 
     def model_of(self, variant: Variant) -> Any:
-        """The model that a contender's steps run.
-
-        Args:
-            variant: Which.
-        """
+        """The model that a contender's steps run."""
         return self._hosts.get(variant, self.model)
 
     def choose(self, variant: Variant, setting: Setting) -> None:
-        """Put one contender's adapters in.
-
-        Args:
-            variant: Which.
-            setting: A mixed step takes them from slots.
-        """
+        """Put one contender's adapters in."""
         mixed = setting.adapters is not None
         chosen = {} if mixed else self._adapters.get(variant, {})
         for name, layer in lora_layers(self.model):
@@ -116,10 +107,6 @@ class Contenders:
 
     def step(self, variant: Variant, setting: Setting) -> Callable[[], None]:
         """What to run for one step; ``choose(variant, setting)`` comes first.
-
-        Args:
-            variant: Whose optimizer steps.
-            setting: Phase and sizes.
 
         Returns:
             A function that takes the step and waits for it.

@@ -50,13 +50,6 @@ def link_latency(seconds: float, *, wait: Callable[[float], object] = time.sleep
     Each rank waits by itself, so that all of them enter the collective that much later. Barriers
     are left alone. The host waits, so this tells nothing where collectives are queued on a GPU.
 
-    Args:
-        seconds: How long; 0 changes nothing.
-        wait: What waits.
-
-    Yields:
-        Nothing.
-
     Raises:
         ConfigError: ``seconds`` is negative.
     """

@@ -119,14 +119,7 @@ class _Grouped:
         return len(self.widths)
 
     def forward(self, counts: Sequence[int]) -> Iterator[Product]:
-        """Kernels of one layer.
-
-        Args:
-            counts: Tokens of each adapter.
-
-        Yields:
-            Shrinking, then expanding.
-        """
+        """Kernels of one layer."""
         few, many = self._split(counts)
         total = sum(counts)
         if self.exchanges:

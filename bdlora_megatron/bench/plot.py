@@ -40,9 +40,6 @@ def plot_report(report: BenchReport, path: str | Path) -> Path:
     Args:
         report: What was measured; the first of its ranks is drawn.
         path: The picture; replaced if it exists.
-
-    Returns:
-        The path.
     """
     plan = report.plan
     rank = plan.ranks[0]

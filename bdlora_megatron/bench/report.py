@@ -52,18 +52,7 @@ class BenchReport:
     def of(
         cls, plan: BenchPlan, cells: Sequence[Cell], *, command: str, seconds: float, load: float
     ) -> BenchReport:
-        """The report of what was measured on this machine, with the cost model fitted to it.
-
-        Args:
-            plan: What was asked.
-            cells: What was measured.
-            command: What makes it again.
-            seconds: How long it took.
-            load: The machine's load average when it began.
-
-        Returns:
-            The report.
-        """
+        """The report of what was measured on this machine, with the cost model fitted to it."""
         gpu = torch.cuda.is_available()
         fit = calibrate(plan, cells, 2 if gpu else 4, cpu=not gpu)
         return cls(
@@ -116,11 +105,7 @@ class BenchReport:
         }
 
     def markdown(self, picture: str | None = None) -> str:
-        """The page.
-
-        Args:
-            picture: The name of a picture to show.
-        """
+        """The page, with a picture's name to show if there is one."""
         parts = [*self._about()]
         if picture is not None:
             parts += [f"![Each layout's time over the base model's]({picture})", ""]
@@ -134,13 +119,6 @@ class BenchReport:
     def cell(self, variant: Variant, setting: Setting) -> Cell:
         """One of the cells.
 
-        Args:
-            variant: The contender.
-            setting: The step and the link.
-
-        Returns:
-            The cell.
-
         Raises:
             KeyError: It was not measured.
         """
@@ -150,15 +128,7 @@ class BenchReport:
         return cell
 
     def find(self, variant: Variant, setting: Setting) -> Cell | None:
-        """The same; None if it was not measured.
-
-        Args:
-            variant: The contender.
-            setting: The step and the link.
-
-        Returns:
-            The cell.
-        """
+        """The cell of a contender and a setting; None if it was not measured."""
         for cell in self.cells:
             if cell.variant == variant and cell.setting == setting:
                 return cell
@@ -246,13 +216,6 @@ class BenchReport:
 
 def write_report(report: BenchReport, stem: Path) -> Path:
     """Write the JSON, the picture and the page.
-
-    Args:
-        report: What was found.
-        stem: Their path but for the suffix.
-
-    Returns:
-        The page's path.
 
     Raises:
         MissingDependencyError: Matplotlib is not installed.

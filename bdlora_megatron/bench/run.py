@@ -107,15 +107,7 @@ def _rank_main(
 
 
 def measure_rank(plan: BenchPlan, tell: Callable[[str], None]) -> list[Cell]:
-    """One rank's part of ``measure``, where the ranks and their process groups are there already.
-
-    Args:
-        plan: What to measure.
-        tell: Is told of progress.
-
-    Returns:
-        The cells, the same on every rank.
-    """
+    """One rank's part of ``measure``, in process groups that exist."""
     contenders = Contenders(plan)
     # What a step communicates does not depend on the link's speed.
     counted = {

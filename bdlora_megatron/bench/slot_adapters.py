@@ -41,9 +41,6 @@ class SlotAdapters:
         Every slot holds the same factors, in rows of its own: what a step costs does not depend on
         what they are.
 
-        Args:
-            variant: Whose adapter it is.
-
         Collectives: those of ``collect_adapter``.
         """
         if not self._plan.mixed:
@@ -70,11 +67,7 @@ class SlotAdapters:
         self.choose(None)
 
     def choose(self, variant: Variant | None) -> None:
-        """Put one contender's slots into the layers.
-
-        Args:
-            variant: Which; None takes all out.
-        """
+        """Put one contender's slots into the layers."""
         chosen = {} if variant is None else self._layers.get(variant, {})
         for name, layer in lora_layers(self._model):
             layer.slots = chosen.get(name)

@@ -83,9 +83,6 @@ class BlockFactors:
 def block_views(factors: BlockFactors) -> tuple[Tensor, Tensor]:
     """The two factors in the orientation-free form, as views.
 
-    Args:
-        factors: The update.
-
     Returns:
         `packed [N, W / N, R / N]` and `dense [N, R / N, D]`. Their products are the blocks of
         `B A` when B is blocked, and of its transpose when A is.
@@ -107,9 +104,6 @@ def from_block_views(
         dense: `[N, R / N, D]`.
         blocked: Which factor is block-diagonal.
         scale: s.
-
-    Returns:
-        The update, contiguous.
     """
     if blocked == "B":
         A, B = dense.flatten(0, 1), packed.flatten(0, 1)

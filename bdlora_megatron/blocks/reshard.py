@@ -154,10 +154,6 @@ def pad_rank(factors: BlockFactors, rank: int) -> BlockFactors:
 def check_num_blocks(factors: BlockFactors, num_blocks: int) -> None:
     """See that an update can be cut into a number of blocks.
 
-    Args:
-        factors: The update.
-        num_blocks: The blocks wanted.
-
     Raises:
         ConfigError: If `num_blocks` is not positive.
         ShapeError: If it does not divide the width of the blocked side.

@@ -237,13 +237,6 @@ def _eos(reader: _Reader) -> tuple[int, ...]:
 def stop_ids(folder: Path, own: int | None) -> frozenset[int]:
     """The tokens that end an answer: the tokenizer's, and those of ``generation_config.json``.
 
-    Args:
-        folder: The model's.
-        own: The tokenizer's end of sequence.
-
-    Returns:
-        Their ids.
-
     Raises:
         ConfigError: The file can't be read.
     """

@@ -55,9 +55,6 @@ class Assembled:
     def forward(self, tokens: int) -> Iterator[Product]:
         """Kernels beside the base product's.
 
-        Args:
-            tokens: T.
-
         Yields:
             Putting A together, shrinking, putting B together, expanding.
         """
@@ -79,14 +76,7 @@ class Assembled:
             yield traverse(2 * T * O, size)
 
     def backward(self, tokens: int) -> Iterator[Product]:
-        """Kernels of the gradients of X, A and B.
-
-        Args:
-            tokens: T.
-
-        Yields:
-            Them.
-        """
+        """Kernels of the gradients of X, A and B."""
         T, K, O, size = tokens, self.rank, self.expanded, self.size
         if self.layout is Layout.SLORA and not self.column:
             yield from self._slice_backward(T)
@@ -127,9 +117,6 @@ def assemble(
         load: The adapter; its blocks are the ranks' number.
         tp: P.
         size: Bytes of an element.
-
-    Returns:
-        What counts its kernels.
 
     Raises:
         ConfigError: The blocks do not fit the ranks, or the blocks the rank.

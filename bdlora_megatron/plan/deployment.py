@@ -233,9 +233,6 @@ def make_sweep(deployment: Deployment, requests: Sequence[int]) -> Sweep:
         deployment: What is to be served, and on what; its own number of requests is not used.
         requests: The numbers; each counts once.
 
-    Returns:
-        The plans.
-
     Raises:
         ConfigError: As of ``make_plan``, or there is no number.
     """
@@ -250,9 +247,6 @@ def make_plan(deployment: Deployment) -> Plan:
 
     Args:
         deployment: What is to be served, and on what.
-
-    Returns:
-        The plan.
 
     Raises:
         ConfigError: A number is not positive, a target is not known, or layers and ranks do not

@@ -100,16 +100,7 @@ def _attention(shape: ModelShape, at: LocalStep, tp: int) -> _Attention:
 
 
 def local_forward(shape: ModelShape, at: LocalStep, tp: int) -> list[Product]:
-    """Kernels of one decoder layer on one rank.
-
-    Args:
-        shape: The base model.
-        at: The batch.
-        tp: Ranks.
-
-    Returns:
-        Them, in order.
-    """
+    """Kernels of one decoder layer on one rank."""
     size, own = at.bytes_per_element, at.own_tokens(tp) * shape.hidden_size
     qkv, proj, fc1, fc2 = shape.linears()
     gate = at.tokens * shape.ffn_size // tp
@@ -128,16 +119,7 @@ def local_forward(shape: ModelShape, at: LocalStep, tp: int) -> list[Product]:
 
 
 def local_backward(shape: ModelShape, at: LocalStep, tp: int) -> list[Product]:
-    """Kernels of one decoder layer's backward pass on one rank, its weights frozen.
-
-    Args:
-        shape: The base model.
-        at: The batch.
-        tp: Ranks.
-
-    Returns:
-        Them.
-    """
+    """Kernels of one decoder layer's backward pass on one rank, its weights frozen."""
     size, own = at.bytes_per_element, at.own_tokens(tp) * shape.hidden_size
     gate = at.tokens * shape.ffn_size // tp
     residual = traverse(3 * own, size)
@@ -153,17 +135,7 @@ def local_backward(shape: ModelShape, at: LocalStep, tp: int) -> list[Product]:
 
 
 def local_outer(shape: ModelShape, at: LocalStep, tp: int, *, rows: int) -> list[Product]:
-    """Kernels of the embedding, the final norm and the output layer, forward.
-
-    Args:
-        shape: The base model.
-        at: The batch.
-        tp: Ranks.
-        rows: Tokens whose logits are computed.
-
-    Returns:
-        Them.
-    """
+    """Kernels of the embedding, the final norm and the output layer, forward."""
     size, hidden = at.bytes_per_element, at.tokens * shape.hidden_size
     vocabulary = -(-shape.vocab_size // tp)
     return [
@@ -177,31 +149,13 @@ def local_outer(shape: ModelShape, at: LocalStep, tp: int, *, rows: int) -> list
 
 
 def local_loss(shape: ModelShape, at: LocalStep, tp: int) -> list[Product]:
-    """Kernels of the loss over all tokens.
-
-    Args:
-        shape: The base model.
-        at: The batch.
-        tp: Ranks.
-
-    Returns:
-        Them.
-    """
+    """Kernels of the loss over all tokens."""
     size, logits = at.bytes_per_element, at.tokens * -(-shape.vocab_size // tp)
     return [*_passes(_LOSS, logits, size), *[traverse(2 * at.tokens, size)] * _LOSS_SMALL]
 
 
 def local_loss_backward(shape: ModelShape, at: LocalStep, tp: int) -> list[Product]:
-    """Kernels of the loss's gradient, down to the last decoder layer.
-
-    Args:
-        shape: The base model.
-        at: The batch.
-        tp: Ranks.
-
-    Returns:
-        Them.
-    """
+    """Kernels of the loss's gradient, down to the last decoder layer."""
     size, vocabulary = at.bytes_per_element, -(-shape.vocab_size // tp)
     return [
         *[traverse(2 * at.tokens, size)] * _LOSS_BACKWARD_SMALL,

@@ -15,9 +15,6 @@ __all__ = ["PRESETS", "check_targets"]
 def check_targets(names: Sequence[str]) -> None:
     """Refuse layers that the cost model does not know.
 
-    Args:
-        names: Of the layers that an adapter changes.
-
     Raises:
         ConfigError: There are none, or one of them is not in ``DEFAULT_TARGETS`` or comes twice.
     """

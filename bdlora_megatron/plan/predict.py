@@ -64,9 +64,6 @@ def work_seconds(
         hardware: The machine.
         tp: Ranks.
         backward: The kernels belong to a backward pass or an optimizer.
-
-    Returns:
-        Seconds of each.
     """
     device = hardware.device
     compute = sum(
@@ -157,17 +154,7 @@ def _outer_work(shape: ModelShape, step: Step, tp: int) -> Work:
 
 
 def outer_products(shape: ModelShape, step: Step, tp: int, *, rows: int) -> tuple[Product, ...]:
-    """Kernels of embedding, final norm and output layer, forward.
-
-    Args:
-        shape: The base model.
-        step: The batch.
-        tp: Tensor-parallel ranks.
-        rows: Tokens whose logits are computed.
-
-    Returns:
-        Three kernels, the output layer's last.
-    """
+    """Kernels of embedding, final norm and output layer, forward."""
     size, hidden = step.bytes_per_element, shape.hidden_size
     small = traverse(2 * step.tokens * hidden, size)
     return small, small, multiply(rows, hidden, -(-shape.vocab_size // tp), size)

@@ -106,11 +106,6 @@ class TrainStep:
 def base_training_work(shape: ModelShape, at: TrainStep, tp: int) -> tuple[Work, Work]:
     """One decoder layer of the base model, forward and backward.
 
-    Args:
-        shape: The base model.
-        at: The micro-batch.
-        tp: P.
-
     Returns:
         Its work forward, and its work backward. Where sequences are split, each of the four layers
         has one collective in either direction; else two have one all-reduce each.
@@ -159,9 +154,6 @@ def adapter_training_work(
         at: The micro-batch; all of its tokens use the one adapter.
         load: The adapter.
         tp: P.
-
-    Returns:
-        Its work forward, and its work backward.
 
     Raises:
         ConfigError: The blocks are not the ranks' number, or do not fit the rank.
@@ -215,11 +207,6 @@ def _returned(adapter: Assembled, at: TrainStep, load: AdapterLoad, tp: int) -> 
 
 def outer_training_work(shape: ModelShape, at: TrainStep, tp: int) -> tuple[Work, Work]:
     """Embedding, final norm, output layer and loss, forward and backward.
-
-    Args:
-        shape: The base model.
-        at: The micro-batch.
-        tp: P.
 
     Returns:
         Their work forward, with one collective of the hidden state at each end that splits it, and

@@ -153,11 +153,6 @@ def traverse(elements: float, size: int) -> Product:
 def factor_sizes(linear: Linear, load: AdapterLoad, tp: int) -> tuple[list[int], list[int], int]:
     """One adapter's share on one rank, in elements as stored.
 
-    Args:
-        linear: The layer.
-        load: Layout, rank and blocks.
-        tp: P.
-
     Returns:
         The sizes of each projection's A, those of each projection's B, and the rows of all A on
         this rank, which is the width of what ``shrink`` makes.
@@ -173,11 +168,6 @@ def factor_sizes(linear: Linear, load: AdapterLoad, tp: int) -> tuple[list[int],
 
 def local_factors(linear: Linear, load: AdapterLoad, tp: int) -> list[tuple[int, int, int, int]]:
     """One adapter's factors on one rank, as stored.
-
-    Args:
-        linear: The layer.
-        load: Layout, rank and blocks.
-        tp: P.
 
     Returns:
         For each projection the rows and columns of A, then those of B.

@@ -145,9 +145,6 @@ class CPURNGStatesTracker(megatron_random.CudaRNGStatesTracker):
         Args:
             name: A stream that was added, or set with ``set_states``.
 
-        Yields:
-            Nothing.
-
         Raises:
             KeyError: There is no such stream; ``model_parallel_cuda_manual_seed`` makes them.
         """

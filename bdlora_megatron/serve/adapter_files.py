@@ -27,10 +27,6 @@ class AdapterFiles:
 
         What is wrong with the folder is told when it is read: registering an adapter must not fail
         on one rank alone.
-
-        Args:
-            folder: The adapter's.
-            name: The adapter's, for messages.
         """
         self._folder = folder
         self._name = name
@@ -44,9 +40,6 @@ class AdapterFiles:
 
     def read(self) -> Adapter:
         """The adapter; its modules may be read when they are looked up.
-
-        Returns:
-            The adapter.
 
         Raises:
             AdapterFormatError: The files have changed, or can't be read.

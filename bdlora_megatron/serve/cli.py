@@ -26,14 +26,7 @@ _EXTRA = ("einops", "fastapi", "prometheus_client", "transformers", "uvicorn", "
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser.
-
-    Args:
-        commands: What `add_subparsers` returned.
-
-    Returns:
-        The command's own parser.
-    """
+    """Add the command to the parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "serve",
         help="serve a base model and its adapters over HTTP",
@@ -50,11 +43,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `bdlora serve` and `bdlora generate` have in common.
-
-    Args:
-        parser: The command's parser.
-    """
+    """Add what `bdlora serve` and `bdlora generate` have in common."""
     parser.add_argument("--model", metavar="DIR", help="the base model, in Hugging Face's form")
     parser.add_argument(
         "--adapters",
@@ -92,12 +81,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def settings_of(arguments: argparse.Namespace) -> ServeSettings:
     """Put together file, environment and arguments.
 
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        The settings.
-
     Raises:
         ConfigError: A setting is unknown or wrong, or model or adapters are not there.
         MissingDependencyError: The extra `serve` is not installed.
@@ -134,14 +117,7 @@ def check_device(settings: ServeSettings) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGTERM.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        The exit status.
-    """
+    """Serve until SIGTERM."""
     require_engine()
     settings = settings_of(arguments)
     check_device(settings)

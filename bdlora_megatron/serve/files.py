@@ -16,9 +16,6 @@ Fingerprint: TypeAlias = dict[str, tuple[int, int]]
 def fingerprint(folder: Path) -> Fingerprint:
     """What changes when an adapter's files do.
 
-    Args:
-        folder: The adapter's folder.
-
     Returns:
         Size and time of change of each file in it.
 

@@ -38,14 +38,7 @@ _AHEAD = 4
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser.
-
-    Args:
-        commands: What `add_subparsers` returned.
-
-    Returns:
-        The command's own parser.
-    """
+    """Add the command to the parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "generate",
         help="answer a file of requests",
@@ -65,12 +58,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer a file.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        The exit status.
 
     Raises:
         ConfigError: OUTPUT is there already or can't be written, or INPUT is not there.

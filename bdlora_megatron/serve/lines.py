@@ -17,9 +17,6 @@ _ENDS = {code: f"\\u{code:04x}" for code in _ESCAPED}
 def json_line(data: dict[str, Any]) -> str:
     """A value as JSON, without any character that ends a line.
 
-    Args:
-        data: The value.
-
     Returns:
         The text, which says the same to any reader of JSON.
     """

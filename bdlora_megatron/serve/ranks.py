@@ -32,9 +32,6 @@ def prepare_ranks(settings: ServeSettings) -> None:
 
     The fork server has this process's environment, and ends with it.
 
-    Args:
-        settings: The server's.
-
     Raises:
         ConfigError: The machine has no network interface of that name.
     """
@@ -115,14 +112,7 @@ class Ranks:
         }
 
     def stop(self, *, timeout_s: float) -> bool:
-        """Ask the ranks to end, and end those that do not.
-
-        Args:
-            timeout_s: How long they may take.
-
-        Returns:
-            Whether all ended by themselves, and well.
-        """
+        """Ask the ranks to end, and end those that do not."""
         try:
             self.link.send(Stop())
         except OSError:

@@ -44,10 +44,6 @@ class Server:
     ) -> None:
         """Read the tokenizer and take the port; nothing is started yet.
 
-        Args:
-            settings: All of them.
-            start_ranks: Starts the ranks.
-
         Raises:
             ConfigError: The model's folder has no tokenizer, or the port is taken.
         """

@@ -29,9 +29,6 @@ logger = logging.getLogger(__name__)
 def rank_of(environment: Mapping[str, str]) -> int | None:
     """This process's rank, if torchrun has started it.
 
-    Args:
-        environment: The process's.
-
     Returns:
         The rank; None for a process that starts ranks by itself.
     """
@@ -40,13 +37,6 @@ def rank_of(environment: Mapping[str, str]) -> int | None:
 
 def settings_for(settings: ServeSettings, environment: Mapping[str, str]) -> ServeSettings:
     """The settings with the number of ranks that torchrun has started.
-
-    Args:
-        settings: As given.
-        environment: The process's.
-
-    Returns:
-        The settings.
 
     Raises:
         ConfigError: ``restarts`` or another ``tp`` is set, which is torchrun's to decide.
@@ -68,9 +58,6 @@ def serve_rank(settings: ServeSettings, rank: int, link: Connection) -> int:
         settings: The server's.
         rank: This process's.
         link: To the API server; of ranks other than 0 never used.
-
-    Returns:
-        The exit status.
     """
     import torch
 
@@ -98,11 +85,7 @@ class OwnRank:
     """Rank 0 in a thread of the API server's process; has what the API server asks of ``Ranks``."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        """Start the thread.
-
-        Args:
-            settings: The server's.
-        """
+        """Start the thread."""
         self.link, theirs = multiprocessing.Pipe()
         self._status: int | None = None
 
@@ -118,14 +101,7 @@ class OwnRank:
         return {} if self._status is None else {0: self._status}
 
     def stop(self, *, timeout_s: float) -> bool:
-        """Ask the ranks to end.
-
-        Args:
-            timeout_s: How long they may take.
-
-        Returns:
-            Whether this one ended well.
-        """
+        """Ask the ranks to end."""
         self.link.send(Stop())
         self._thread.join(timeout_s)
         return self._status == 0

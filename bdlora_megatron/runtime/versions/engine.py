@@ -170,9 +170,6 @@ def context_arguments(
         block_size: Positions of a block of the cache.
         kv_cache_memory_bytes: Memory of the cache.
         cuda_graphs: For how many numbers of requests a decoding step is captured; None for none.
-
-    Returns:
-        Arguments by name.
     """
     sizes = {
         "max_sequence_length": max_model_len,
@@ -206,15 +203,7 @@ def context_arguments(
 
 
 def wrapper_arguments(model: Any, context: DynamicInferenceContext) -> tuple[Any, ...]:
-    """What the constructor of ``GPTInferenceWrapper`` takes.
-
-    Args:
-        model: The model.
-        context: Its context.
-
-    Returns:
-        Arguments in order.
-    """
+    """What the constructor of ``GPTInferenceWrapper`` takes."""
     if InferenceConfig is not None:
         return model, context
     from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (

@@ -48,9 +48,6 @@ def sharded_for_checkpoint(
         tp_group: The tensor-parallel group.
         dp_cp_group: The ranks that hold the same tensors; the global ones where unset.
 
-    Returns:
-        Sharded tensors by full name.
-
     Raises:
         UnsupportedError: ``tp_group`` is not the global one and this release knows no other.
     """
@@ -130,21 +127,13 @@ def nested_submodules(value: Any) -> Any:
 
 
 def share_quantization(source: Any, target: Any) -> None:
-    """Let one Transformer Engine layer compute in the number formats that another was told.
-
-    Args:
-        source: A Megatron-Core layer over Transformer Engine.
-        target: Another one, changed in place.
-    """
+    """Let one Transformer Engine layer compute in the number formats that another was told."""
     if hasattr(source, "te_quant_params"):
         target.te_quant_params = source.te_quant_params
 
 
 def weight_is_rebuilt(layer: Any) -> bool:
     """Whether a linear layer holds a part of its local weight and gathers the rest for each use.
-
-    Args:
-        layer: A Megatron-Core linear layer.
 
     Returns:
         True under ``gtp_weight_remat_size > 1``.

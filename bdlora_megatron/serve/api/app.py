@@ -18,14 +18,7 @@ __all__ = ["make_app"]
 
 
 def make_app(api: APIServer) -> FastAPI:
-    """Build the app.
-
-    Args:
-        api: What its requests share.
-
-    Returns:
-        The app.
-    """
+    """Build the app."""
     app = FastAPI(title="bdlora-megatron", docs_url=None, redoc_url=None)
     app.state.api = api
     for module in (openai, tokens, admin, megatron_api, status):

@@ -65,11 +65,7 @@ class EngineClient:
         self._answers: dict[int, asyncio.Future[AdapterResult]] = {}
 
     def attach(self, link: Connection) -> None:
-        """Take up a link to rank 0; called in the event loop.
-
-        Args:
-            link: The link.
-        """
+        """Take up a link to rank 0; called in the event loop."""
         loop = asyncio.get_running_loop()
         self._link = link
         self._ready = loop.create_future()
@@ -94,9 +90,6 @@ class EngineClient:
 
     async def ready(self) -> Ready:
         """Wait until the model is loaded.
-
-        Returns:
-            What it can take.
 
         Raises:
             EngineGoneError: The ranks ended first.
@@ -130,11 +123,6 @@ class EngineClient:
         self, prompt: tuple[int, ...], sampling: Sampling, adapter: str | None
     ) -> AsyncGenerator[Token, None]:
         """Have a prompt answered. Leaving the iteration early cancels the request.
-
-        Args:
-            prompt: Token ids.
-            sampling: How to go on.
-            adapter: Its name; None for the base model.
 
         Yields:
             The tokens; the last one says why it is the last.
@@ -172,12 +160,6 @@ class EngineClient:
     async def load(self, name: str, path: str, layout: str, *, wait: bool = True) -> str | None:
         """Load an adapter.
 
-        Args:
-            name: What requests will call it.
-            path: Its folder.
-            layout: How ranks hold it.
-            wait: Wait until it is loaded.
-
         Returns:
             Why it failed; None if it did not.
         """
@@ -188,9 +170,6 @@ class EngineClient:
 
     async def unload(self, name: str) -> str | None:
         """Unload an adapter, once its requests have ended.
-
-        Args:
-            name: Which.
 
         Returns:
             As for ``load``.

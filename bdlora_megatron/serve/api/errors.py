@@ -104,11 +104,7 @@ def as_api_error(error: Exception) -> APIError:
 
 
 def install(app: FastAPI) -> None:
-    """Let an app tell all its errors in this shape.
-
-    Args:
-        app: The app.
-    """
+    """Let an app tell all its errors in this shape."""
 
     async def any_error(request: Request, error: Exception) -> JSONResponse:
         del request

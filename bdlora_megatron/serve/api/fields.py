@@ -87,9 +87,6 @@ def refused_field(extra: Mapping[str, Any]) -> str | None:
 
     Args:
         extra: Fields that the server does not carry out.
-
-    Returns:
-        Its name; None if there is none.
     """
     return next(
         (

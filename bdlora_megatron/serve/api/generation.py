@@ -109,9 +109,6 @@ def plan(
         max_tokens: The longest answer; what has room when None.
         logprobs: Report log-probabilities, and of so many tokens beside the chosen one.
 
-    Returns:
-        The job.
-
     Raises:
         BadRequestError: It asks for what can't be.
         ConfigError: Likewise.
@@ -163,13 +160,6 @@ def plan(
 
 async def stream(api: APIServer, job: Job) -> AsyncGenerator[tuple[int, TextDelta], None]:
     """The pieces of all answers of a job, as they come. Leaving early cancels what is left.
-
-    Args:
-        api: The API server.
-        job: What to do.
-
-    Yields:
-        An answer's index and its next piece.
 
     Raises:
         APIError: There is no room.
@@ -230,15 +220,7 @@ async def _in_time(work: Coroutine[Any, Any, Result], deadline_s: float) -> Resu
 
 
 async def answer(api: APIServer, job: Job) -> list[Answer]:
-    """All answers of a job, whole.
-
-    Args:
-        api: The API server.
-        job: What to do.
-
-    Returns:
-        The answers, by index.
-    """
+    """All answers of a job, whole."""
     answers = [Answer() for _ in range(job.answers)]
     async with aclosing(stream(api, job)) as deltas:
         async for index, delta in deltas:

@@ -38,12 +38,7 @@ class Metrics:
     """Counts and times of requests, by adapter, beside the engine's own numbers."""
 
     def __init__(self, client: EngineClient, base: str) -> None:
-        """Make empty metrics.
-
-        Args:
-            client: Whose snapshot is reported.
-            base: What the base model is called.
-        """
+        """Make empty metrics."""
         self._base = base
         self.registry = CollectorRegistry()
         self._client = client

@@ -132,11 +132,6 @@ def chat_ids(
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """A conversation's tokens.
 
-    Args:
-        api: The API server.
-        body: The conversation.
-        adapter: Whose chat template it is written by.
-
     Returns:
         The tokens, and the fields of messages that the template does not look at.
 
@@ -171,13 +166,6 @@ def chat_ids(
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Do some work for a client, unless the client goes away.
-
-    Args:
-        request: The client's request, its body read.
-        work: What to do.
-
-    Returns:
-        What it gave.
 
     Raises:
         APIError: The client has gone, and the work was cancelled.

@@ -15,10 +15,6 @@ __all__ = ["own_text"]
 def own_text(folder: Path, base: Path) -> list[str]:
     """What an adapter has that is not its base model's.
 
-    Args:
-        folder: The adapter's.
-        base: The base model's.
-
     Returns:
         ``chat template``, ``tokenizer``, both or nothing.
 

@@ -64,10 +64,6 @@ class APIServer:
     def __init__(self, settings: ServeSettings, tokenizer: Tokenizer) -> None:
         """Start with the adapters of the settings.
 
-        Args:
-            settings: The server's.
-            tokenizer: The model's.
-
         Raises:
             ConfigError: ``strict_adapters``, and what an adapter brings along can't be read.
         """
@@ -99,9 +95,6 @@ class APIServer:
     async def come_up(self) -> Ready:
         """Wait until the model is loaded, and the adapters of the settings are looked at.
 
-        Returns:
-            What the engine can take.
-
         Raises:
             EngineGoneError: The ranks ended first.
         """
@@ -110,11 +103,7 @@ class APIServer:
         return ready
 
     def refuse(self, reasons: Mapping[str, str]) -> None:
-        """Serve some adapters of the settings no longer, and say so.
-
-        Args:
-            reasons: Why, by name.
-        """
+        """Serve some adapters of the settings no longer, and say so."""
         for name, reason in reasons.items():
             self.adapters.pop(name, None)
             self.refused[name] = reason
@@ -123,9 +112,6 @@ class APIServer:
 
     def give_text(self, card: AdapterCard) -> str | None:
         """Let an adapter use the tokenizer and the chat template that it brings along, if it may.
-
-        Args:
-            card: Its card.
 
         Returns:
             What is not used though it differs from the base model's, in a sentence.
@@ -156,9 +142,6 @@ class APIServer:
     def authorize(self, request: Request) -> ApiKey | None:
         """Whose request this is.
 
-        Args:
-            request: The request.
-
         Returns:
             The key that it carries; None where no key is asked for, or for the admin's.
 
@@ -184,9 +167,6 @@ class APIServer:
 
     def authorize_admin(self, request: Request) -> None:
         """See that a request may change what the server does.
-
-        Args:
-            request: The request.
 
         Raises:
             APIError: Status 401 or 403.
@@ -221,10 +201,6 @@ class APIServer:
     def resolve(self, model: str, key: ApiKey | None) -> str | None:
         """The adapter that a request's ``model`` means.
 
-        Args:
-            model: What was sent.
-            key: Whose request it is.
-
         Returns:
             The adapter's name; None for the base model.
 
@@ -247,10 +223,6 @@ class APIServer:
 
     def make_room(self, adapter: str | None, count: int) -> None:
         """See that so many more answers may be begun.
-
-        Args:
-            adapter: For which.
-            count: How many.
 
         Raises:
             APIError: Status 429 or 503.

@@ -40,9 +40,6 @@ class Tokenizer:
     def __init__(self, folder: str) -> None:
         """Read it from the model's folder; nothing is downloaded.
 
-        Args:
-            folder: The model's folder.
-
         Raises:
             ConfigError: There is no tokenizer in it.
         """
@@ -96,9 +93,6 @@ class Tokenizer:
             text: The text.
             special: With what the model puts before every text.
 
-        Returns:
-            The ids.
-
         Raises:
             ConfigError: The text is none: it holds half of a surrogate pair.
         """
@@ -130,9 +124,6 @@ class Tokenizer:
             prompts: Write what stands before an answer.
             variables: What else the template is told.
 
-        Returns:
-            The ids.
-
         Raises:
             ConfigError: The model has no chat template, or it refuses the conversation.
         """
@@ -160,15 +151,7 @@ class Tokenizer:
         return self.encode(text, special=special)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """The text of some tokens.
-
-        Args:
-            ids: Token ids.
-            special: Spell out special tokens too.
-
-        Returns:
-            The text.
-        """
+        """The text of some tokens."""
         text: str = self._tokenizer.decode(
             list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
@@ -176,9 +159,6 @@ class Tokenizer:
 
     def spell(self, token: int) -> str:
         """The text of one token within a text, also where that is a space and more, or special.
-
-        Args:
-            token: Its id.
 
         Returns:
             The text; with U+FFFD for what is only a part of a character.
@@ -188,14 +168,7 @@ class Tokenizer:
         return text.removeprefix(before) if text.startswith(before) else text
 
     def spell_bytes(self, token: int) -> bytes:
-        """The bytes of one token, which for a part of a character are no text.
-
-        Args:
-            token: Its id.
-
-        Returns:
-            The bytes.
-        """
+        """The bytes of one token, which for a part of a character are no text."""
         text = self.spell(token)
         if _UNFINISHED not in text:
             return text.encode()
@@ -317,9 +290,6 @@ class TextStream:
 
     def push(self, token: Token) -> TextDelta | None:
         """Take a token.
-
-        Args:
-            token: The next.
 
         Returns:
             What can be shown now; None if that is nothing. With a finish reason, the answer is

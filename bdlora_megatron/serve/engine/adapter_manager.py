@@ -34,12 +34,7 @@ class AdapterManager:
     """
 
     def __init__(self, engine: ServingEngine, store: AdapterStore) -> None:
-        """Start with what the store has.
-
-        Args:
-            engine: Tells which adapters are used.
-            store: Holds them.
-        """
+        """Start with what the store has."""
         self._engine = engine
         self._store = store
         self._held: dict[str, _Held] = {}
@@ -59,9 +54,6 @@ class AdapterManager:
             folders: By name; the same on every rank.
             layout: How ranks will hold them.
             group: The ranks, over gloo, which share the work.
-
-        Returns:
-            Why adapters would be refused, by name.
 
         Collectives: one exchange of the reasons (``all_gather_object``: two all-gathers).
         """
@@ -84,9 +76,6 @@ class AdapterManager:
 
     def load(self, command: LoadAdapter) -> AdapterResult | None:
         """Register an adapter, and begin to load it where the command waits for that.
-
-        Args:
-            command: What to load.
 
         Returns:
             The answer, if it is known at once; else ``settle`` gives it.
@@ -111,9 +100,6 @@ class AdapterManager:
 
     def unload(self, command: UnloadAdapter) -> AdapterResult | None:
         """Let an adapter go as soon as no request of it waits or runs.
-
-        Args:
-            command: Which.
 
         Returns:
             As for ``load``.

@@ -146,9 +146,6 @@ class Admission:
         Args:
             room: How many may be added to those that run.
             slots: The adapters.
-
-        Returns:
-            What leaves the queue, in order.
         """
         self._step += 1
         left: list[Admitted | Refused] = []

@@ -160,9 +160,6 @@ def make_context(
         options: Sizes.
         slot_of: See ``AdapterContext``.
 
-    Returns:
-        The context.
-
     Raises:
         CapacityError: It does not hold one request of ``max_model_len``.
     """

@@ -86,12 +86,7 @@ class AdapterController(TextGenerationController):
     choices: dict[int, Choice]
 
     def __init__(self, wrapped_model: AdapterGPT, sampler: Sampler) -> None:
-        """Take over a wrapped model.
-
-        Args:
-            wrapped_model: The model.
-            sampler: The requests' settings and streams.
-        """
+        """Take over a wrapped model."""
         super().__init__(wrapped_model, _NoText())
         self.sampler = sampler
         self.choices = {}

@@ -93,9 +93,6 @@ class ServingEngine:
     def submit(self, request: Submit) -> None:
         """Take a request into the queue.
 
-        Args:
-            request: The request.
-
         Raises:
             CapacityError: It could never run: prompt and answer are longer than ``max_model_len``.
             ConfigError: The prompt is empty, or it or the settings hold what are no token ids.
@@ -211,12 +208,6 @@ class ServingEngine:
 
     def take(self, adapter: str) -> Take:
         """Take an adapter into use for a request, if that can be done now.
-
-        Args:
-            adapter: Its name.
-
-        Returns:
-            What became of it.
 
         Raises:
             AdapterLoadError: It could not be loaded.

@@ -113,9 +113,6 @@ def listen(link: Connection, store: str | None = None) -> Inbox:
     Args:
         link: To the API server.
         store: What the API server would have removed in the end, with the folder made for it.
-
-    Returns:
-        Where the commands are.
     """
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(link, inbox, store), daemon=True, name="link").start()
@@ -178,9 +175,6 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
     Args:
         settings: The server's.
         control: A gloo group of all ranks, for the store's agreements.
-
-    Returns:
-        The engine and the adapter manager.
     """
     # Before the model, which takes minutes to load: it may be refused.
     attention = None if settings.cpu else find_attention(block_size=settings.block_size)

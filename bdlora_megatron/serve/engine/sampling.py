@@ -38,13 +38,7 @@ class Sampler:
         self._penalties = Penalties()
 
     def add(self, request_id: int, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
-        """Start a request's stream.
-
-        Args:
-            request_id: The request.
-            sampling: Its settings.
-            prompt: Its tokens.
-        """
+        """Start a request's stream."""
         self._known[request_id] = (sampling, random.Random(sampling.seed))
         self._penalties.add(request_id, sampling, prompt)
 
@@ -204,9 +198,6 @@ def top_logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[Choi
         logits: ``[rows, vocabulary]``.
         tokens: One a row.
         count: How many of the most probable ones.
-
-    Returns:
-        The tokens with their log-probabilities, by row.
 
     Collectives:
         None.
