@@ -33,6 +33,7 @@ class PackedAttention(nn.Module):
 
     On a GPU with 16-bit types torch's variable-length kernel (flash attention) takes all examples
     at once; elsewhere ``scaled_dot_product_attention`` takes them one by one. Memory grows with T.
+    Rows that are not packed are attended to under a mask, as by Megatron-Core's own.
 
     Collectives: none; each rank has heads of its own.
     """
@@ -73,41 +74,43 @@ class PackedAttention(nn.Module):
         """Attend.
 
         Args:
-            query: ``[T, H, D]``.
-            key: ``[T, G, D]``.
-            value: ``[T, G, D]``.
-            attention_mask: Unused.
+            query: ``[T, H, D]``; without ``packed_seq_params`` ``[S, b, H, D]``, b rows of S.
+            key: The same with G heads.
+            value: Likewise.
+            attention_mask: Without ``packed_seq_params``: True hides; causal when None.
             attn_mask_type: Unused.
             attention_bias: Unused.
             packed_seq_params: Where each example begins; they cover all T tokens.
 
         Returns:
-            ``[T, H D]``.
+            ``[T, H D]``, or ``[S, b, H D]``.
         """
-        assert packed_seq_params is not None, "training packs every row"
+        if packed_seq_params is None:
+            return self._fused(query, key, value, attention_mask).flatten(2)
         starts, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-        key, value = key.to(query.dtype), value.to(query.dtype)
         if varlen_attn is not None and query.is_cuda and query.element_size() == 2:
-            mixed = varlen_attn(
+            mixed: Tensor = varlen_attn(
                 query, key, value, starts, starts, longest, longest,
                 scale=self._scale, window_size=(-1, 0), enable_gqa=key.shape[1] < query.shape[1],
             )  # fmt: skip
-        else:
-            mixed = self._one_by_one(query, key, value, starts.diff().tolist())
-        outputs: Tensor = mixed.flatten(1)
-        return outputs
+            return mixed.flatten(1)
+        lengths = starts.diff().tolist()
+        rows = (tensor.unsqueeze(1).split(lengths) for tensor in (query, key, value))
+        return torch.cat([self._fused(*row) for row in zip(*rows, strict=True)]).flatten(1, 3)
 
-    def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        each = query.shape[1] // key.shape[1]
+    def _fused(
+        self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None
+    ) -> Tensor:
+        """``[S, b, H, D]`` by torch's kernel, which takes ``[b, H, S, D]``."""
+        each = query.shape[2] // key.shape[2]
         if each > 1:
-            key, value = (tensor.repeat_interleave(each, dim=1) for tensor in (key, value))
-        examples = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
-        mixed = []
-        for example in examples:
-            q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in example)
-            one = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale)
-            mixed.append(one.squeeze(0).transpose(0, 1))
-        return torch.cat(mixed)
+            key, value = (tensor.repeat_interleave(each, dim=2) for tensor in (key, value))
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        seen = None if hidden is None else ~hidden
+        mixed = scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=self._scale
+        )
+        return mixed.permute(2, 0, 1, 3)
 
 
 def with_packed_attention(spec: ModuleSpec) -> ModuleSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,13 +140,18 @@ def check_resumable(saved: Mapping[str, Any], facts: Mapping[str, Any], path: st
         f"{what} from the checkpoint's"
         for key, what in _COMPARED.items()
         # Older checkpoints know nothing of the weights.
-        if key in saved and saved[key] != facts[key]
+        if key in saved and _unordered(saved[key]) != _unordered(facts[key])
     ]
     if problems:
         raise ConfigError(
             f"cannot resume from {path}, which belongs to another run; name another folder in "
             "checkpoint.save, or undo:" + "".join(f"\n- {problem}" for problem in problems)
         )
+
+
+def _unordered(fact: str) -> list[str]:
+    """A fact's parts; a config's fields have changed places from version to version."""
+    return sorted(re.split(r"[(), ]+", fact))
 
 
 def _schedule_moves(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
