@@ -281,6 +281,9 @@ def _message(turn: Any, number: int, keys: Keys) -> dict[str, Any]:
     message = keys.kept(turn)
     if "from" in message and "role" not in message:
         said = message.pop("from")
+        if said == "function_call":
+            called = _said_call(message.pop("value", None), number)
+            return {**message, "role": "assistant", **called}
         role = _ROLES.get(said.lower()) if isinstance(said, str) else None
         if role is None:
             raise BadLineError(f"message {number} is from {said!r}; known are {', '.join(_ROLES)}")
@@ -315,6 +318,22 @@ def _content(content: Any, number: int, keys: Keys) -> str:
             keys.notes[f"the key {key!r} of parts of a message is not read"] += 1
         texts.append(kept["text"])
     return "".join(texts)
+
+
+def _said_call(value: Any, number: int) -> dict[str, Any]:
+    """A call, or a list of them, that ShareGPT's turns of ``function_call`` hold as JSON text.
+
+    Raises:
+        BadLineError: The text is not JSON, or no call.
+    """
+    try:
+        said = json.loads(value)
+    except (TypeError, ValueError) as error:
+        raise BadLineError(
+            f"message {number} is a function_call that is not JSON: {error}"
+        ) from error
+    calls = _calls(said if isinstance(said, list) else [said], number)
+    return {"content": "", "tool_calls": [{"type": "function", "function": c} for c in calls]}
 
 
 def _calls(calls: Any, number: int) -> list[dict[str, Any]]:

@@ -258,6 +258,22 @@ def test_other_spellings_of_a_chat(tmp_path, format, line):
     ]
 
 
+def test_sharegpts_function_calls_are_tool_calls(tmp_path):
+    said = json.dumps(CALL["function"])
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": said},
+        {"from": "observation", "value": "r"},
+        {"from": "gpt", "value": "a"},
+    ]
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    wanted = {"messages": [user("q"), called, {"role": "tool", "content": "r"}, answer("a")]}
+    assert chats(tmp_path, CALLS, {"conversations": turns}) == chats(tmp_path, CALLS, wanted)
+    turns[1]["value"] = "look it up"
+    with pytest.raises(ConfigError, match="message 2 is a function_call that is not JSON"):
+        chats(tmp_path, CALLS, {"conversations": turns})
+
+
 def test_a_system_beside_the_turns_and_answers_in_a_prompt(tmp_path):
     line = {"system": "s", "conversations": [{"from": "human", "value": "q"}]}
     line["conversations"].append({"from": "gpt", "value": "a"})
