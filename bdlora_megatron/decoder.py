@@ -6,28 +6,61 @@ models and the cost model. It needs neither torch nor Megatron-Core.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 __all__ = [
+    "ALL_LINEARS",
+    "ALL_MODULE_NAMES",
     "DEFAULT_TARGETS",
-    "FUSED",
     "LINEARS",
     "MODULE_NAMES",
+    "NUMBERINGS",
     "PARTS",
     "LinearFacts",
     "ModelClass",
     "ModuleName",
+    "Numbering",
     "ProjectionFacts",
     "facts_of",
     "hybrid_layers",
+    "hybrid_numbering",
+    "numbering_of",
+    "parts_of",
+    "target_of",
 ]
 
+#: A projection's name. The seven of a Llama-shaped decoder are Hugging Face's own; where those
+#: would name two things, the family's word stands before them.
 ModuleName: TypeAlias = Literal[
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "latent.q_proj",
+    "q_b_proj",
+    "kv_b_proj",
+    "linear_attn.in_proj_qkvz",
+    "linear_attn.in_proj_ba",
+    "linear_attn.out_proj",
+    "mixer.in_proj",
+    "mixer.out_proj",
+    "mixer.q_proj",
+    "mixer.k_proj",
+    "mixer.v_proj",
+    "mixer.o_proj",
+    "mixer.up_proj",
+    "mixer.down_proj",
 ]
-MODULE_NAMES: tuple[ModuleName, ...] = get_args(ModuleName)
+ALL_MODULE_NAMES: tuple[ModuleName, ...] = get_args(ModuleName)
+#: How Hugging Face numbers a model's layers: ``pairs`` of what mixes tokens and what mixes
+#: channels, as in Llama, or each of the ``positions`` by itself, as in Nemotron-H.
+Numbering: TypeAlias = Literal["pairs", "positions"]
+NUMBERINGS: tuple[Numbering, ...] = get_args(Numbering)
 #: Megatron-Core's class of models; ``auto`` is ``HybridModel`` where the release has it in
 #: ``GPTModel``'s place (0.19 and newer).
 ModelClass: TypeAlias = Literal["auto", "gpt", "hybrid"]
@@ -38,16 +71,18 @@ class ProjectionFacts:
     """One projection of a linear layer.
 
     Attributes:
-        name: Hugging Face's name.
+        name: Its name here.
         part: Its name within a fused Megatron-Core layer; empty where it is the only one.
-        bridge: The target's name in Megatron-Bridge's canonical LoRA.
+        bridge: The target's name in Megatron-Bridge's canonical LoRA; empty where it has none.
         out_size: The field of ``BaseShape`` that its output features are.
+        stretches: What its rows are, one after the other, where ranks split each by itself.
     """
 
     name: ModuleName
     part: str
     bridge: str
     out_size: str
+    stretches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +96,7 @@ class LinearFacts:
         splits_input: Ranks split the input (row-parallel), so that A is the blocked factor; else
             they split the output (column-parallel), and B is.
         projections: In the order of their rows.
+        numbering: How the models that call it so number their layers.
     """
 
     path: str
@@ -68,6 +104,7 @@ class LinearFacts:
     in_size: str
     splits_input: bool
     projections: tuple[ProjectionFacts, ...]
+    numbering: Numbering = "pairs"
 
     @property
     def name(self) -> str:
@@ -81,7 +118,7 @@ class LinearFacts:
 
     @property
     def parts(self) -> Mapping[str, ModuleName]:
-        """Hugging Face's name of each projection by its ``part``."""
+        """The name of each projection by its ``part``."""
         return {projection.part: projection.name for projection in self.projections}
 
 
@@ -124,18 +161,125 @@ LINEARS = (
 )
 #: The linear layers that get an adapter by default, by NeMo's names for them.
 DEFAULT_TARGETS = tuple(linear.name for linear in LINEARS)
-#: Hugging Face's name of each projection by its ``part``, by the path of its linear layer.
+#: The seven projections of a Llama-shaped decoder.
+MODULE_NAMES: tuple[ModuleName, ...] = tuple(
+    projection.name for linear in LINEARS for projection in linear.projections
+)
+#: Those and the layers of the families that only a ``HybridModel`` mixes: latent attention
+#: (DeepSeek), the gated delta net (Qwen3-Next), and Nemotron-H, whose layers are all a ``mixer``.
+ALL_LINEARS = (
+    *LINEARS,
+    LinearFacts(
+        "self_attention.linear_q_proj",
+        "self_attn",
+        "hidden_size",
+        False,
+        (ProjectionFacts("latent.q_proj", "", "", "latent_q_size"),),
+    ),
+    LinearFacts(
+        "self_attention.linear_q_up_proj",
+        "self_attn",
+        "q_lora_rank",
+        False,
+        (ProjectionFacts("q_b_proj", "", "", "latent_q_size"),),
+    ),
+    LinearFacts(
+        "self_attention.linear_kv_up_proj",
+        "self_attn",
+        "kv_lora_rank",
+        False,
+        (ProjectionFacts("kv_b_proj", "", "", "latent_kv_size"),),
+    ),
+    LinearFacts(
+        "self_attention.in_proj",
+        "linear_attn",
+        "hidden_size",
+        False,
+        (
+            ProjectionFacts(
+                "linear_attn.in_proj_qkvz",
+                "qkvz",
+                "",
+                "delta_qkvz_size",
+                ("query", "key", "value", "z"),
+            ),
+            ProjectionFacts("linear_attn.in_proj_ba", "ba", "", "delta_ba_size", ("beta", "alpha")),
+        ),
+    ),
+    LinearFacts(
+        "self_attention.out_proj",
+        "linear_attn",
+        "delta_size",
+        True,
+        (ProjectionFacts("linear_attn.out_proj", "", "", "hidden_size"),),
+    ),
+    LinearFacts(
+        "mixer.in_proj",
+        "mixer",
+        "hidden_size",
+        False,
+        (ProjectionFacts("mixer.in_proj", "", "", "ssm_in_size", ("z", "x", "B", "C", "dt")),),
+        "positions",
+    ),
+    LinearFacts(
+        "mixer.out_proj",
+        "mixer",
+        "ssm_size",
+        True,
+        (ProjectionFacts("mixer.out_proj", "", "", "hidden_size"),),
+        "positions",
+    ),
+    LinearFacts(
+        "self_attention.linear_qkv",
+        "mixer",
+        "hidden_size",
+        False,
+        (
+            ProjectionFacts("mixer.q_proj", "q", "", "q_size"),
+            ProjectionFacts("mixer.k_proj", "k", "", "kv_size"),
+            ProjectionFacts("mixer.v_proj", "v", "", "kv_size"),
+        ),
+        "positions",
+    ),
+    LinearFacts(
+        "self_attention.linear_proj",
+        "mixer",
+        "q_size",
+        True,
+        (ProjectionFacts("mixer.o_proj", "", "", "hidden_size"),),
+        "positions",
+    ),
+    LinearFacts(
+        "mlp.linear_fc1",
+        "mixer",
+        "hidden_size",
+        False,
+        (ProjectionFacts("mixer.up_proj", "", "", "ffn_size"),),
+        "positions",
+    ),
+    LinearFacts(
+        "mlp.linear_fc2",
+        "mixer",
+        "ffn_size",
+        True,
+        (ProjectionFacts("mixer.down_proj", "", "", "hidden_size"),),
+        "positions",
+    ),
+)
+#: The name of each projection by its ``part``, by the path of its linear layer.
 PARTS: Mapping[str, Mapping[str, ModuleName]] = {linear.path: linear.parts for linear in LINEARS}
-#: The paths of the layers that hold several projections.
-FUSED = frozenset(linear.path for linear in LINEARS if len(linear.projections) > 1)
 
 _FACTS = {
-    projection.name: (linear, projection) for linear in LINEARS for projection in linear.projections
+    projection.name: (linear, projection)
+    for linear in ALL_LINEARS
+    for projection in linear.projections
 }
+_BY_PLACE = {(linear.numbering, linear.path): linear.parts for linear in ALL_LINEARS}
 
 # A HybridModel's symbols that mix tokens (attention, delta net, sparse and latent attention) open a
-# layer in Hugging Face's sense; those that mix channels (MLP, experts) close it.
-_MIXERS, _CHANNELS = "*GD+", "-E"
+# layer in Hugging Face's sense; those that mix channels (MLP, experts) close it. Mamba mixes tokens
+# too; whether it opens a pair or is a layer by itself depends on the family.
+_MIXERS, _MAMBA, _CHANNELS = "*GD+", "M", "-E"
 
 
 def facts_of(name: ModuleName) -> tuple[LinearFacts, ProjectionFacts]:
@@ -143,40 +287,98 @@ def facts_of(name: ModuleName) -> tuple[LinearFacts, ProjectionFacts]:
     return _FACTS[name]
 
 
-def hybrid_layers(pattern: str) -> list[int | None]:
+def parts_of(path: str, numbering: Numbering) -> Mapping[str, ModuleName] | None:
+    """The name of each projection of a linear layer by its ``part``.
+
+    Args:
+        path: The layer's place in a decoder layer.
+        numbering: How the model numbers its layers.
+
+    Returns:
+        The names; None where no family has such a layer.
+    """
+    return _BY_PLACE.get((numbering, path))
+
+
+def numbering_of(names: Iterable[ModuleName]) -> Numbering:
+    """How a model with projections of these names numbers its layers."""
+    return (
+        "positions" if any(_FACTS[name][0].numbering == "positions" for name in names) else "pairs"
+    )
+
+
+def target_of(name: ModuleName) -> str:
+    """The end of a projection's path in Hugging Face's model, enough to tell it from others."""
+    if "." not in name:
+        return name
+    return f"{_FACTS[name][0].parent}.{name.rpartition('.')[2]}"
+
+
+def hybrid_numbering(pattern: str) -> Numbering | None:
+    """How Hugging Face numbers the layers of a ``HybridModel``, where its pattern tells.
+
+    Args:
+        pattern: ``hybrid_layer_pattern``, such as ``M-M*-`` or ``*-*-|*-*-``.
+
+    Returns:
+        ``pairs`` where positions that mix tokens and positions that mix channels alternate,
+        without Mamba. ``positions`` where there is Mamba and they do not alternate, so that no
+        pairs are there to be numbered. None elsewhere: of alternating positions with Mamba, models
+        of both kinds exist, and a number would be a guess.
+    """
+    positions = _positions(pattern)
+    if _MAMBA not in "".join(positions):
+        return "pairs" if _in_pairs(positions, _MIXERS) else None
+    if _in_pairs(positions, _MIXERS + _MAMBA) or max(map(len, positions)) > 1:
+        return None
+    return "positions"
+
+
+def hybrid_layers(pattern: str, numbering: Numbering | None = None) -> list[int | None]:
     """Which of Hugging Face's decoder layers each position of a ``HybridModel`` belongs to.
 
     Layers are counted by occurrence over the whole pattern: a position that mixes tokens opens a
-    layer, the MLP or the experts after it close it. Pipeline boundaries (``|``) do not count, what
+    pair, the MLP or the experts after it close it. Pipeline boundaries (``|``) do not count, what
     predicts further tokens (after ``/``) has no layer, and a group in square brackets is one
     position.
 
     Args:
         pattern: ``hybrid_layer_pattern``, such as ``*-*-|*-*-``.
+        numbering: How the model's family numbers them; what ``hybrid_numbering`` tells if unset.
 
     Returns:
-        The layer of each position. None for all of them where the pattern does not alternate so:
-        with Mamba (``M``), models exist that number each position and models that number pairs, so
-        a number would be a guess.
+        The layer of each position. None for all of them where the numbering is unknown, or the
+        pattern cannot be numbered so.
     """
-    positions = _positions(pattern.partition("/")[0].replace("|", ""))
+    numbering = numbering or hybrid_numbering(pattern)
+    positions = _positions(pattern)
+    if numbering == "positions" and all(len(position) == 1 for position in positions):
+        return list(range(len(positions)))
+    if numbering == "pairs" and _in_pairs(positions, _MIXERS + _MAMBA):
+        starts = [sum(map(len, positions[:index])) for index in range(len(positions))]
+        return [start // 2 for start in starts]
+    return [None] * len(positions)
+
+
+def _in_pairs(positions: list[str], mixers: str) -> bool:
+    """Whether what mixes tokens and what mixes channels alternate, and no group splits a pair."""
     symbols = "".join(positions)
     pairs = [symbols[start : start + 2] for start in range(0, len(symbols), 2)]
-    regular = all(len(p) == 2 and p[0] in _MIXERS and p[1] in _CHANNELS for p in pairs)
-    layers: list[int | None] = []
-    done = 0
+    if not all(len(p) == 2 and p[0] in mixers and p[1] in _CHANNELS for p in pairs):
+        return False
+    start = 0
     for position in positions:
         # A group that reaches into the next layer belongs to neither.
-        regular = regular and done // 2 == (done + len(position) - 1) // 2
-        layers.append(done // 2)
-        done += len(position)
-    return layers if regular else [None] * len(positions)
+        if start // 2 != (start + len(position) - 1) // 2:
+            return False
+        start += len(position)
+    return True
 
 
 def _positions(pattern: str) -> list[str]:
     """The symbols of each position."""
     positions: list[str] = []
-    rest = pattern
+    rest = pattern.partition("/")[0].replace("|", "")
     while rest:
         if rest[0] == "[":
             group, _, rest = rest[1:].partition("]")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,11 +25,13 @@ from bdlora_megatron.convert.megatron.format import (
     common_state,
 )
 from bdlora_megatron.convert.megatron.manifest import Manifest, ModuleEntry, write_manifest
+from bdlora_megatron.decoder import MODULE_NAMES
 from bdlora_megatron.errors import BDLoRAError, ConfigError, TargetError, explain
 from bdlora_megatron.layers import collect_adapter, lora_layers
 from bdlora_megatron.layers.anatomy import (
     decoder_keys,
     hybrid_numbers,
+    layer_numbering,
     model_class,
     num_decoder_layers,
 )
@@ -260,12 +263,13 @@ def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
     own: _Entries = {}
     layers = list(lora_layers(model))
     base = _base_shape(layers[0][1].config, num_decoder_layers(model)) if layers else None
+    numbering = layer_numbering(model)
     for full_name, layer in layers:
         if layer.adapter is None:
             continue
         for plan in layer.adapter.plans:
             entry = ModuleEntry(num_blocks=plan.num_blocks, scale=plan.scale)
-            for key in decoder_keys(full_name, plan.projection.name):
+            for key in decoder_keys(full_name, plan.projection.name, numbering):
                 own[key] = (entry, (plan.rank, plan.num_blocks, plan.projection))
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, (base, own))
@@ -273,12 +277,18 @@ def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
     if not entries:
         raise TargetError("the model has no adapter to save; load or apply one first")
     # A stage that holds none of the layers in question knows no base either.
-    return next(base for base, _ in everyone if base is not None), entries
+    base = next(base for base, _ in everyone if base is not None)
+    # Only the delta net's rows stand by group; readers need to know how many.
+    groups = max(projection.groups for _, (_, _, projection) in entries.values())
+    return replace(base, delta_heads=groups) if groups > 1 else base, entries
 
 
 def _stacked_layers(entries: _Entries, num_layers: int | None) -> int | None:
     """`num_layers` if every layer has the same modules and shapes, else None."""
     by_layer: dict[int, list[Any]] = {}
+    if any(key.name not in MODULE_NAMES for key in entries):
+        # Layers of these families are rarely alike, and stretches of rows are tensors of their own.
+        return None
     for key, (_, shape) in sorted(entries.items()):
         by_layer.setdefault(key.layer, []).append((key.name, shape))
     same = all(shapes == next(iter(by_layer.values())) for shapes in by_layer.values())
@@ -310,6 +320,15 @@ def _shared_folder(path: Path) -> Iterator[Path]:
 
 
 def _base_shape(config: Any, num_layers: int) -> BaseShape:
+    if getattr(config, "multi_latent_attention", False):
+        # Widths of latent attention are told by its factors.
+        return BaseShape(
+            hidden_size=config.hidden_size,
+            ffn_size=config.ffn_hidden_size,
+            q_size=config.num_attention_heads * config.v_head_dim,
+            num_heads=config.num_attention_heads,
+            num_layers=num_layers,
+        )
     groups = config.num_query_groups or config.num_attention_heads
     return BaseShape(
         hidden_size=config.hidden_size,

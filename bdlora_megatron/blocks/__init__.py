@@ -6,7 +6,7 @@ Exact operations move, repeat or zero-fill numbers and never round them: `reshar
 """
 
 from bdlora_megatron.blocks.counts import ModuleShape, matching_rank, num_parameters, rank_within
-from bdlora_megatron.blocks.factors import Blocked, BlockFactors
+from bdlora_megatron.blocks.factors import Blocked, BlockFactors, in_blocks, in_rows
 from bdlora_megatron.blocks.finite import all_finite
 from bdlora_megatron.blocks.norms import output_distances, output_norms, subtract, update_norm
 from bdlora_megatron.blocks.reshard import compact, pad_rank, reshard, resharded_rank
@@ -18,6 +18,8 @@ __all__ = [
     "ModuleShape",
     "all_finite",
     "compact",
+    "in_blocks",
+    "in_rows",
     "matching_rank",
     "num_parameters",
     "output_distances",

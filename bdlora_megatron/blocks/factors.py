@@ -8,6 +8,7 @@ the dense side has width D (the other one), and block n is `packed[n] @ dense[n]
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bdlora_megatron.errors import ConfigError, ShapeError
 
-__all__ = ["BlockFactors", "Blocked", "block_views", "from_block_views"]
+__all__ = ["BlockFactors", "Blocked", "block_views", "from_block_views", "in_blocks", "in_rows"]
 
 Blocked: TypeAlias = Literal["A", "B"]
 
@@ -33,6 +34,10 @@ class BlockFactors:
     A packed factor is the stack of its N diagonal blocks on dimension 0, PEFT's order. With
     `num_blocks=1` packed and dense are the same and the update is a vanilla LoRA's.
 
+    Where `parts` says that B's rows are several stretches, such as those of Mamba's z, x, B, C and
+    dt, each stretch is cut into N pieces by itself and block n has the n-th piece of each. The rows
+    stay where they are: row o of a packed B is row o of the update.
+
     Raises:
         ConfigError: If `num_blocks`, `blocked` or `scale` has no meaning.
         ShapeError: If the two factors cannot be those of one module with `num_blocks` blocks.
@@ -48,6 +53,8 @@ class BlockFactors:
     """Which factor is block-diagonal."""
     scale: float
     """s. Explicit, because alpha / r would change meaning whenever a reshard changes R."""
+    parts: tuple[int, ...] = ()
+    """Rows of each stretch of a blocked B that blocks cut by itself; empty for one stretch."""
 
     def __post_init__(self) -> None:
         _check_settings(self.num_blocks, self.blocked, self.scale)
@@ -81,7 +88,7 @@ class BlockFactors:
 
 
 def block_views(factors: BlockFactors) -> tuple[Tensor, Tensor]:
-    """The two factors in the orientation-free form, as views.
+    """The two factors in the orientation-free form, as views; a copy of B's rows with `parts`.
 
     Returns:
         `packed [N, W / N, R / N]` and `dense [N, R / N, D]`. Their products are the blocks of
@@ -89,13 +96,35 @@ def block_views(factors: BlockFactors) -> tuple[Tensor, Tensor]:
     """
     blocks = factors.num_blocks
     if factors.blocked == "B":
-        return factors.B.unflatten(0, (blocks, -1)), factors.A.unflatten(0, (blocks, -1))
+        return in_blocks(factors.B, blocks, factors.parts), factors.A.unflatten(0, (blocks, -1))
     packed = factors.A.unflatten(0, (blocks, -1)).transpose(1, 2)
     return packed, factors.B.t().unflatten(0, (blocks, -1))
 
 
+def in_blocks(rows: Tensor, num_blocks: int, parts: Sequence[int] = ()) -> Tensor:
+    """Rows by block, `[O, ...]` to `[N, O / N, ...]`: of each stretch the n-th piece to block n."""
+    if not parts:
+        whole: Tensor = rows.unflatten(0, (num_blocks, -1))
+        return whole
+    pieces = [part.unflatten(0, (num_blocks, -1)) for part in rows.split(list(parts))]
+    return torch.cat(pieces, dim=1)
+
+
+def in_rows(blocks: Tensor, parts: Sequence[int] = ()) -> Tensor:
+    """The inverse of `in_blocks`."""
+    if not parts:
+        return blocks.flatten(0, 1)
+    sizes = [part // blocks.shape[0] for part in parts]
+    return torch.cat([piece.flatten(0, 1) for piece in blocks.split(sizes, dim=1)])
+
+
 def from_block_views(
-    packed: Tensor, dense: Tensor, *, blocked: Blocked, scale: float
+    packed: Tensor,
+    dense: Tensor,
+    *,
+    blocked: Blocked,
+    scale: float,
+    parts: tuple[int, ...] = (),
 ) -> BlockFactors:
     """Put the orientation-free form back into the factors of a module.
 
@@ -104,9 +133,10 @@ def from_block_views(
         dense: `[N, R / N, D]`.
         blocked: Which factor is block-diagonal.
         scale: s.
+        parts: As of the update.
     """
     if blocked == "B":
-        A, B = dense.flatten(0, 1), packed.flatten(0, 1)
+        A, B = dense.flatten(0, 1), in_rows(packed, parts)
     else:
         A, B = packed.transpose(1, 2).flatten(0, 1), dense.flatten(0, 1).t()
     return BlockFactors(
@@ -115,6 +145,7 @@ def from_block_views(
         num_blocks=packed.shape[0],
         blocked=blocked,
         scale=scale,
+        parts=parts,
     )
 
 
@@ -164,6 +195,8 @@ def _check_shapes(factors: BlockFactors) -> None:
             "pad the rank or use a divisor of it"
         )
     if factors.blocked == "A":
+        if factors.parts:
+            raise ShapeError("parts are stretches of a blocked B's rows, and A is blocked here")
         if B.shape[1] != A.shape[0]:
             raise ShapeError(
                 f'{got} do not fit blocked="A", num_blocks={blocks}: wanted A [R, I / {blocks}] '
@@ -179,4 +212,14 @@ def _check_shapes(factors: BlockFactors) -> None:
         raise ShapeError(
             f"out_features {B.shape[0]} ({got}) is not a multiple of num_blocks={blocks}; "
             "use a number of blocks that divides it"
+        )
+    if factors.parts and sum(factors.parts) != B.shape[0]:
+        raise ShapeError(
+            f"parts {list(factors.parts)} make {sum(factors.parts)} rows, and B has {B.shape[0]}; "
+            "pass the stretches of this module's rows"
+        )
+    if any(part < 1 or part % blocks for part in factors.parts):
+        raise ShapeError(
+            f"parts {list(factors.parts)} are no multiples of num_blocks={blocks}; use a number of "
+            "blocks that divides each of them"
         )

@@ -7,11 +7,12 @@ side, D width of the dense side (see `bdlora_megatron.blocks.factors`).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bdlora_megatron.blocks.factors import BlockFactors, block_views, from_block_views
+from bdlora_megatron.blocks.factors import BlockFactors, block_views, from_block_views, in_rows
 from bdlora_megatron.blocks.reshard import reshard
 from bdlora_megatron.errors import ShapeError
 
@@ -35,7 +36,8 @@ def output_norms(factors: BlockFactors) -> Tensor:
     if factors.blocked == "B":
         # Outputs are the packed rows; every block has its own.
         triangle = _triangle(dense.transpose(1, 2))
-        rows = torch.linalg.vector_norm(packed @ triangle.transpose(1, 2), dim=2).flatten()
+        rows = torch.linalg.vector_norm(packed @ triangle.transpose(1, 2), dim=2)
+        rows = in_rows(rows, factors.parts)
     else:
         # Outputs are the dense columns; each sums over the blocks, whose inputs are disjoint.
         rows = torch.linalg.vector_norm(_triangle(packed) @ dense, dim=(0, 1))
@@ -70,6 +72,7 @@ def output_distances(first: BlockFactors, second: BlockFactors) -> Tensor:
     Raises:
         ShapeError: If the two are not updates of one module.
     """
+    first, second = _alike(first, second)
     difference = subtract(first, second)
     if _is_resharded(first, second):
         return torch.zeros(first.out_features, dtype=torch.float64)
@@ -95,12 +98,27 @@ def subtract(first: BlockFactors, second: BlockFactors) -> BlockFactors:
             f"cannot compare an update of [out, in, blocked factor] {list(widths[0])} with one of "
             f"{list(widths[1])}; wanted two of the same module"
         )
+    first, second = _alike(first, second)
     blocks = math.lcm(first.num_blocks, second.num_blocks)
     (p1, d1), (p2, d2) = (
         (part.double() for part in block_views(reshard(f, blocks))) for f in (first, second)
     )
     packed = torch.cat([p1 * first.scale, p2 * -second.scale], dim=2)
-    return from_block_views(packed, torch.cat([d1, d2], dim=1), blocked=first.blocked, scale=1.0)
+    return from_block_views(
+        packed,
+        torch.cat([d1, d2], dim=1),
+        blocked=first.blocked,
+        scale=1.0,
+        parts=first.parts,
+    )
+
+
+def _alike(first: BlockFactors, second: BlockFactors) -> tuple[BlockFactors, BlockFactors]:
+    """Two updates whose blocks cut the same stretches of rows, if need be with one block each."""
+    if first.parts == second.parts:
+        return first, second
+    one, other = (replace(reshard(factors, 1), parts=()) for factors in (first, second))
+    return one, other
 
 
 def _is_resharded(first: BlockFactors, second: BlockFactors) -> bool:

@@ -38,7 +38,7 @@ def reshard(factors: BlockFactors, num_blocks: int) -> BlockFactors:
 
     Returns:
         An update with M blocks and the same scale; the same object when M is N. It shares the
-        memory of a factor that stays as it is.
+        memory of a factor that stays as it is. A single block has no stretches (`parts`).
 
     Raises:
         ConfigError: If M is not positive.
@@ -48,6 +48,8 @@ def reshard(factors: BlockFactors, num_blocks: int) -> BlockFactors:
     if num_blocks == old:
         return factors
     check_num_blocks(factors, num_blocks)
+    if factors.parts:
+        return _by_stretch(factors, num_blocks)
     if num_blocks % old == 0:
         return _refine(factors, num_blocks // old)
     packed, dense = block_views(factors)
@@ -66,6 +68,19 @@ def reshard(factors: BlockFactors, num_blocks: int) -> BlockFactors:
             new_packed[m, low - begin : high - begin, ranks] = rows
             new_dense[m, ranks] = dense[n]
     return from_block_views(new_packed, new_dense, blocked=factors.blocked, scale=factors.scale)
+
+
+def _by_stretch(factors: BlockFactors, num_blocks: int) -> BlockFactors:
+    """Reshard each stretch of B's rows by itself; A comes out the same from every one."""
+    stretches = [
+        reshard(replace(factors, B=rows, parts=()), num_blocks)
+        for rows in factors.B.split(list(factors.parts))
+    ]
+    return replace(
+        stretches[0],
+        B=torch.cat([stretch.B for stretch in stretches]),
+        parts=factors.parts if num_blocks > 1 else (),
+    )
 
 
 def resharded_rank(rank: int, *, num_blocks: int, new_num_blocks: int) -> int:
@@ -118,7 +133,13 @@ def compact(factors: BlockFactors) -> BlockFactors:
     for n, (columns, rows) in enumerate(kept):
         new_packed[n, :, : columns.shape[1]] = columns
         new_dense[n, : rows.shape[0]] = rows
-    return from_block_views(new_packed, new_dense, blocked=factors.blocked, scale=factors.scale)
+    return from_block_views(
+        new_packed,
+        new_dense,
+        blocked=factors.blocked,
+        scale=factors.scale,
+        parts=factors.parts,
+    )
 
 
 def pad_rank(factors: BlockFactors, rank: int) -> BlockFactors:
@@ -148,6 +169,7 @@ def pad_rank(factors: BlockFactors, rank: int) -> BlockFactors:
         torch.nn.functional.pad(dense, (0, 0, 0, more)),
         blocked=factors.blocked,
         scale=factors.scale,
+        parts=factors.parts,
     )
 
 
@@ -163,11 +185,12 @@ def check_num_blocks(factors: BlockFactors, num_blocks: int) -> None:
     side, width = ("out_features", factors.out_features)
     if factors.blocked == "A":
         side, width = ("in_features", factors.in_features)
-    if width % num_blocks:
-        raise ShapeError(
-            f"{side}={width} is not a multiple of num_blocks={num_blocks}; "
-            "use a number of blocks that divides it"
-        )
+    for size in factors.parts or (width,):
+        if size % num_blocks:
+            raise ShapeError(
+                f"{side}={size} is not a multiple of num_blocks={num_blocks}; "
+                "use a number of blocks that divides it"
+            )
 
 
 def _refine(factors: BlockFactors, pieces: int) -> BlockFactors:

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bdlora_megatron.blocks.factors import BlockFactors, block_views, from_block_views
+from bdlora_megatron.blocks.factors import (
+    BlockFactors,
+    block_views,
+    from_block_views,
+    in_blocks,
+)
 from bdlora_megatron.blocks.finite import all_finite
 from bdlora_megatron.blocks.reshard import check_num_blocks, reshard
 from bdlora_megatron.errors import ShapeError, UnsupportedError
@@ -59,6 +64,7 @@ def truncate(factors: BlockFactors, *, num_blocks: int, rank: int) -> tuple[Bloc
         new_dense.to(factors.dtype),
         blocked=factors.blocked,
         scale=factors.scale,
+        parts=factors.parts if num_blocks > 1 else (),
     )
     return result, 0.0 if factors.scale == 0 else _relative_error(singular, keep)
 
@@ -100,6 +106,8 @@ def _split(factors: BlockFactors, num_blocks: int) -> tuple[Tensor, Tensor]:
         check_num_blocks(factors, num_blocks)
     packed, dense = block_views(factors)
     # Refining cuts each block's packed rows in pieces, and repeats its dense rows.
+    if factors.parts:
+        packed = in_blocks(factors.B, num_blocks, factors.parts)
     packed = packed.double().reshape(num_blocks, -1, packed.shape[2])
     return packed, dense.double()
 

@@ -138,7 +138,7 @@ class BlockDiagonalSettings:
 
     def _layer_shapes(self, name: str, module: Any) -> list[ModuleShape]:
         layer = lora_layer(module)
-        geometry = layer.geometry(name.rpartition(".")[2], fused=self.fused)
+        geometry = layer.geometry(name, fused=self.fused)
         return [
             ModuleShape(
                 in_features=layer.input_size,

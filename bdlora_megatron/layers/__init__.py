@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bdlora_megatron.layers.anatomy import number_layers
 from bdlora_megatron.layers.apply import (
     adapters_disabled,
     apply_lora,
@@ -41,6 +42,7 @@ __all__ = [
     "lora_layers",
     "lora_spec",
     "merge_adapters",
+    "number_layers",
     "remove_lora",
     "save_adapter",
     "unmerge_adapters",

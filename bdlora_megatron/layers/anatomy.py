@@ -2,32 +2,47 @@
 
 A ``GPTModel`` layer holds attention and MLP. A ``HybridModel`` has a position for each, so its
 positions are counted by occurrence (``decoder.hybrid_layers``), never by index. Both classes'
-layers so have the same names here, such as ``decoder.layers.3.mlp.linear_fc1``.
+layers so have the same names here, such as ``decoder.layers.3.mlp.linear_fc1``. In families such as
+Nemotron-H each position is a layer in Hugging Face's sense too: the pattern tells, or
+``number_layers`` says so.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from bdlora_megatron.convert.adapter.neutral import ModuleKey, ModuleName
-from bdlora_megatron.decoder import PARTS, hybrid_layers
+from bdlora_megatron.decoder import (
+    ALL_LINEARS,
+    NUMBERINGS,
+    Numbering,
+    hybrid_layers,
+    hybrid_numbering,
+    parts_of,
+)
 from bdlora_megatron.errors import TargetError
 
 __all__ = [
     "attention_positions",
     "check_place",
+    "check_split",
     "decoder_keys",
     "decoder_layer",
     "hybrid_numbers",
+    "layer_numbering",
     "model_class",
     "named_modules_global",
     "num_decoder_layers",
+    "number_layers",
 ]
 
+#: Of MLA: every rank holds them whole, or gathers their output.
+_DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj", "linear_qkv_down_proj")
+_NUMBERING = "bdlora_numbering"
 _DECODER_LAYER = re.compile(r"(?:.*\.)?decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -54,7 +69,7 @@ def _hybrid_names(model: nn.Module) -> dict[int, str]:
     names: dict[int, str] = {}
     for owner, pattern in _hybrid_owners(model):
         stack: Any = getattr(owner, "decoder", owner)
-        numbers = hybrid_layers(pattern)
+        numbers = hybrid_layers(pattern, _declared(owner))
         for layer in stack.layers:
             position = int(layer.layer_number) - 1
             number = numbers[position] if position < len(numbers) else None
@@ -83,6 +98,60 @@ def _own_pattern(stack: Any) -> str:
     return "".join(stack.layer_type_list) if first else ""
 
 
+def number_layers(model: nn.Module | Sequence[nn.Module], numbering: Numbering) -> None:
+    """Say how the family of a ``HybridModel`` numbers its layers in Hugging Face's models.
+
+    Needed where the pattern alone does not tell, before adapters are applied or loaded: ``M-M-*-``
+    is Nemotron-H with six layers, and other families' with three.
+
+    Args:
+        model: The model, or the list of model chunks of this pipeline stage.
+        numbering: ``pairs`` where attention and MLP share a number, as in Llama; ``positions``
+            where each has its own, as in Nemotron-H.
+
+    Raises:
+        TargetError: The model is no ``HybridModel``, or cannot be numbered so.
+
+    Collectives: none.
+    """
+    if numbering not in NUMBERINGS:
+        raise TargetError(f"numbering={numbering!r}; wanted one of {', '.join(NUMBERINGS)}")
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    owners = [owner for chunk in chunks for owner in _hybrid_owners(chunk)]
+    if not owners:
+        raise TargetError(
+            "the model is no HybridModel: its layers have the numbers that Hugging Face gives them"
+        )
+    for owner, pattern in owners:
+        if None in hybrid_layers(pattern, numbering):
+            raise TargetError(
+                f"hybrid_layer_pattern {pattern!r} cannot be numbered by {numbering}: pairs are "
+                "what mixes tokens and then what mixes channels, and positions are no groups"
+            )
+        setattr(owner, _NUMBERING, numbering)
+
+
+def layer_numbering(model: nn.Module) -> Numbering | None:
+    """How a model's layers are numbered; None where neither its pattern nor anybody has said so.
+
+    Raises:
+        TargetError: It holds two stacks that are numbered differently.
+    """
+    found = {
+        _declared(owner) or hybrid_numbering(pattern) for owner, pattern in _hybrid_owners(model)
+    }
+    if len(found) > 1:
+        raise TargetError(
+            "the model holds stacks whose layers are numbered differently; pass one of them"
+        )
+    return found.pop() if found else "pairs"
+
+
+def _declared(owner: nn.Module) -> Numbering | None:
+    numbering: Numbering | None = getattr(owner, _NUMBERING, None)
+    return numbering
+
+
 def hybrid_numbers(model: nn.Module) -> dict[int, int]:
     """The decoder layer of each position of a ``HybridModel``; empty for a ``GPTModel``.
 
@@ -90,8 +159,8 @@ def hybrid_numbers(model: nn.Module) -> dict[int, int]:
     """
     return {
         position: number
-        for _, pattern in _hybrid_owners(model)
-        for position, number in enumerate(hybrid_layers(pattern))
+        for owner, pattern in _hybrid_owners(model)
+        for position, number in enumerate(hybrid_layers(pattern, _declared(owner)))
         if number is not None
     }
 
@@ -116,8 +185,8 @@ def num_decoder_layers(model: nn.Module) -> int:
     Raises:
         TargetError: The model has no configuration that tells.
     """
-    for _, pattern in _hybrid_owners(model):
-        numbers = [number for number in hybrid_layers(pattern) if number is not None]
+    for owner, pattern in _hybrid_owners(model):
+        numbers = [n for n in hybrid_layers(pattern, _declared(owner)) if n is not None]
         return max(numbers) + 1 if numbers else 0
     for module in model.modules():
         layers = getattr(getattr(module, "config", None), "num_layers", None)
@@ -139,42 +208,79 @@ def decoder_layer(full_name: str) -> tuple[int, str] | None:
     return (int(found.group(1)), found.group(2)) if found else None
 
 
-def decoder_keys(full_name: str, projection: str) -> list[ModuleKey]:
+def decoder_keys(
+    full_name: str, projection: str, numbering: Numbering | None = "pairs"
+) -> list[ModuleKey]:
     """The modules that one pair of factors of a decoder layer updates.
 
     Args:
         full_name: The Megatron-Core layer's name, as ``named_modules_global`` gives it.
+        numbering: What ``layer_numbering`` says of the model.
         projection: The pair's projection; empty for the only one, or for all of a fused layer.
 
     Returns:
         One module, or every one of a fused layer.
 
     Raises:
-        TargetError: The layer is none of a decoder's four.
+        TargetError: No adapter format has a name for the layer.
     """
-    number, hf_names = check_place(full_name)
+    number, hf_names = check_place(full_name, numbering)
     names = [hf_names[projection]] if projection in hf_names else list(hf_names.values())
     return [ModuleKey(layer=number, name=name) for name in names]
 
 
-def check_place(full_name: str) -> tuple[int, Mapping[str, ModuleName]]:
-    """A linear layer's decoder layer and Hugging Face's names of its projections.
+def check_place(
+    full_name: str, numbering: Numbering | None = "pairs"
+) -> tuple[int, Mapping[str, ModuleName]]:
+    """A linear layer's decoder layer and the names of its projections.
+
+    Args:
+        full_name: As ``named_modules_global`` gives it.
+        numbering: What ``layer_numbering`` says of the model.
 
     Raises:
         TargetError: No adapter format has a name for the layer.
     """
     place = decoder_layer(full_name)
-    hf_names = PARTS.get(place[1]) if place else None
-    if place is None or hf_names is None:
-        hint = (
-            " (this hybrid_layer_pattern does not pair attention with an MLP, so its positions "
-            "have no layer numbers in Hugging Face's sense)"
-            if ".layers.position" in full_name
-            else ""
-        )
+    names = parts_of(place[1], numbering) if place and numbering else None
+    if place is None or names is None:
+        check_split(full_name)
+        known = [
+            linear.path for linear in ALL_LINEARS if linear.numbering == (numbering or "pairs")
+        ]
         raise TargetError(
-            f"{full_name} is none of a decoder layer's {', '.join(PARTS)}{hint}; no adapter "
-            "format has a name for an adapter there: leave it out with exclude_modules, or take "
-            "it out with remove_lora"
+            f"{full_name} is none of a decoder layer's {', '.join(known)}{_why(full_name)}; no "
+            "adapter format has a name for an adapter there: leave it out with exclude_modules, or "
+            "take it out with remove_lora"
         )
-    return place[0], hf_names
+    return place[0], names
+
+
+def _why(full_name: str) -> str:
+    if ".layers.position" in full_name:
+        return (
+            " (this hybrid_layer_pattern does not say whether Hugging Face's model numbers each "
+            "position or each pair of attention and MLP; say so with number_layers(model, "
+            '"positions"), as in Nemotron-H, or "pairs")'
+        )
+    if full_name.endswith(("mixer.in_proj", "mixer.out_proj")):
+        return (
+            " (Mamba has a name where each position is a layer, as in Nemotron-H; if it is one, "
+            'say so with number_layers(model, "positions"))'
+        )
+    return ""
+
+
+def check_split(full_name: str) -> None:
+    """Refuse layers of which every rank computes the whole output.
+
+    Raises:
+        TargetError: It is a down-projection of latent attention.
+    """
+    if full_name.rpartition(".")[2] in _DOWN_PROJECTIONS:
+        raise TargetError(
+            f"{full_name} is a down-projection of latent attention, whose output every "
+            "tensor-parallel rank holds whole; an adapter there would be a replica on each rank, "
+            "and its gradient a sum over ranks that this package does not send: leave it out of "
+            "target_modules, or name it in exclude_modules"
+        )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.extensions import transformer_engine as extension
 from torch import Tensor, nn
 
 from bdlora_megatron.config import LoRAConfig
-from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.layers.anatomy import check_place, named_modules_global
+from bdlora_megatron.errors import ConfigError, TargetError
+from bdlora_megatron.layers.anatomy import (
+    check_place,
+    check_split,
+    layer_numbering,
+    named_modules_global,
+)
 from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.lora_linear import LoRALinear
 from bdlora_megatron.layers.targets import TargetMatcher
@@ -31,6 +37,8 @@ __all__ = [
 ]
 
 _STACKS = decoder_classes()
+# A linear layer that ranks do not split; a mock object where Transformer Engine is missing.
+_WHOLE = extension.TELinear if isinstance(extension.TELinear, type) else ()
 
 
 def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list[str]:
@@ -52,8 +60,9 @@ def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list
     Raises:
         ConfigError: The model is wrapped already, has adapters already, or has sizes that
             do not divide evenly.
-        TargetError: A target pattern matches no layer on any pipeline stage, or a layer whose
-            adapter no file format can name, such as ``output_layer``.
+        TargetError: A target pattern matches no layer on any pipeline stage, a layer whose
+            adapter no file format can name, such as ``output_layer``, or one that ranks do not
+            split, such as a down-projection of latent attention.
         UnsupportedError: A matched layer is an expert, is quantised, or would split a key-value
             head.
 
@@ -64,18 +73,19 @@ def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list
     for chunk in chunks:
         _check_fresh(chunk)
     matcher = TargetMatcher(lora.target_modules, lora.exclude_modules)
-    candidates = {
-        name: module
-        for chunk in chunks
-        for name, module in named_modules_global(chunk)
-        if isinstance(module, LINEAR_CLASSES)
-    }
-    chosen = {name: module for name, module in candidates.items() if matcher.matches(name)}
+    candidates, chosen = {}, {}
+    for chunk in chunks:
+        for name, module in named_modules_global(chunk):
+            linear = isinstance(module, LINEAR_CLASSES)
+            if linear:
+                candidates[name] = module
+            if (linear or isinstance(module, _WHOLE)) and matcher.matches(name):
+                check_split(name)
+                chosen[name] = module
+    chosen = {name: module for name, module in chosen.items() if name in candidates}
     matcher.check_all_used(candidates, _unused_on_every_stage(matcher.unused))
-    if any(isinstance(module, _STACKS) for chunk in chunks for module in chunk.modules()):
-        for name, module in chosen.items():
-            if not getattr(module, "is_expert", False):
-                check_place(name)
+    for chunk in chunks:
+        _check_places(chunk, chosen)
     # All layers are made before the first is exchanged: a refusal leaves the model as it was.
     made = {name: _with_adapter(module, lora, name) for name, module in chosen.items()}
     for chunk in chunks:
@@ -96,9 +106,32 @@ def _check_fresh(model: nn.Module) -> None:
             raise ConfigError("the model already carries adapters; call remove_lora() first")
 
 
+def _check_places(chunk: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Refuse layers of a decoder's model for whose adapters no file format has a name.
+
+    Raises:
+        TargetError: There is one; an expert is for its own layer to refuse.
+    """
+    if not any(isinstance(module, _STACKS) for module in chunk.modules()):
+        return
+    numbering = layer_numbering(chunk)
+    for name, module in named_modules_global(chunk):
+        if chosen.get(name) is not module or getattr(module, "is_expert", False):
+            continue
+        _, known = check_place(name, numbering)
+        geometry = lora_layer(module).geometry(name, fused=False)
+        unnamed = [p.name for p in geometry.projections if p.name and p.name not in known]
+        if unnamed:
+            raise TargetError(
+                f"{name} holds {', '.join(unnamed)}, and models whose layers are numbered by "
+                f"{numbering} have {', '.join(known.values())} there; leave it out with "
+                "exclude_modules, or number the model otherwise with number_layers"
+            )
+
+
 def _with_adapter(module: nn.Module, lora: LoRAConfig, name: str) -> LoRALinear:
     layer = lora_layer(module)
-    layer.attach_config(lora, name.rpartition(".")[2])
+    layer.attach_config(lora, name)
     return layer
 
 

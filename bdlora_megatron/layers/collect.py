@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.convert.adapter.neutral import Adapter, BaseShape, ModuleKey, blocked_factor
+from bdlora_megatron.convert.adapter.rows import in_file_order
+from bdlora_megatron.decoder import Numbering
 from bdlora_megatron.errors import TargetError, UnsupportedError
-from bdlora_megatron.layers.anatomy import check_place, model_class
+from bdlora_megatron.layers.anatomy import check_place, layer_numbering, model_class
 from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.factors import Factor
 
@@ -43,24 +45,27 @@ def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) 
         stages, if there are several.
     """
     modules: dict[ModuleKey, BlockFactors] = {}
+    numbering = layer_numbering(model)
     for full_name, layer in lora_layers(model):
         if layer.adapter is None:
             continue
         for plan in layer.adapter.plans:
-            key = _key(full_name, plan.projection.name)
+            key = _key(full_name, plan.projection.name, numbering)
             if key in modules:
                 raise UnsupportedError(
                     f"{full_name}: {key} is adapted in two decoders of this model, and an adapter "
                     "has one; choose one of them by full names in target_modules"
                 )
             A, B = (_whole(factor) for factor in layer.adapter.factors(plan))
-            modules[key] = BlockFactors(
+            factors = BlockFactors(
                 A=A,
                 B=B,
                 num_blocks=plan.num_blocks,
                 blocked=blocked_factor(key.name),
                 scale=plan.scale,
+                parts=plan.projection.part_sizes,
             )
+            modules[key] = in_file_order(factors, plan.projection.groups)
     modules = _from_all_stages(modules)
     if not modules:
         raise TargetError("the model carries no adapter; put one in with apply_lora() first")
@@ -72,8 +77,8 @@ def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) 
     )
 
 
-def _key(full_name: str, projection: str) -> ModuleKey:
-    number, hf_names = check_place(full_name)
+def _key(full_name: str, projection: str, numbering: Numbering | None) -> ModuleKey:
+    number, hf_names = check_place(full_name, numbering)
     if projection not in hf_names:
         raise UnsupportedError(
             f"the adapter of {full_name} is one pair of factors for several projections, for which "
@@ -85,15 +90,12 @@ def _key(full_name: str, projection: str) -> ModuleKey:
 def _whole(factor: Factor) -> Tensor:
     """``[rows, columns]`` from every rank's share; the inverse of ``Factor.cut``."""
     weight: Tensor = factor()
-    local, dim, group = weight.detach().contiguous(), factor.shape.shard_dim, factor.tp_group
-    if dim is None or group.size() == 1:
+    local, group = weight.detach().contiguous(), factor.tp_group
+    if factor.shape.shard_dim is None or group.size() == 1:
         return local.cpu().clone()
     shares = [torch.empty_like(local) for _ in range(group.size())]
     torch.distributed.all_gather(shares, local, group=group)
-    # A gated pair is cut in two stretches, each split over ranks by itself.
-    cut = [share.chunk(factor.shape.parts, dim=dim) for share in shares]
-    parts = [piece[part] for part in range(factor.shape.parts) for piece in cut]
-    return torch.cat(parts, dim=dim).cpu()
+    return factor.shape.join(shares).cpu()
 
 
 def _from_all_stages(modules: dict[ModuleKey, BlockFactors]) -> dict[ModuleKey, BlockFactors]:

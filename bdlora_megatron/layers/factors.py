@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor, nn
 
-from bdlora_megatron.runtime.versions.layers import sharded_for_checkpoint
+from bdlora_megatron.layers.geometry import Stretch
+from bdlora_megatron.runtime.versions.layers import sharded_by_stretch, sharded_for_checkpoint
 
 __all__ = ["Factor", "FactorPair", "FactorShape", "dropped", "kaiming_uniform", "zeros"]
 
@@ -42,13 +43,20 @@ class FactorShape:
         rows: Rows over all ranks.
         columns: Columns over all ranks.
         shard_dim: The dimension that is split evenly over ranks; None for a replica on each.
-        parts: Stretches of the rows that are each split by themselves (see ``Projection.parts``).
+        parts: Stretches of the rows that are each split by themselves (see ``Projection.parts``);
+            empty where they are one.
     """
 
     rows: int
     columns: int
     shard_dim: int | None
-    parts: int = 1
+    parts: tuple[Stretch, ...] = ()
+
+    def stretches(self, rows: Tensor, *, share: int = 1) -> tuple[Tensor, ...]:
+        """The stretches of a factor's rows, of the whole or of one of ``share`` equal shares."""
+        sizes = [part.size // share for part in self.parts] or [len(rows)]
+        stretches: tuple[Tensor, ...] = rows.split(sizes)
+        return stretches
 
     def cut(self, full: Tensor, *, tp_rank: int, tp_size: int) -> Tensor:
         """Cut one rank's share out of a whole factor.
@@ -64,8 +72,16 @@ class FactorShape:
         dim = self.shard_dim
         if dim is None or tp_size == 1:
             return full
-        parts = full.chunk(self.parts, dim=dim)
-        return torch.cat([part.chunk(tp_size, dim=dim)[tp_rank] for part in parts], dim=dim)
+        pieces = [part.chunk(tp_size, dim=dim)[tp_rank] for part in self.stretches(full)]
+        return torch.cat(pieces, dim=dim)
+
+    def join(self, shares: Sequence[Tensor]) -> Tensor:
+        """Put a whole factor together from every rank's share; the inverse of ``cut``."""
+        if self.shard_dim is None:
+            return shares[0]
+        cut = [self.stretches(share, share=len(shares)) for share in shares]
+        pieces = [piece for stretch in zip(*cut, strict=True) for piece in stretch]
+        return torch.cat(pieces, dim=self.shard_dim)
 
 
 class Factor(nn.Module):
@@ -97,7 +113,7 @@ class Factor(nn.Module):
             self.weight,
             is_parallel=shape.shard_dim is not None,
             dim=-1 if shape.shard_dim is None else shape.shard_dim,
-            stride=shape.parts,
+            stride=max(1, len(shape.parts)),
         )
         # Megatron's DDP reduces gradients of parameters with this mark over data-parallel ranks.
         self.weight.allreduce = True  # type: ignore[attr-defined]
@@ -129,9 +145,13 @@ class Factor(nn.Module):
             tp_group=self.tp_group,
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
-        if self.shape.parts == 2:
-            key = f"{prefix}weight"
+        key, parts = f"{prefix}weight", self.shape.parts
+        if [part.name for part in parts] == ["gate", "up"]:
             sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets)
+        elif parts:
+            size = self.tp_group.size()
+            local = {part.name: part.size // size for part in parts}
+            sharded[key] = sharded_by_stretch(sharded[key], local)
         return sharded
 
     def extra_repr(self) -> str:

@@ -6,17 +6,26 @@ module says where each projection's rows go in the fused layer.
 
 `linear_qkv` interleaves by query group: ``[q q k v | q q k v | ...]``, so that a rank's share is a
 whole number of groups. `linear_fc1` of a gated MLP stores, on each rank, its gate rows and then its
-up rows.
+up rows. So do, by themselves on each rank, the stretches of Mamba's ``in_proj`` (z, x, B, C, dt)
+and of the gated delta net's (query, key, value, z, beta, alpha).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from bdlora_megatron.decoder import facts_of
 from bdlora_megatron.errors import ShapeError, UnsupportedError
 
-__all__ = ["LayerGeometry", "Projection", "layer_geometry"]
+__all__ = ["LayerGeometry", "Projection", "Stretch", "layer_geometry"]
+
+
+class Stretch(NamedTuple):
+    """Rows of a projection that ranks split by themselves."""
+
+    name: str
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,13 +35,21 @@ class Projection:
     Attributes:
         name: ``q``, ``k``, ``v``, ``gate``, ``up``, or empty where the layer is one projection.
         out_features: Its rows over all ranks.
-        parts: How many stretches of its rows are each split over ranks by themselves: 2 for a
-            gated ``linear_fc1`` taken as one projection, whose rank holds ``[gate_i; up_i]``.
+        parts: Where its rows are several stretches that are each split over ranks by themselves,
+            such as ``gate`` and ``up`` of a gated ``linear_fc1`` taken as one projection, whose
+            rank holds ``[gate_i; up_i]``. Empty where they are one.
+        groups: Hugging Face interleaves these stretches by so many groups.
     """
 
     name: str
     out_features: int
-    parts: int = 1
+    parts: tuple[Stretch, ...] = ()
+    groups: int = 1
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Rows of each stretch; empty where there is one."""
+        return tuple(part.size for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +75,8 @@ def layer_geometry(
     """Say which projections the layer called ``name`` holds.
 
     Args:
-        name: The layer's attribute name, such as ``linear_qkv``.
+        name: The layer's attribute name, such as ``linear_qkv``, or the end of its path; an
+            ``in_proj`` takes its parent's, since Mamba and the delta net both have one.
         config: The model's ``TransformerConfig``.
         out_features: The layer's output size over all ranks.
         fused: Treat the whole layer as one projection with one pair of factors.
@@ -69,9 +87,14 @@ def layer_geometry(
 
     Raises:
         ShapeError: The layer's size is not what ``config`` says.
-        UnsupportedError: A rank would hold part of a key-value head, or the layer holds more than
-            q, k and v.
+        UnsupportedError: A rank would hold part of a key-value head, the layer holds more than
+            q, k and v, or ``fused`` asks for one pair in a delta net.
     """
+    if name.endswith("mixer.in_proj"):
+        return _mamba(config, out_features)
+    if name.endswith("self_attention.in_proj"):
+        return _delta_net(config, out_features, fused=fused)
+    name = name.rpartition(".")[2]
     if name == "linear_qkv":
         _check_qkv(config, out_features, tp_size)
         return _qkv(config, out_features, fused=fused)
@@ -117,7 +140,68 @@ def _qkv(config: Any, out_features: int, *, fused: bool) -> LayerGeometry:
 
 def _gated(out_features: int, *, fused: bool) -> LayerGeometry:
     if fused:
-        projection = Projection(name="", out_features=out_features, parts=2)
+        parts = tuple(Stretch(half, out_features // 2) for half in ("gate", "up"))
+        projection = Projection(name="", out_features=out_features, parts=parts)
         return LayerGeometry(projections=(projection,))
     halves = (Projection(name=name, out_features=out_features // 2) for name in ("gate", "up"))
     return LayerGeometry(projections=tuple(halves))
+
+
+def _mamba(config: Any, out_features: int) -> LayerGeometry:
+    """Mamba's z, x, B, C and dt, which have one pair of factors, as they have one module.
+
+    Raises:
+        ShapeError: The layer's size is not what ``config`` says.
+    """
+    state, width = config.mamba_num_groups * config.mamba_state_dim, config.mamba_head_dim
+    heads, rest = divmod(out_features - 2 * state, 2 * width + 1)
+    if rest or heads < 1 or config.mamba_num_heads not in (None, heads):
+        raise ShapeError(
+            f"in_proj has {out_features} output features, which are not 2 * heads * head_dim + 2 * "
+            f"groups * state + heads of mamba_num_heads={config.mamba_num_heads}, mamba_head_dim="
+            f"{width}, mamba_num_groups={config.mamba_num_groups}, mamba_state_dim="
+            f"{config.mamba_state_dim}; pass the config that the layer was built with"
+        )
+    sizes = (heads * width, heads * width, state, state, heads)
+    (_, facts) = facts_of("mixer.in_proj")
+    parts = tuple(map(Stretch, facts.stretches, sizes))
+    return LayerGeometry(projections=(Projection(name="", out_features=out_features, parts=parts),))
+
+
+def _delta_net(config: Any, out_features: int, *, fused: bool) -> LayerGeometry:
+    """A gated delta net's two modules, whose rows Hugging Face groups by key head.
+
+    Raises:
+        ShapeError: The layer's size is not what ``config`` says.
+        UnsupportedError: ``fused`` asks for one pair.
+    """
+    if fused:
+        raise UnsupportedError(
+            "fused=True and the gated delta net's in_proj: its rows are two modules' in Hugging "
+            "Face's models, and no adapter format has one pair for both; use fused=False"
+        )
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    heads = config.linear_num_value_heads
+    wanted = 2 * (keys + values + heads)
+    if wanted != out_features:
+        raise ShapeError(
+            f"in_proj has {out_features} output features, but the config's linear_* sizes make "
+            f"{wanted}; pass the config that the layer was built with"
+        )
+    sizes = {
+        "linear_attn.in_proj_qkvz": (keys, keys, values, values),
+        "linear_attn.in_proj_ba": (heads, heads),
+    }
+    projections = []
+    for name, rows in sizes.items():
+        (_, facts) = facts_of(name)  # type: ignore[arg-type]
+        projections.append(
+            Projection(
+                name=facts.part,
+                out_features=sum(rows),
+                parts=tuple(map(Stretch, facts.stretches, rows)),
+                groups=config.linear_num_key_heads,
+            )
+        )
+    return LayerGeometry(projections=tuple(projections))

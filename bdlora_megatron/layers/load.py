@@ -17,17 +17,19 @@ from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.adapter.neutral import Adapter as NeutralAdapter
 from bdlora_megatron.convert.adapter.neutral import ModuleKey
-from bdlora_megatron.decoder import PARTS
+from bdlora_megatron.convert.adapter.rows import in_layer_order
+from bdlora_megatron.decoder import parts_of
 from bdlora_megatron.errors import ShapeError, TargetError
 from bdlora_megatron.layers.adapters import ProjectionPlan
 from bdlora_megatron.layers.anatomy import (
     decoder_layer,
+    layer_numbering,
     named_modules_global,
     num_decoder_layers,
 )
 from bdlora_megatron.layers.apply import freeze_base, lora_layers, replace_module
 from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
-from bdlora_megatron.layers.geometry import LayerGeometry
+from bdlora_megatron.layers.geometry import LayerGeometry, Projection
 from bdlora_megatron.layers.lora_linear import LoRALinear
 
 __all__ = [
@@ -127,16 +129,17 @@ class DecoderLinear:
 def decoder_linears(model: nn.Module) -> list[DecoderLinear]:
     """The linear layers of a model's decoder that an adapter may change, on this pipeline stage."""
     targets = []
+    numbering = layer_numbering(model)
     for name, module in named_modules_global(model):
         place = decoder_layer(name)
         if place is None or not isinstance(module, LINEAR_CLASSES):
             continue
         number, path = place
-        hf_names = PARTS.get(path)
+        hf_names = parts_of(path, numbering) if numbering else None
         if hf_names is None or getattr(module, "is_expert", False):
             continue
         layer = module if isinstance(module, LoRALinear) else lora_layer(module)
-        geometry = layer.geometry(path.rpartition(".")[2], fused=False)
+        geometry = layer.geometry(path, fused=False)
         keys = {
             projection.name: ModuleKey(layer=number, name=hf_names[projection.name])
             for projection in geometry.projections
@@ -224,7 +227,11 @@ def _load_layer(
         layer = lora_layer(layer)
         replace_module(model, target.module, layer)
     tp_size = layer.tp_group.size()
-    fitted = {name: fit(factors, options.layout, tp_size) for name, factors in wanted.items()}
+    projections = {projection.name: projection for projection in target.geometry.projections}
+    fitted = {
+        name: fit(factors, projections[name], options.layout, tp_size)
+        for name, factors in wanted.items()
+    }
     plans = [
         ProjectionPlan(
             projection=projection,
@@ -246,8 +253,11 @@ def _load_layer(
         adapter.load_whole(name, factors.A, factors.B)
 
 
-def fit(factors: BlockFactors, layout: Layout, tp_size: int) -> BlockFactors:
+def fit(
+    factors: BlockFactors, projection: Projection, layout: Layout, tp_size: int
+) -> BlockFactors:
     """Bring factors into a form that ``tp_size`` ranks can share in ``layout``; exact."""
+    factors = in_layer_order(factors, projection.part_sizes, projection.groups)
     if layout is Layout.BDLORA:
         return factors if factors.num_blocks % tp_size == 0 else reshard(factors, tp_size)
     dense = reshard(factors, 1)

@@ -94,7 +94,7 @@ class LoRALinear(nn.Module):
             input_size: I, over all ranks.
             output_size: O, over all ranks.
             lora: The adapter; none when unset.
-            lora_name: The layer's attribute name in its parent, such as ``linear_qkv``.
+            lora_name: The layer's attribute name in its parent, such as ``linear_qkv``, or path.
             **kwargs: For ``base_class``, which comes next in every subclass.
         """
         super().__init__(input_size, output_size, **kwargs)
@@ -179,7 +179,7 @@ class LoRALinear(nn.Module):
             )
 
     def geometry(self, name: str, *, fused: bool) -> LayerGeometry:
-        """The projections this layer holds under the name that its parent gives it."""
+        """The projections this layer holds under the name or path that its parents give it."""
         return layer_geometry(
             name, self.config, self.output_size, fused=fused, tp_size=self.tp_group.size()
         )
@@ -233,7 +233,7 @@ class LoRALinear(nn.Module):
 
         Args:
             lora: Rank, blocks, scale, layout, dropout.
-            name: The layer's attribute name in its parent, such as ``linear_qkv``.
+            name: The layer's attribute name in its parent, such as ``linear_qkv``, or its path.
 
         Returns:
             The adapter.

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.layers.anatomy import check_split
 from bdlora_megatron.layers.classes import LORA_CLASSES
 from bdlora_megatron.layers.targets import TargetMatcher
 from bdlora_megatron.runtime.versions.layers import nested_submodules
@@ -36,7 +37,7 @@ def lora_spec(spec: Any, config: Any, lora: LoRAConfig) -> Any:
 
     Raises:
         ConfigError: ``lora`` targets only some layers, and ``spec`` describes a single one.
-        TargetError: A target pattern matches no layer.
+        TargetError: A target pattern matches no layer, or one that ranks do not split.
     """
     matcher = TargetMatcher(lora.target_modules, lora.exclude_modules)
     if isinstance(spec, TransformerBlockSubmodules):
@@ -61,7 +62,7 @@ def _per_layer(
         for path, holder, field in list(_linears(layer.submodules, "")):
             candidates.append(f"decoder.layers.{offset + index}.{path}")
             if matcher.matches(candidates[-1]):
-                _exchange(holder, field, lora)
+                _exchange(holder, field, path, lora)
     return new, candidates
 
 
@@ -80,7 +81,7 @@ def _same_in_all(
                 "get_gpt_decoder_block_spec() returns, or use apply_lora() on the built model"
             )
         if hits:
-            _exchange(holder, field, lora)
+            _exchange(holder, field, path, lora)
     return candidates
 
 
@@ -102,10 +103,11 @@ def _linear_class(value: Any) -> type | None:
     return kind if isinstance(kind, type) and kind in LORA_CLASSES else None
 
 
-def _exchange(holder: Any, field: str, lora: LoRAConfig) -> None:
+def _exchange(holder: Any, field: str, path: str, lora: LoRAConfig) -> None:
+    check_split(path)
     value = getattr(holder, field)
     params = dict(value.params) if isinstance(value, ModuleSpec) else {}
     kind = _linear_class(value)
     assert kind is not None
-    new = ModuleSpec(module=LORA_CLASSES[kind], params={**params, "lora": lora, "lora_name": field})
+    new = ModuleSpec(module=LORA_CLASSES[kind], params={**params, "lora": lora, "lora_name": path})
     setattr(holder, field, new)

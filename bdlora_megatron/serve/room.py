@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bdlora_megatron.config import DEFAULT_TARGETS, Layout
+from bdlora_megatron.decoder import ALL_LINEARS
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers.pools import LayerShare
 from bdlora_megatron.ops.grouped import Implementation
@@ -53,11 +54,9 @@ class SlotRoom:
         object.__setattr__(self, "layouts", tuple(map(Layout, self.layouts)))
         if not self.layouts:
             raise ConfigError("layouts=(); wanted one at least, 'bdlora' for most uses")
-        unknown = sorted(set(self.target_modules) - set(DEFAULT_TARGETS))
-        if unknown or not self.target_modules:
-            raise ConfigError(
-                f"target_modules={self.target_modules}; wanted some of {DEFAULT_TARGETS}"
-            )
+        known = tuple(dict.fromkeys(linear.name for linear in ALL_LINEARS))
+        if set(self.target_modules) - set(known) or not self.target_modules:
+            raise ConfigError(f"target_modules={self.target_modules}; wanted some of {known}")
 
     @property
     def own(self) -> bool:

@@ -195,7 +195,11 @@ class ModelSlots:
         layout: Layout,
     ) -> LayerShare:
         tp_size = slots.tp_group.size()
-        modules = {name: fit(adapter.modules[key], layout, tp_size) for name, key in keys.items()}
+        projections = {projection.name: projection for projection in slots.geometry.projections}
+        modules = {
+            name: fit(adapter.modules[key], projections[name], layout, tp_size)
+            for name, key in keys.items()
+        }
         names = " and ".join(map(str, keys.values()))
         try:
             share = slots.share(modules, layout)

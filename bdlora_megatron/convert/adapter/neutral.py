@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from bdlora_megatron.blocks import Blocked, BlockFactors
-from bdlora_megatron.decoder import MODULE_NAMES, ModuleName, facts_of
+from bdlora_megatron.decoder import ALL_MODULE_NAMES, MODULE_NAMES, ModuleName, facts_of
 from bdlora_megatron.errors import ShapeError
 
 __all__ = [
+    "ALL_MODULE_NAMES",
     "MODULE_NAMES",
     "Adapter",
     "BaseShape",
@@ -38,7 +39,8 @@ class ModuleKey:
     name: ModuleName
 
     def __str__(self) -> str:
-        return f"layers.{self.layer}.{facts_of(self.name)[0].parent}.{self.name}"
+        own = self.name.rpartition(".")[2]
+        return f"layers.{self.layer}.{facts_of(self.name)[0].parent}.{own}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,12 +52,22 @@ class BaseShape:
     Attributes:
         hidden_size: Width of the residual stream.
         ffn_size: Width inside the MLP.
-        q_size: Query heads times their width.
+        q_size: Query heads times their width; in latent attention, times that of their values.
         kv_size: Key-value heads times their width.
         num_heads: Query heads.
         num_kv_heads: Key-value heads, Megatron's query groups.
         head_dim: Width of a head.
         num_layers: Decoder layers.
+        q_lora_rank: Width of latent attention's compressed queries.
+        kv_lora_rank: Width of its compressed keys and values.
+        latent_q_size: Query heads times their width, in latent attention.
+        latent_kv_size: Heads times the width of a key's part without position and of a value.
+        delta_heads: Key heads of the gated delta net, by which its rows stand.
+        delta_qkvz_size: Rows of the delta net's queries, keys, values and gates.
+        delta_ba_size: Rows of the delta net's beta and alpha.
+        delta_size: Value heads of the delta net times their width.
+        ssm_in_size: Rows of all that Mamba's input projection makes.
+        ssm_size: Mamba's heads times their width.
     """
 
     hidden_size: int | None = None
@@ -66,6 +78,16 @@ class BaseShape:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     num_layers: int | None = None
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    latent_q_size: int | None = None
+    latent_kv_size: int | None = None
+    delta_heads: int | None = None
+    delta_qkvz_size: int | None = None
+    delta_ba_size: int | None = None
+    delta_size: int | None = None
+    ssm_in_size: int | None = None
+    ssm_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -93,7 +115,8 @@ def blocked_factor(name: ModuleName) -> Blocked:
         name: The projection.
 
     Returns:
-        `"A"` for the row-parallel `o_proj` and `down_proj`, `"B"` for the column-parallel others.
+        `"A"` for row-parallel ones such as `o_proj` and `down_proj`, `"B"` for column-parallel
+        ones.
     """
     return facts_of(name)[0].blocked
 

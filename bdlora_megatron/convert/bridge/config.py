@@ -13,7 +13,7 @@ from bdlora_megatron.convert.adapter import BaseShape
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.hints import unreadable
 from bdlora_megatron.convert.megatron.iterations import newest_iteration
-from bdlora_megatron.decoder import hybrid_layers
+from bdlora_megatron.decoder import hybrid_layers, hybrid_numbering
 from bdlora_megatron.errors import AdapterFormatError, MissingDependencyError
 
 __all__ = [
@@ -222,7 +222,9 @@ def _hybrid_layers(model: Mapping[str, Any], problems: Problems) -> tuple[int, .
     pattern = model.get("hybrid_layer_pattern") or model.get("hybrid_override_pattern")
     if pattern is None and "hybrid" not in str(model.get("_target_", "")).lower():
         return None
-    numbers = hybrid_layers(pattern) if isinstance(pattern, str) else []
+    numbers = []
+    if isinstance(pattern, str) and hybrid_numbering(pattern) == "pairs":
+        numbers = hybrid_layers(pattern)
     layers = [number for number in numbers if number is not None]
     if not layers:
         problems.add(

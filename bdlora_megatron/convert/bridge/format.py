@@ -260,11 +260,14 @@ def _check_writable(
             "(--dense, WriteOptions(dense=True))",
             *blocked,
         )
+    unnamed = [str(key) for key in facts if not facts_of(key.name)[1].bridge]
+    if unnamed:
+        problems.add("its LoRA is read here for the seven projections alone", *unnamed)
     for key, factors in facts.items():
         parts = 2 * options.tp if linear_of(key.name)[0] == _GATED else options.tp
         if factors.out_features % parts:
             problems.add(f"rows are no multiple of {parts}, as tp={options.tp} needs", str(key))
-    if options.fused:
+    if options.fused and not unnamed:
         for piece in _pieces(facts, fused=True):
             if len(piece.keys) < len(PARTS[piece.linear]):
                 problems.add(

@@ -30,6 +30,8 @@ from bdlora_megatron.convert.megatron.manifest import (
 from bdlora_megatron.convert.megatron.names import linear_of, stem
 from bdlora_megatron.convert.megatron.reader import Pair, PairSettings, find_pairs, pair_modules
 from bdlora_megatron.convert.write_options import WriteOptions
+from bdlora_megatron.decoder import facts_of, numbering_of
+from bdlora_megatron.errors import UnsupportedError
 
 __all__ = [
     "FORMAT",
@@ -67,7 +69,8 @@ def open_megatron(folder: Path) -> Iterator[Adapter]:
     tensors = open_dist_tensors(folder / WEIGHTS_NAME)
     problems = Problems()
     subject = f"cannot read the adapter in {folder}"
-    pairs = find_pairs(tensors, problems, ignore=lambda _: False)
+    numbering = numbering_of(key.name for key in manifest.modules)
+    pairs = find_pairs(tensors, problems, ignore=lambda _: False, numbering=numbering)
     settings = _settings(pairs, manifest, problems)
     modules, widths = pair_modules(tensors, settings, manifest.base, problems, subject=subject)
     base = merge_base(manifest.base, widths, problems)
@@ -86,8 +89,12 @@ def write_megatron(adapter: Adapter, folder: Path, options: WriteOptions) -> Non
         adapter: What to write.
         folder: An empty folder.
         options: Nothing more.
+
+    Raises:
+        UnsupportedError: A module's rows are stored by stretch, as Mamba's and the delta net's.
     """
     facts = module_facts(adapter)
+    _check_writable(adapter.name, facts)
     layers = stacked_layers(facts, adapter.base.num_layers)
     write_manifest(folder / MANIFEST_NAME, manifest_of(adapter, facts, FORMAT, 1))
     chunks: list[Chunk] = []
@@ -115,6 +122,23 @@ def write_megatron(adapter: Adapter, folder: Path, options: WriteOptions) -> Non
     from bdlora_megatron.convert.megatron.dist_writer import write_dist_tensors
 
     write_dist_tensors(folder / WEIGHTS_NAME, chunks, load, common_state(layers))
+
+
+def _check_writable(name: str, facts: Mapping[ModuleKey, BlockFactors]) -> None:
+    """Refuse modules whose rows are stored by stretch.
+
+    Raises:
+        UnsupportedError: There are some.
+    """
+    problems = Problems()
+    stretched = [str(key) for key in facts if facts_of(key.name)[1].stretches]
+    if stretched:
+        problems.add(
+            "B's rows are stored by stretch, and only the model knows how long each is; load the "
+            "adapter into the model and write it with save_adapter",
+            *stretched,
+        )
+    problems.raise_if_any(f"cannot write adapter {name!r} for Megatron-Core", UnsupportedError)
 
 
 def stacked_layers(facts: Mapping[ModuleKey, BlockFactors], num_layers: int | None) -> int | None:

@@ -9,7 +9,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES, Adapter, BaseShape, ModuleKey
+from bdlora_megatron.convert.adapter.neutral import (
+    ALL_MODULE_NAMES,
+    Adapter,
+    BaseShape,
+    ModuleKey,
+)
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.hints import unreadable
 from bdlora_megatron.errors import AdapterFormatError, nearest
@@ -19,7 +24,6 @@ __all__ = ["Manifest", "ModuleEntry", "manifest_of", "read_manifest", "write_man
 VERSION = 1
 _LARGEST = 16 << 20
 _KEYS = frozenset({"format", "version", "name", "tp", "base", "metadata", "modules"})
-_KEY_BY_TEXT = {str(ModuleKey(layer=0, name=name)): name for name in MODULE_NAMES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +97,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "tp": manifest.tp,
         "base": {k: v for k, v in asdict(manifest.base).items() if v is not None},
         "metadata": dict(manifest.metadata),
-        "modules": {str(key): asdict(entry) for key, entry in manifest.modules.items()},
+        "modules": {_text(key): asdict(entry) for key, entry in manifest.modules.items()},
     }
     path.write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
 
@@ -203,4 +207,12 @@ def _module_key(text: str) -> ModuleKey | None:
     if name is None or not (number.isascii() and number.isdigit()) or len(number) > 5:
         return None
     key = ModuleKey(layer=int(number), name=name)
-    return key if str(key) == text else None
+    return key if _text(key) == text else None
+
+
+def _text(key: ModuleKey) -> str:
+    """A module's key in the file; a name of a family's own tells what a path does not."""
+    return f"layers.{key.layer}.{key.name}" if "." in key.name else str(key)
+
+
+_KEY_BY_TEXT = {_text(ModuleKey(layer=0, name=name)): name for name in ALL_MODULE_NAMES}

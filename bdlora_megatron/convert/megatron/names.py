@@ -2,30 +2,41 @@
 
     decoder.layers.[<layer>.]self_attention.linear_qkv.adapter.[adapter_q.]linear_in.weight
 
-Without a number in the name the tensor is a stack of all layers on a dimension of its own. Without
-`adapter_<projection>` the pair serves the whole fused layer, whose rows stand in Megatron's order:
-for each query group its queries, its key, its value; all of gate, then all of up.
+The stretches of rows of Mamba's and the delta net's `in_proj` are tensors of their own, whose names
+end in the stretch's (`linear_out.weight.z`). Without a number in the name the tensor is a stack of
+all layers on a dimension of its own. Without `adapter_<projection>` the pair serves the whole fused
+layer, whose rows stand in Megatron's order: for each query group its queries, its key, its value;
+all of gate, then all of up.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.convert.adapter.neutral import BaseShape, ModuleKey
-from bdlora_megatron.decoder import PARTS, ModuleName, facts_of
+from bdlora_megatron.decoder import (
+    ALL_LINEARS,
+    PARTS,
+    ModuleName,
+    Numbering,
+    facts_of,
+    parts_of,
+)
 from bdlora_megatron.errors import AdapterFormatError
 
 __all__ = ["FactorName", "fuse", "linear_of", "parse_factor", "split_fused", "stem"]
 
+_PATHS = "|".join(re.escape(path) for path in dict.fromkeys(linear.path for linear in ALL_LINEARS))
 _FACTOR = re.compile(
     r"(?P<prefix>(?:[^.]+\.)*?)decoder\.layers\.(?:(?P<layer>0|[1-9][0-9]{0,4})\.)?"
-    r"(?P<linear>self_attention\.linear_(?:qkv|proj)|mlp\.linear_fc[12])\.adapter\."
-    r"(?:adapter_(?P<part>[a-z]+)\.)?linear_(?P<side>in|out)\.weight"
+    rf"(?P<linear>{_PATHS})\.adapter\."
+    r"(?:adapter_(?P<part>[a-z]+)\.)?linear_(?:(?P<A>in)\.weight|out\.weight"
+    r"(?:\.(?P<stretch>[A-Za-z]+))?)"
 )
 
 
@@ -39,6 +50,7 @@ class FactorName:
         linear: The Megatron-Core layer.
         part: The projection in it; empty for the only one, or for all of a fused layer.
         factor: A or B.
+        stretch: Which rows of B the tensor is; empty where it is all of them.
     """
 
     prefix: str
@@ -46,30 +58,34 @@ class FactorName:
     linear: str
     part: str
     factor: str
+    stretch: str = ""
 
 
-def parse_factor(name: str) -> FactorName | None:
+def parse_factor(name: str, numbering: Numbering = "pairs") -> FactorName | None:
     """Take a tensor's name apart.
 
     Args:
         name: The name in the checkpoint.
+        numbering: How its model numbers its layers.
 
     Returns:
-        What it says; None if it is no factor of one of the seven projections.
+        What it says; None if it is no factor of a projection that has a name.
     """
     found = _FACTOR.fullmatch(name)
     if found is None:
         return None
     part = found["part"] or ""
     linear = found["linear"]
-    if part and part not in PARTS[linear]:
+    known = parts_of(linear, numbering)
+    if known is None or (part and part not in known):
         return None
     return FactorName(
         prefix=found["prefix"],
         layer=None if found["layer"] is None else int(found["layer"]),
         linear=linear,
         part=part,
-        factor="A" if found["side"] == "in" else "B",
+        factor="A" if found["A"] else "B",
+        stretch=found["stretch"] or "",
     )
 
 
@@ -87,13 +103,13 @@ def stem(linear: str, part: str, layer: int | None, *, prefix: str = "") -> str:
 
 
 def split_fused(
-    linear: str, layer: int, fused: BlockFactors, base: BaseShape
+    linear: str, keys: Sequence[ModuleKey], fused: BlockFactors, base: BaseShape
 ) -> Iterator[tuple[ModuleKey, BlockFactors]]:
     """The update of a whole fused layer as one update per projection, with the same A.
 
     Args:
         linear: The fused layer.
-        layer: Its decoder layer.
+        keys: Its projections.
         fused: Its update; B's rows in Megatron's order.
         base: Must tell heads, key-value heads and their width for `linear_qkv`.
 
@@ -104,7 +120,6 @@ def split_fused(
         AdapterFormatError: If B's rows are not those of this base model, or a block ends inside a
             query group.
     """
-    names = list(PARTS[linear].values())
     groups, rows = _groups(linear, fused.out_features, base)
     if groups % fused.num_blocks and linear == "self_attention.linear_qkv":
         raise AdapterFormatError(
@@ -112,11 +127,8 @@ def split_fused(
             "and its rows are no block of q, k or v; reshard it in Megatron first"
         )
     grouped = fused.B.unflatten(0, (groups, -1))
-    for name, part in zip(names, grouped.split(rows, dim=1), strict=True):
-        yield (
-            ModuleKey(layer=layer, name=name),
-            replace(fused, B=part.flatten(0, 1).contiguous()),
-        )
+    for key, part in zip(keys, grouped.split(rows, dim=1), strict=True):
+        yield key, replace(fused, B=part.flatten(0, 1).contiguous())
 
 
 def fuse(linear: str, parts: Mapping[str, BlockFactors], base: BaseShape) -> BlockFactors:

@@ -45,6 +45,12 @@ _LEFTOVERS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             "tower; only the language model is served: train without the tower",
         ),
         (
+            r"self_attn\.(q_a_proj|kv_a_proj_with_mqa)\.lora_",
+            "factors of latent attention's down-projections, whose output every tensor-parallel "
+            "rank holds whole: an adapter there would be a replica on each; train with q_b_proj "
+            "(or q_proj), kv_b_proj and o_proj in target_modules",
+        ),
+        (
             r"\.experts?\.|shared_expert|_experts?\b",
             "factors of experts, and none of the seven projections; serving them would need a "
             "base model with experts, which is not read yet: adapt its attention alone",

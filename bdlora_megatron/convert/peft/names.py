@@ -9,20 +9,35 @@ anywhere in the path, the adapter's name, or no `base_model.model.`) says nothin
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from bdlora_megatron.convert.adapter.neutral import ModuleKey
-from bdlora_megatron.decoder import ModuleName
+from bdlora_megatron.decoder import ALL_MODULE_NAMES
 
-__all__ = ["PEFT_PREFIX", "FactorName", "clean_name", "parse_factor", "peft_prefix"]
+__all__ = [
+    "PEFT_PREFIX",
+    "FactorName",
+    "clean_name",
+    "parse_factor",
+    "peft_prefix",
+    "with_latent_attention",
+]
 
 PEFT_PREFIX = "base_model.model."
 #: Where models with a vision or audio tower keep their language model, which is the base's own.
 _LANGUAGE_MODELS = frozenset({"language_model", "language", "llm", "text_model", "thinker"})
+#: What Nemotron-H's own code calls what transformers calls `model`.
+_BACKBONE = "backbone."
+#: The names by the end of their paths; latent attention's `q_proj` is told by what is beside it.
+_BY_PATH = {
+    str(ModuleKey(layer=0, name=name)).removeprefix("layers.0."): name
+    for name in ALL_MODULE_NAMES
+    if name != "latent.q_proj"
+}
 _FACTOR = re.compile(
     r"(?P<prefix>(?:[^.]+\.)*?)layers\.(?P<layer>0|[1-9][0-9]{0,4})\."
-    r"(?P<module>self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
+    rf"(?P<module>{'|'.join(map(re.escape, _BY_PATH))})"
     r"\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
 # No real name is this long; the cap bounds what PEFT's patterns are matched against.
@@ -77,21 +92,31 @@ def parse_factor(name: str, *, task_type: object = None) -> FactorName | None:
         task_type: The config's, which tells whether layers stand below a model with a head.
 
     Returns:
-        What it says; None if it is no factor of one of the seven projections.
+        What it says; None if it is no factor of a projection that adapters here change.
     """
     clean = clean_name(name)
     found = _FACTOR.fullmatch(clean.removeprefix(PEFT_PREFIX))
     if found is None or len(clean) > _LONGEST:
         return None
-    # The pattern holds the seven names.
-    module = cast("ModuleName", found["module"].partition(".")[2])
     return FactorName(
-        key=ModuleKey(layer=int(found["layer"]), name=module),
+        key=ModuleKey(layer=int(found["layer"]), name=_BY_PATH[found["module"]]),
         prefix=_base_prefix(found["prefix"], clean.startswith(PEFT_PREFIX), task_type),
         factor=found["factor"],
         adapter=found["adapter"],
         name=name,
     )
+
+
+def with_latent_attention(factors: Sequence[FactorName]) -> list[FactorName]:
+    """The same factors, a `q_proj` beside latent attention's `kv_b_proj` under its own name."""
+    if not any(factor.key.name == "kv_b_proj" for factor in factors):
+        return list(factors)
+    return [
+        replace(factor, key=replace(factor.key, name="latent.q_proj"))
+        if factor.key.name == "q_proj"
+        else factor
+        for factor in factors
+    ]
 
 
 def clean_name(name: str) -> str:
@@ -122,6 +147,8 @@ def _base_prefix(prefix: str, is_peft: bool, task_type: object) -> str:
     """Where the base model has its layers, from a name that may lack a part."""
     if prefix == "model.model.":
         return "model."
+    if prefix == _BACKBONE:
+        return prefix
     if is_peft:
         # A model with a language head has them below `model`; without a head they are its own.
         return "model." if not prefix and task_type == "CAUSAL_LM" else prefix

@@ -36,7 +36,12 @@ from bdlora_megatron.convert.peft.config import (
     read_raw_config,
 )
 from bdlora_megatron.convert.peft.leftovers import equal_to_base, kind_of
-from bdlora_megatron.convert.peft.names import PEFT_PREFIX, FactorName, parse_factor
+from bdlora_megatron.convert.peft.names import (
+    PEFT_PREFIX,
+    FactorName,
+    parse_factor,
+    with_latent_attention,
+)
 from bdlora_megatron.convert.peft.options import READ_WITHOUT, check_ignorable, find_refused
 from bdlora_megatron.convert.peft.tensors import open_tensors
 from bdlora_megatron.convert.tensor_files import TensorSource
@@ -186,7 +191,7 @@ def _sorted_out(
             factors.append(factor)
         elif not _TRAINING_ONLY.search(name):
             leftovers.append(name)
-    return factors, leftovers
+    return with_latent_attention(factors), leftovers
 
 
 def _pairs(factors: Sequence[FactorName], problems: Problems) -> list[_Pair]:

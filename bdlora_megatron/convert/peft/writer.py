@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from bdlora_megatron.blocks import BlockFactors
-from bdlora_megatron.convert.adapter.lazy import module_facts
+from bdlora_megatron.blocks import BlockFactors, reshard
+from bdlora_megatron.convert.adapter.lazy import map_modules, module_facts
 from bdlora_megatron.convert.adapter.neutral import (
-    MODULE_NAMES,
+    ALL_MODULE_NAMES,
     Adapter,
     ModuleKey,
     ModuleName,
@@ -25,6 +25,7 @@ from bdlora_megatron.convert.peft.names import PEFT_PREFIX, peft_prefix
 from bdlora_megatron.convert.peft.tensors import SAFETENSORS_NAME
 from bdlora_megatron.convert.tensor_files import write_safetensors
 from bdlora_megatron.convert.write_options import WriteOptions
+from bdlora_megatron.decoder import target_of
 from bdlora_megatron.errors import UnsupportedError
 
 __all__ = ["write_peft"]
@@ -44,6 +45,10 @@ def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         UnsupportedError: If modules differ in their number of blocks, which PEFT has one of.
     """
     facts = module_facts(adapter)
+    if any(factors.parts for factors in facts.values()):
+        subject = f"cannot write adapter {adapter.name!r}"
+        adapter = map_modules(adapter, lambda _, factors: _as_peft(factors), subject=subject)
+        facts = module_facts(adapter)
     prefix = peft_prefix(adapter.metadata.get("peft_prefix", _CAUSAL_PREFIX))
     config = _config(adapter, facts, prefix, options)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -56,6 +61,11 @@ def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         for key in keys:
             for name, tensor in _named(prefix, key, adapter.modules[key]).items():
                 write(name, tensor)
+
+
+def _as_peft(factors: BlockFactors) -> BlockFactors:
+    """With blocks that PEFT has: each cuts one stretch of rows; else as vanilla LoRA, exactly."""
+    return reshard(factors, 1) if factors.parts else factors
 
 
 def _named(prefix: str, key: ModuleKey, factors: BlockFactors) -> dict[str, Tensor]:
@@ -108,12 +118,12 @@ def _patterns(values: Mapping[ModuleKey, Any]) -> tuple[Any, dict[str, Any]]:
     """
     default = _most_common(values.values())
     single, by_name = {}, {}
-    for name in MODULE_NAMES:
+    for name in ALL_MODULE_NAMES:
         own = {key: value for key, value in values.items() if key.name == name}
         usual = _most_common(own.values()) if own else default
         single.update({str(key): value for key, value in own.items() if value != usual})
         if usual != default:
-            by_name[name] = usual
+            by_name[target_of(name)] = usual
     return default, single | by_name
 
 
@@ -128,17 +138,18 @@ def _targets(
     layers = sorted({key.layer for key in facts})
     names = _names(facts)
     complete = len(facts) == len(layers) * len(names)
+    targets = [target_of(name) for name in names]
     if complete and len(layers) == adapter.base.num_layers:
-        return list(names), None
+        return targets, None
     # PEFT finds a layer's number only below a parent module.
     if complete and prefix != PEFT_PREFIX:
-        return list(names), layers
+        return targets, layers
     return [str(key) for key in facts], None
 
 
 def _names(keys: Iterable[ModuleKey]) -> tuple[ModuleName, ...]:
     present = {key.name for key in keys}
-    return tuple(name for name in MODULE_NAMES if name in present)
+    return tuple(name for name in ALL_MODULE_NAMES if name in present)
 
 
 def _bdlora(facts: Mapping[ModuleKey, BlockFactors]) -> dict[str, Any] | None:
@@ -156,7 +167,9 @@ def _bdlora(facts: Mapping[ModuleKey, BlockFactors]) -> dict[str, Any] | None:
         own = {key: factors.num_blocks > 1 for key, factors in facts.items() if key.name == name}
         # Substrings of paths: a name stands for all of its modules, or each stands for itself.
         listed = (
-            [name] if all(own.values()) else [str(key) for key, blocked in own.items() if blocked]
+            [target_of(name)]
+            if all(own.values())
+            else [str(key) for key, blocked in own.items() if blocked]
         )
         patterns[blocked_factor(name)] += listed
     return {

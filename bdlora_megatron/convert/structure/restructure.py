@@ -13,6 +13,7 @@ from bdlora_megatron.blocks import (
     BlockFactors,
     ModuleShape,
     compact,
+    in_blocks,
     matching_rank,
     reshard,
     resharded_rank,
@@ -22,6 +23,7 @@ from bdlora_megatron.convert.adapter import Adapter, ModuleKey
 from bdlora_megatron.convert.adapter.lazy import LazyModules, module_facts
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.structure.changes import ModuleChange, StructureReport, measure
+from bdlora_megatron.decoder import facts_of
 from bdlora_megatron.errors import ConfigError, ShapeError
 
 __all__ = [
@@ -195,7 +197,7 @@ def check_fits(adapter: Adapter, tp: int, subject: str) -> None:
         key: fact.out_features if fact.blocked == "B" else fact.in_features
         for key, fact in facts.items()
     }
-    qkv = [str(key) for key in facts if key.name in ("q_proj", "k_proj", "v_proj")]
+    qkv = [str(key) for key in facts if facts_of(key.name)[0].name == "linear_qkv"]
     heads = adapter.base.num_kv_heads if qkv else None
     whole = math.gcd(*widths.values(), *([heads] if heads else []))
     fitting = [size for size in range(1, min(whole, 1024) + 1) if whole % size == 0]
@@ -205,6 +207,19 @@ def check_fits(adapter: Adapter, tp: int, subject: str) -> None:
         if width % tp:
             side = "out_features" if facts[key].blocked == "B" else "in_features"
             problems.add(f"{side}={width} is not a multiple of num_blocks={tp}; {advice}", str(key))
+    stretched = [
+        str(key)
+        for key, fact in facts.items()
+        if facts_of(key.name)[0].parent == "mixer"
+        and facts_of(key.name)[1].stretches
+        and not fact.parts
+    ]
+    if stretched and tp > 1:
+        problems.add(
+            "blocks would have to cut z, x, B, C and dt each by itself, and only the model knows "
+            "how long they are; load the adapter as it is, which makes such blocks",
+            *stretched,
+        )
     if heads and heads % tp:
         problems.add(
             f"the base model has {heads} key-value heads, and each of {tp} ranks would hold part "
@@ -262,10 +277,10 @@ def _compacted(factors: BlockFactors, num_blocks: int) -> BlockFactors | None:
         ranks = factors.rank // factors.num_blocks
         A, B = factors.A[:ranks], factors.B
         if factors.blocked == "B":
-            B = B[: factors.out_features // blocks]
+            B = in_blocks(B, blocks, factors.parts)[0]
         else:
             A, B = A[:, : factors.in_features // blocks], B[:, :ranks]
-        first = replace(factors, A=A, B=B, num_blocks=1)
+        first = replace(factors, A=A, B=B, num_blocks=1, parts=())
         if compact(first) is first:
             return None
     fitted = _fitted(factors, num_blocks)

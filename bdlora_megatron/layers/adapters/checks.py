@@ -42,12 +42,14 @@ def check_blocks(plan: ProjectionPlan, tp_size: int, features: int, what: str) -
             f"{label}rank={plan.rank} is not a multiple of num_blocks={plan.num_blocks}; pad the "
             "rank or choose another"
         )
-    share = features // plan.projection.parts
-    if share % plan.num_blocks:
-        raise ConfigError(
-            f"{label}{what}={share} is not a multiple of num_blocks={plan.num_blocks}; choose a "
-            "block count that divides it"
-        )
+    shares = [(what, features)] if what == "in_features" else []
+    shares = shares or [(f"{part.name} rows", part.size) for part in plan.projection.parts]
+    for kind, share in shares or [(what, features)]:
+        if share % plan.num_blocks:
+            raise ConfigError(
+                f"{label}{kind}={share} is not a multiple of num_blocks={plan.num_blocks}; choose "
+                "a block count that divides it"
+            )
 
 
 def check_divides(value: int, tp_size: int, what: str) -> None:

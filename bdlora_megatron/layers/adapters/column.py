@@ -76,9 +76,9 @@ class ColumnAdapter(Adapter):
         blocks = plan.num_blocks // self.tp_size
         if blocks == 1:
             return weight
-        return torch.cat(
-            [block_diagonal(part, blocks) for part in weight.chunk(plan.projection.parts)]
-        )
+        _, shape = self.factor_shapes(plan)
+        stretches = shape.stretches(weight, share=self.tp_size)
+        return torch.cat([block_diagonal(rows, blocks) for rows in stretches])
 
     def scaled(self, weight: Tensor, plan: ProjectionPlan) -> Tensor:
         """Fold the projection's scale into its B, unless one scale serves the whole layer."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from megatron.core import package_info, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -22,6 +25,7 @@ __all__ = [
     "has_hybrid_model",
     "hybrid_norms",
     "nested_submodules",
+    "sharded_by_stretch",
     "sharded_for_checkpoint",
     "share_quantization",
     "shares_kv_heads",
@@ -70,6 +74,40 @@ def sharded_for_checkpoint(
 @functools.cache
 def _knows_groups() -> bool:
     return "tp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters
+
+
+def sharded_by_stretch(whole: Any, local: Mapping[str, int]) -> Any:
+    """Describe a tensor whose rows are several stretches, each split over ranks by itself.
+
+    Each stretch is a tensor of its own in the checkpoint, as Megatron-Core stores Mamba's and the
+    delta net's input projections: their sizes differ, and its shards have one size.
+
+    Args:
+        whole: What ``sharded_for_checkpoint`` gave for this rank's rows.
+        local: Rows of each stretch on this rank; its name ends the stretch's in the checkpoint.
+
+    Returns:
+        A ``ShardedTensorFactory``.
+    """
+    plain = whole.without_data()
+
+    @torch.no_grad()
+    def split(key: str, rows: torch.Tensor, replica_id: Any, flattened_range: Any) -> list[Any]:
+        own = replace(
+            plain, key=key, data=rows, dtype=rows.dtype, replica_id=replica_id,
+            flattened_range=flattened_range,
+        )  # fmt: skip
+        start, stretches = 0, []
+        for name, size in local.items():
+            for stretch in own.narrow(0, start, size):
+                stretch.key = f"{key}.{name}"
+                stretches.append(stretch)
+            start += size
+        return stretches
+
+    return ShardedTensorFactory(
+        whole.key, whole.data, split, lambda stretches: torch.cat(list(stretches)), whole.replica_id
+    )
 
 
 def has_hybrid_model() -> bool:
