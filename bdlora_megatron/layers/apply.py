@@ -13,7 +13,7 @@ from megatron.core.extensions import transformer_engine as extension
 from torch import Tensor, nn
 
 from bdlora_megatron.config import LoRAConfig
-from bdlora_megatron.errors import ConfigError, TargetError
+from bdlora_megatron.errors import ConfigError, TargetError, UnsupportedError
 from bdlora_megatron.layers.anatomy import (
     check_place,
     check_split,
@@ -28,6 +28,7 @@ from bdlora_megatron.runtime.versions.layers import decoder_classes
 __all__ = [
     "adapters_disabled",
     "apply_lora",
+    "check_backward",
     "freeze_base",
     "lora_layers",
     "merge_adapters",
@@ -64,7 +65,7 @@ def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list
             adapter no file format can name, such as ``output_layer``, or one that ranks do not
             split, such as a down-projection of latent attention.
         UnsupportedError: A matched layer is an expert, is quantised, or would split a key-value
-            head.
+            head; or latent attention would pass back a part of a gradient (``check_backward``).
 
     Collectives: none in the tensor-parallel group, except one broadcast per replicated factor in
     layout ``half_sharded``; one small all-gather over pipeline stages, if there are several.
@@ -72,6 +73,7 @@ def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list
     chunks = [model] if isinstance(model, nn.Module) else list(model)
     for chunk in chunks:
         _check_fresh(chunk)
+        check_backward(chunk)
     matcher = TargetMatcher(lora.target_modules, lora.exclude_modules)
     candidates, chosen = {}, {}
     for chunk in chunks:
@@ -104,6 +106,32 @@ def _check_fresh(model: nn.Module) -> None:
             )
         if isinstance(module, LoRALinear):
             raise ConfigError("the model already carries adapters; call remove_lora() first")
+
+
+def check_backward(model: nn.Module) -> None:
+    """Refuse to train a model whose own backward pass loses a part of a gradient.
+
+    Latent attention's keys share one rotary part over all heads. Megatron-Core sums its gradient
+    over the ranks that have those heads only where it gathers that part from sequence shards.
+
+    Raises:
+        UnsupportedError: Adapters in earlier layers would get a wrong gradient.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in ("linear_kv_down_proj", "linear_qkv_down_proj"):
+            continue
+        config: Any = model.get_submodule(name.rpartition(".")[0]).config
+        whole = not isinstance(module, LINEAR_CLASSES)
+        if config.tensor_model_parallel_size == 1 or (whole and config.sequence_parallel):
+            continue
+        raise UnsupportedError(
+            f"{name} with tensor_model_parallel_size={config.tensor_model_parallel_size}, "
+            f"sequence_parallel={config.sequence_parallel} and a down-projection that ranks "
+            f"{'hold whole' if whole else 'split'}: Megatron-Core's latent attention then passes "
+            "back only this rank's part of the gradient of the keys' rotary part, and every layer "
+            "before it trains on that; set sequence_parallel=True and build it with Transformer "
+            "Engine's layers, or train with one tensor-parallel rank"
+        )
 
 
 def _check_places(chunk: nn.Module, chosen: Mapping[str, nn.Module]) -> None:

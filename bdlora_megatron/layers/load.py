@@ -27,7 +27,12 @@ from bdlora_megatron.layers.anatomy import (
     named_modules_global,
     num_decoder_layers,
 )
-from bdlora_megatron.layers.apply import freeze_base, lora_layers, replace_module
+from bdlora_megatron.layers.apply import (
+    check_backward,
+    freeze_base,
+    lora_layers,
+    replace_module,
+)
 from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.geometry import LayerGeometry, Projection
 from bdlora_megatron.layers.lora_linear import LoRALinear
@@ -86,11 +91,14 @@ def load_adapter(
         ShapeError: Factors do not fit their layers. The error lists all of them, and the model is
             unchanged.
         TargetError: The adapter holds modules that the model does not have. Likewise.
+        UnsupportedError: It is to be trained, and the model cannot be (``check_backward``).
 
     Collectives: none in layouts ``bdlora`` and ``slora``; one broadcast for each replicated factor
     in ``half_sharded``.
     """
     options = options or LoadOptions()
+    if options.trainable:
+        check_backward(model)
     linears = decoder_linears(model)
     check_covered(model, adapter, linears)
     check_shapes(adapter, linears)

@@ -21,6 +21,7 @@ def install() -> None:
     """
     from megatron.core.ssm import mamba_mixer
     from megatron.core.ssm.gated_delta_net import common, gdn
+    from megatron.core.transformer import multi_latent_attention
 
     mamba_mixer.HAVE_MAMBA_SSM = True
     mamba_mixer.mamba_split_conv1d_scan_combined = split_conv1d_scan
@@ -29,6 +30,9 @@ def install() -> None:
     common.l2norm = l2norm
     gdn.causal_conv1d = causal_conv1d
     gdn.chunk_gated_delta_rule = gated_delta_rule
+    multi_latent_attention.TELinear = WholeLinear
+    # Megatron-Core compiles what is around the kernels, which takes longer than these tests.
+    torch._dynamo.config.disable = True
     Tensor.float = Tensor.double  # type: ignore[method-assign]
 
 
@@ -143,3 +147,16 @@ class LatentAttention(nn.Module):
         later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
         weights = scores.masked_fill(later, float("-inf")).softmax(-1)
         return torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(2)
+
+
+class WholeLinear(nn.Module):
+    """Transformer Engine's linear layer as latent attention has it: whole on every rank."""
+
+    def __init__(self, input_size, output_size, *, parallel_mode, config, **kwargs):
+        super().__init__()
+        assert parallel_mode == "duplicated"
+        assert not kwargs["bias"]
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight), None

@@ -70,7 +70,7 @@ def family_config(family: str, tp: int, **changes: Any) -> TransformerConfig:
             "v_head_dim": 3,
             "rope_type": "rope",
             "num_query_groups": 16,
-            "qk_layernorm": True,
+            "qk_layernorm": family == "deepseek",
         }
         return MLATransformerConfig(**{**settings, **changes})
     settings |= {
@@ -118,18 +118,23 @@ def family_model(
     return model
 
 
-def family_spec(family: str) -> ModuleSpec:
+def family_spec(family: str, *, gathered: bool = False) -> ModuleSpec:
+    """A stack's specification; ``gathered`` splits latent attention's down-projections."""
     from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
     from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
     from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 
     latent = family.startswith("deepseek")
     layer = get_gpt_layer_local_spec(
-        normalization="RMSNorm", multi_latent_attention=latent, qk_layernorm=latent
+        normalization="RMSNorm",
+        multi_latent_attention=latent,
+        qk_layernorm=family == "deepseek",
     )
     if latent:
         attention = layer.submodules.self_attention
         attention.submodules.core_attention = hybrid_kernels.LatentAttention
+        for down in () if gathered else ("linear_q_down_proj", "linear_kv_down_proj"):
+            setattr(attention.submodules, down, hybrid_kernels.WholeLinear)
     stack = hybrid_stack_spec(layer)
     linears = {"in_proj": ColumnParallelLinear, "out_proj": RowParallelLinear}
     mamba = ModuleSpec(

@@ -1,0 +1,278 @@
+"""Adapters of the families that only a ``HybridModel`` mixes, against the whole model in fp64.
+
+The kernels are stand-ins in torch (``tests.fakes.hybrid_kernels``); the layers, their ranks and all
+that communicates are Megatron-Core's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from bdlora_megatron import runtime
+from bdlora_megatron.config import LoRAConfig
+from bdlora_megatron.convert import read_adapter, write_adapter
+from bdlora_megatron.errors import TargetError, UnsupportedError
+from bdlora_megatron.export import adapter_state, export_adapter
+from bdlora_megatron.layers import (
+    LoadOptions,
+    adapters_disabled,
+    apply_lora,
+    collect_adapter,
+    freeze_base,
+    load_adapter,
+    lora_layers,
+    lora_spec,
+    merge_adapters,
+    number_layers,
+    save_adapter,
+    unmerge_adapters,
+)
+from bdlora_megatron.layers.anatomy import named_modules_global
+from bdlora_megatron.layers.apply import replace_module
+from bdlora_megatron.layers.classes import lora_layer
+from bdlora_megatron.runtime.collectives import record_collectives
+from tests.harness import run_ranks
+from tests.tolerances import assert_close
+from tests.tp.models import MODEL_CLASSES, randomize_adapters
+from tests.tp.session import model_parallel
+
+pytestmark = pytest.mark.skipif(
+    "hybrid" not in MODEL_CLASSES, reason="HybridModel takes GPTModel's place from 0.19 on"
+)
+FAMILIES = ("nemotron_h", "qwen3_next", "deepseek", "deepseek_lite")
+BLOCKS, RANK, ALPHA = 4, 8, 12.0
+SCALE = ALPHA / RANK
+
+
+def _lora(family, blocks=BLOCKS, **changes):
+    from tests.tp.family_models import TARGETS
+
+    settings = {"rank": RANK, "alpha": ALPHA, "num_blocks": blocks}
+    return LoRAConfig(**{**settings, "target_modules": TARGETS[family], **changes})
+
+
+def _adapt(model, family, blocks=BLOCKS):
+    """Apply adapters, also where the model's own backward pass forbids training it.
+
+    There, what is before the last latent attention gets a part of its gradient, adapters or not.
+    """
+    try:
+        return apply_lora(model, _lora(family, blocks))
+    except UnsupportedError as error:
+        assert "rotary part" in str(error)
+    names = []
+    for name, module in list(named_modules_global(model)):
+        if name.rpartition(".")[2] in _lora(family).target_modules:
+            layer = lora_layer(module)
+            layer.attach_config(_lora(family, blocks), name)
+            replace_module(model, module, layer)
+            names.append(name)
+    freeze_base(model)
+    return names
+
+
+def _loss(output):
+    generator = torch.Generator().manual_seed(2)
+    return (output * torch.randn(output.shape, generator=generator, dtype=output.dtype)).sum()
+
+
+# The reference: the whole model on one rank with plain layers, whose weights are W + s B A.
+
+
+def _stretches(config, name, part):
+    """Rows of each stretch of a pair's B, as the model's configuration tells them."""
+    if name.endswith("mixer.in_proj"):
+        inner = config.mamba_num_heads * config.mamba_head_dim
+        state = config.mamba_num_groups * config.mamba_state_dim
+        return [inner, inner, state, state, config.mamba_num_heads]
+    if name.endswith("self_attention.in_proj"):
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        values = config.linear_num_value_heads * config.linear_value_head_dim
+        heads = config.linear_num_value_heads
+        return [keys, keys, values, values] if part == "qkvz" else [heads, heads]
+    return None
+
+
+def _dense(packed, stretches, blocks):
+    """A packed B as a matrix: each stretch's blocks on a diagonal."""
+    parts = packed.split(stretches) if stretches else [packed]
+    return torch.cat([torch.block_diag(*part.chunk(blocks)) for part in parts])
+
+
+def _update(config, name, pairs, blocks=BLOCKS):
+    """``s B A`` of a layer on one rank, rows in its own order; pairs of A and B by projection."""
+    if name.endswith(("out_proj", "linear_proj", "linear_fc2")):
+        A, B = pairs[""]
+        return SCALE * B @ torch.block_diag(*A.chunk(blocks))
+    rows = {
+        part: _dense(B, _stretches(config, name, part), blocks) @ A
+        for part, (A, B) in pairs.items()
+    }
+    if name.endswith("linear_qkv"):
+        grouped = [part.unflatten(0, (config.num_query_groups, -1)) for part in rows.values()]
+        return SCALE * torch.cat(grouped, dim=1).flatten(0, 1)
+    return SCALE * torch.cat(list(rows.values()))
+
+
+def _reference(rank, world, family, pattern=None):
+    """The output, and every factor with its gradient, by layer and projection."""
+    from tests.tp.family_models import batch, family_model
+
+    with model_parallel(world):
+        adapted = family_model(family, world, pattern=pattern)
+        names = apply_lora(adapted, _lora(family))
+        randomize_adapters(adapted)
+        factors = {
+            (name, plan.projection.name): [
+                factor().detach().clone().requires_grad_() for factor in layer.adapter.factors(plan)
+            ]
+            for name, layer in lora_layers(adapted)
+            for plan in layer.adapter.plans
+        }
+        plain = family_model(family, world, pattern=pattern)
+        paths = {name: path for name, path in zip(names, _paths(adapted), strict=True)}
+        weights = dict(plain.named_parameters())
+        for name, path in paths.items():
+            pairs = {part: pair for (layer, part), pair in factors.items() if layer == name}
+            key = f"{path}.weight"
+            weights[key] = weights[key].detach() + _update(plain.config, name, pairs)
+        output = torch.func.functional_call(plain, weights, kwargs=batch())
+        _loss(output).backward()
+        return output.detach(), {
+            key: [(factor.detach(), factor.grad) for factor in pair]
+            for key, pair in factors.items()
+        }
+
+
+def _paths(model):
+    """The adapted layers' names on this rank, which count positions."""
+    return [name for name, module in model.named_modules() if getattr(module, "adapter", None)]
+
+
+def _share(name, which, whole, stretches, world, rank):
+    """One rank's share of a whole factor or gradient."""
+    row = name.endswith(("out_proj", "linear_proj", "linear_fc2"))
+    if which == "B" and row:
+        return whole.chunk(world, dim=1)[rank]
+    if which == "B" and stretches:
+        return torch.cat([part.chunk(world)[rank] for part in whole.split(stretches)])
+    return whole.chunk(world)[rank]
+
+
+def _sharded(rank, world, family, reference, pattern=None, **settings):
+    from tests.tp.family_models import batch, family_model
+
+    expected, factors = reference
+    with model_parallel(world):
+        model = family_model(family, world, pattern=pattern, **settings)
+        before = model(**batch(), runtime_gather_output=True).detach()
+        assert set(_adapt(model, family)) == {name for name, _ in factors}
+        randomize_adapters(model)
+        output = model(**batch(), runtime_gather_output=True)
+        assert_close(output.detach(), expected, f"{family}: output")
+        _loss(output).backward()
+        for name, layer in lora_layers(model):
+            for plan in layer.adapter.plans:
+                stretches = _stretches(model.config, name, plan.projection.name)
+                for which, factor, (value, gradient) in zip(
+                    "AB",
+                    layer.adapter.factors(plan),
+                    factors[name, plan.projection.name],
+                    strict=True,
+                ):
+                    args = (stretches, world, rank)
+                    assert torch.equal(factor.weight, _share(name, which, value, *args))
+                    wanted = _share(name, which, gradient, *args)
+                    assert_close(factor.weight.grad, wanted, f"{name} {plan.projection} {which}")
+        with adapters_disabled(model):
+            assert torch.equal(model(**batch(), runtime_gather_output=True), before)
+        merge_adapters(model)
+        merged = model(**batch(), runtime_gather_output=True)
+        assert_close(merged.detach(), expected, f"{family}: merged")
+        unmerge_adapters(model)
+        assert torch.equal(model(**batch(), runtime_gather_output=True), output)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_all_gradients_are_the_whole_models(family):
+    (reference,) = run_ranks(1, _reference, family)
+    run_ranks(1, _sharded, family, reference)
+    run_ranks(2, _sharded_both, family, reference)
+
+
+def _sharded_both(rank, world, family, reference):
+    _sharded(rank, world, family, reference, sequence_parallel=True)
+    if family != "deepseek":
+        _sharded(rank, world, family, reference)
+
+
+def test_latent_attention_alone_is_right_without_sequence_parallelism():
+    """In one layer, before which nothing trains; whether down-projections are split or whole."""
+    (reference,) = run_ranks(1, _reference, "deepseek", "+-")
+    run_ranks(2, _alone, reference)
+
+
+def _alone(rank, world, reference):
+    from tests.tp.family_models import family_spec
+
+    for gathered in (False, True):
+        spec = family_spec("deepseek", gathered=gathered)
+        _sharded(rank, world, "deepseek", reference, "+-", spec=spec)
+
+
+def _record(model):
+    from tests.tp.family_models import batch
+
+    for name, parameter in model.named_parameters():
+        # Every layer has an input gradient to reduce, as it has in training after the first one.
+        if "embedding" in name:
+            parameter.requires_grad_(True)
+    with record_collectives() as forward:
+        loss = _loss(model(**batch()))
+    with record_collectives() as backward:
+        loss.backward()
+    return forward.calls, backward.calls
+
+
+def _count(family, world):
+    from tests.tp.family_models import family_model
+
+    for sequence_parallel in (False, True):
+        calls = []
+        for adapted in (False, True):
+            model = family_model(family, world, sequence_parallel=sequence_parallel)
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            if adapted:
+                _adapt(model, family, blocks=8)
+            calls.append(_record(model))
+        assert calls[0] == calls[1], (family, sequence_parallel)
+        # The comparison would be empty if the base communicated nothing.
+        assert all(len(part) >= len(model.decoder.layers) for part in calls[0])
+
+
+def _count_two(rank, world):
+    with model_parallel(world):
+        for family in FAMILIES:
+            _count(family, world)
+
+
+def _count_eight(rank, world):
+    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    runtime.enable_cpu()
+    parallel_state.initialize_model_parallel(8, create_gloo_process_groups=False)
+    model_parallel_cuda_manual_seed(1)
+    for family in FAMILIES:
+        _count(family, 8)
+
+
+def test_they_communicate_what_the_base_does():
+    run_ranks(2, _count_two)
+    run_ranks(1, _count_eight)
