@@ -15,9 +15,10 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bdlora_megatron import runtime
+from bdlora_megatron.blocks import reshard
 from bdlora_megatron.config import LoRAConfig
-from bdlora_megatron.convert import read_adapter, write_adapter
-from bdlora_megatron.errors import TargetError, UnsupportedError
+from bdlora_megatron.convert import read_adapter
+from bdlora_megatron.errors import UnsupportedError
 from bdlora_megatron.export import adapter_state, export_adapter
 from bdlora_megatron.layers import (
     LoadOptions,
@@ -27,9 +28,7 @@ from bdlora_megatron.layers import (
     freeze_base,
     load_adapter,
     lora_layers,
-    lora_spec,
     merge_adapters,
-    number_layers,
     save_adapter,
     unmerge_adapters,
 )
@@ -37,6 +36,7 @@ from bdlora_megatron.layers.anatomy import named_modules_global
 from bdlora_megatron.layers.apply import replace_module
 from bdlora_megatron.layers.classes import lora_layer
 from bdlora_megatron.runtime.collectives import record_collectives
+from bdlora_megatron.serve import ModelSlots, SlotRoom
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.models import MODEL_CLASSES, randomize_adapters
@@ -62,10 +62,11 @@ def _adapt(model, family, blocks=BLOCKS):
 
     There, what is before the last latent attention gets a part of its gradient, adapters or not.
     """
-    try:
+    config = model.config
+    if config.tensor_model_parallel_size == 1 or config.sequence_parallel or "deep" not in family:
         return apply_lora(model, _lora(family, blocks))
-    except UnsupportedError as error:
-        assert "rotary part" in str(error)
+    with pytest.raises(UnsupportedError, match="the keys' rotary part"):
+        apply_lora(model, _lora(family, blocks))
     names = []
     for name, module in list(named_modules_global(model)):
         if name.rpartition(".")[2] in _lora(family).target_modules:
@@ -136,9 +137,8 @@ def _reference(rank, world, family, pattern=None):
             for plan in layer.adapter.plans
         }
         plain = family_model(family, world, pattern=pattern)
-        paths = {name: path for name, path in zip(names, _paths(adapted), strict=True)}
         weights = dict(plain.named_parameters())
-        for name, path in paths.items():
+        for name, path in zip(names, _paths(adapted), strict=True):
             pairs = {part: pair for (layer, part), pair in factors.items() if layer == name}
             key = f"{path}.weight"
             weights[key] = weights[key].detach() + _update(plain.config, name, pairs)
@@ -276,3 +276,94 @@ def _count_eight(rank, world):
 def test_they_communicate_what_the_base_does():
     run_ranks(2, _count_two)
     run_ranks(1, _count_eight)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def _adapted(family, world, **settings):
+    from tests.tp.family_models import family_model
+
+    model = family_model(family, world, sequence_parallel=world > 1, **settings)
+    apply_lora(model, _lora(family))
+    randomize_adapters(model)
+    return model
+
+
+def _logits(model):
+    from tests.tp.family_models import batch
+
+    with torch.no_grad():
+        return model(**batch(), runtime_gather_output=True)
+
+
+def _write(rank, world, family, folder):
+    """Save, export and collect; the logits with the adapter."""
+    with model_parallel(world):
+        model = _adapted(family, world)
+        save_adapter(model, f"{folder}/megatron", name="a")
+        export_adapter(model, f"{folder}/peft")
+        adapter = collect_adapter(model, "a")
+        modules = {str(key): factors for key, factors in adapter.modules.items()}
+        return _logits(model), modules
+
+
+def _read(rank, world, family, folder, expected):
+    """Each file into a fresh model, by resharding and by Megatron-Core's own loader."""
+    from megatron.core import dist_checkpointing
+
+    from tests.tp.family_models import family_model
+
+    with model_parallel(world):
+        settings = {"sequence_parallel": world > 1}
+        for form in ("megatron", "peft"):
+            adapter = read_adapter(Path(folder) / form)
+            for layout in ("bdlora", "slora", "half_sharded"):
+                model = family_model(family, world, **settings)
+                load_adapter(model, adapter, LoadOptions(layout=layout))
+                assert_close(_logits(model), expected, f"{form} as {layout}")
+            served = family_model(family, world, **settings)
+            _serve(served, family, adapter, expected)
+        model = family_model(family, world, **settings)
+        apply_lora(model, _lora(family))
+        weights = f"{folder}/megatron/weights"
+        metadata = dist_checkpointing.load_content_metadata(weights)
+        state = dist_checkpointing.load(adapter_state(model, metadata), weights)
+        state.pop("content_metadata", None)
+        model.load_state_dict(state, strict=False)
+        assert_close(_logits(model), expected, "by Megatron-Core's loader")
+
+
+def _serve(model, family, adapter, expected):
+    """One row of a batch with the adapter in a slot, and one without."""
+    from tests.tp.family_models import BATCH, SEQUENCE, TARGETS
+
+    base = _logits(model)
+    room = SlotRoom(max_loras=2, max_lora_rank=2 * RANK, target_modules=tuple(TARGETS[family]))
+    slots = ModelSlots(model, room)
+    slot = slots.load("a", slots.share(adapter))
+    rows = torch.tensor([slot, -1]).expand(SEQUENCE, BATCH).flatten()
+    with slots.serving(slots.batch(rows)):
+        made = _logits(model)
+    assert_close(made[0], expected[0], "the row with the adapter")
+    assert_close(made[1], base[1], "the row without")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_two_ranks_write_any_number_reads(family, tmp_path):
+    (expected, modules), (other, _) = run_ranks(2, _write, family, str(tmp_path))
+    assert torch.equal(expected, other)
+    for form in ("megatron", "peft"):
+        adapter = read_adapter(tmp_path / form)
+        found = {str(key): factors for key, factors in adapter.modules.items()}
+        assert found.keys() == modules.keys()
+        for name, factors in modules.items():
+            if form == "peft" and name.endswith("mixer.in_proj"):
+                # PEFT's blocks are stretches of rows, and these take a piece of each of five.
+                factors = reshard(factors, 1)
+            assert torch.equal(found[name].A, factors.A), name
+            assert torch.equal(found[name].B, factors.B), name
+            for fact in ("num_blocks", "scale", "parts"):
+                assert getattr(found[name], fact) == getattr(factors, fact), (name, fact)
+    for world in (1, 2):
+        run_ranks(world, _read, family, str(tmp_path), expected)

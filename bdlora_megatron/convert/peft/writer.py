@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,10 +26,12 @@ from bdlora_megatron.convert.peft.names import PEFT_PREFIX, peft_prefix
 from bdlora_megatron.convert.peft.tensors import SAFETENSORS_NAME
 from bdlora_megatron.convert.tensor_files import write_safetensors
 from bdlora_megatron.convert.write_options import WriteOptions
-from bdlora_megatron.decoder import target_of
+from bdlora_megatron.decoder import facts_of, target_of
 from bdlora_megatron.errors import UnsupportedError
 
 __all__ = ["write_peft"]
+
+logger = logging.getLogger(__name__)
 
 _CAUSAL_PREFIX = f"{PEFT_PREFIX}model."
 
@@ -45,6 +48,7 @@ def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         UnsupportedError: If modules differ in their number of blocks, which PEFT has one of.
     """
     facts = module_facts(adapter)
+    _warn_of_peft(adapter.name, facts)
     if any(factors.parts for factors in facts.values()):
         subject = f"cannot write adapter {adapter.name!r}"
         adapter = map_modules(adapter, lambda _, factors: _as_peft(factors), subject=subject)
@@ -61,6 +65,25 @@ def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         for key in keys:
             for name, tensor in _named(prefix, key, adapter.modules[key]).items():
                 write(name, tensor)
+
+
+def _warn_of_peft(name: str, facts: Mapping[ModuleKey, BlockFactors]) -> None:
+    """Name what PEFT 0.21 does not apply, although the file holds it under the right names."""
+    parents = {facts_of(key.name)[0].parent for key in facts}
+    names = {key.name for key in facts}
+    if "mixer.out_proj" in names:
+        logger.warning(
+            "%s: PEFT loads no adapter with Mamba's out_proj (a fused kernel reads its weight); "
+            "export one trained without out_proj if PEFT is to read it",
+            name,
+        )
+    if "mlp" in parents and ("linear_attn" in parents or {"q_b_proj", "kv_b_proj"} & names):
+        logger.warning(
+            "%s: PEFT takes gate_proj, up_proj and down_proj of Qwen3-Next and DeepSeek for their "
+            "experts' and drops those of a dense MLP without an error; train without linear_fc1 "
+            "and linear_fc2 if PEFT is to read it",
+            name,
+        )
 
 
 def _as_peft(factors: BlockFactors) -> BlockFactors:
