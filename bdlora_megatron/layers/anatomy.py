@@ -33,6 +33,7 @@ __all__ = [
     "decoder_keys",
     "decoder_layer",
     "hybrid_numbers",
+    "is_whole",
     "layer_numbering",
     "model_class",
     "named_modules_global",
@@ -271,13 +272,18 @@ def _why(full_name: str) -> str:
     return ""
 
 
+def is_whole(full_name: str) -> bool:
+    """Whether every rank has a layer's whole output: latent attention's down-projections."""
+    return full_name.rpartition(".")[2] in _DOWN_PROJECTIONS
+
+
 def check_split(full_name: str) -> None:
     """Refuse layers of which every rank computes the whole output.
 
     Raises:
         TargetError: It is a down-projection of latent attention.
     """
-    if full_name.rpartition(".")[2] in _DOWN_PROJECTIONS:
+    if is_whole(full_name):
         raise TargetError(
             f"{full_name} is a down-projection of latent attention, whose output every "
             "tensor-parallel rank holds whole; an adapter there would be a replica on each rank, "

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.extensions import transformer_engine as extension
 from torch import Tensor, nn
 
 from bdlora_megatron.config import LoRAConfig
@@ -17,6 +16,7 @@ from bdlora_megatron.errors import ConfigError, TargetError, UnsupportedError
 from bdlora_megatron.layers.anatomy import (
     check_place,
     check_split,
+    is_whole,
     layer_numbering,
     named_modules_global,
 )
@@ -38,8 +38,6 @@ __all__ = [
 ]
 
 _STACKS = decoder_classes()
-# A linear layer that ranks do not split; a mock object where Transformer Engine is missing.
-_WHOLE = extension.TELinear if isinstance(extension.TELinear, type) else ()
 
 
 def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list[str]:
@@ -78,13 +76,12 @@ def apply_lora(model: nn.Module | Sequence[nn.Module], lora: LoRAConfig) -> list
     candidates, chosen = {}, {}
     for chunk in chunks:
         for name, module in named_modules_global(chunk):
-            linear = isinstance(module, LINEAR_CLASSES)
-            if linear:
-                candidates[name] = module
-            if (linear or isinstance(module, _WHOLE)) and matcher.matches(name):
+            if is_whole(name) and matcher.matches(name):
                 check_split(name)
-                chosen[name] = module
-    chosen = {name: module for name, module in chosen.items() if name in candidates}
+            if isinstance(module, LINEAR_CLASSES):
+                candidates[name] = module
+                if matcher.matches(name):
+                    chosen[name] = module
     matcher.check_all_used(candidates, _unused_on_every_stage(matcher.unused))
     for chunk in chunks:
         _check_places(chunk, chosen)

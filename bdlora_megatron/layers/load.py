@@ -7,7 +7,7 @@ its own share out of the whole factors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
 from bdlora_megatron.config import Layout
+from bdlora_megatron.convert.adapter.lazy import LazyModules, module_facts
 from bdlora_megatron.convert.adapter.neutral import Adapter as NeutralAdapter
 from bdlora_megatron.convert.adapter.neutral import ModuleKey
 from bdlora_megatron.convert.adapter.rows import in_layer_order
@@ -44,6 +45,7 @@ __all__ = [
     "check_shapes",
     "decoder_linears",
     "fit",
+    "in_models_names",
     "load_adapter",
 ]
 
@@ -100,6 +102,7 @@ def load_adapter(
     if options.trainable:
         check_backward(model)
     linears = decoder_linears(model)
+    adapter = in_models_names(adapter, linears)
     check_covered(model, adapter, linears)
     check_shapes(adapter, linears)
     for _, layer in lora_layers(model):
@@ -175,6 +178,25 @@ def _check_one_decoder(targets: list[DecoderLinear]) -> None:
                     f"the model has two decoders: {key} is in {owners[key]} and in "
                     f"{target.full_name}; pass the one that the adapter is for"
                 )
+
+
+def in_models_names(adapter: NeutralAdapter, linears: list[DecoderLinear]) -> NeutralAdapter:
+    """An adapter whose modules have the model's names for their paths.
+
+    A ``q_proj`` without anything beside it does not tell what kind of attention it is of.
+    """
+    by_path = {str(key): key for target in linears for key in target.keys.values()}
+    own = {by_path.get(str(key), key): key for key in adapter.modules}
+    if all(name == key for name, key in own.items()):
+        return adapter
+    facts = module_facts(adapter)
+    modules = LazyModules(
+        {name: facts[key] for name, key in own.items()},
+        lambda name: adapter.modules[own[name]],
+        subject=f"cannot load adapter {adapter.name!r}",
+        trusted=True,
+    )
+    return replace(adapter, modules=modules)
 
 
 def check_covered(model: nn.Module, adapter: NeutralAdapter, linears: list[DecoderLinear]) -> None:

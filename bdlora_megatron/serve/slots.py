@@ -19,7 +19,12 @@ from bdlora_megatron.convert.adapter.lazy import module_facts
 from bdlora_megatron.errors import BDLoRAError, CapacityError, ConfigError, TargetError
 from bdlora_megatron.layers.apply import lora_layers, replace_module
 from bdlora_megatron.layers.classes import lora_layer
-from bdlora_megatron.layers.load import check_covered, decoder_linears, fit
+from bdlora_megatron.layers.load import (
+    check_covered,
+    decoder_linears,
+    fit,
+    in_models_names,
+)
 from bdlora_megatron.layers.lora_linear import LoRALinear
 from bdlora_megatron.layers.pools import LayerRoom, LayerShare, row_bytes
 from bdlora_megatron.layers.slots import LayerSlots, ServingStep
@@ -162,6 +167,7 @@ class ModelSlots:
             raise ConfigError(
                 f"layout {layout.value!r}, but the slots hold {choices}; add it to SlotRoom.layouts"
             )
+        adapter = in_models_names(adapter, self._decoder)
         self._check_modules(adapter)
         shares: dict[str, LayerShare] = {}
         for target in self._linears:

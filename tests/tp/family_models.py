@@ -6,6 +6,7 @@ The sizes divide over one, two and eight ranks.
 from __future__ import annotations
 
 import zlib
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -156,7 +157,8 @@ def family_spec(family: str, *, gathered: bool = False) -> ModuleSpec:
             stack.submodules,
             mamba_layer=mamba,
             gdn_layer=replace(attention, submodules=net),
-            mla_layer=attention,
+            # A copy: what changes one must not change the other.
+            mla_layer=deepcopy(attention),
         ),
     )
 

@@ -6,7 +6,9 @@ that communicates are Megatron-Core's own.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from bdlora_megatron import runtime
 from bdlora_megatron.blocks import reshard
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.convert import read_adapter
-from bdlora_megatron.errors import UnsupportedError
+from bdlora_megatron.errors import ConfigError, TargetError, UnsupportedError
 from bdlora_megatron.export import adapter_state, export_adapter
 from bdlora_megatron.layers import (
     LoadOptions,
@@ -28,7 +30,9 @@ from bdlora_megatron.layers import (
     freeze_base,
     load_adapter,
     lora_layers,
+    lora_spec,
     merge_adapters,
+    number_layers,
     save_adapter,
     unmerge_adapters,
 )
@@ -367,3 +371,161 @@ def test_what_two_ranks_write_any_number_reads(family, tmp_path):
                 assert getattr(found[name], fact) == getattr(factors, fact), (name, fact)
     for world in (1, 2):
         run_ranks(world, _read, family, str(tmp_path), expected)
+
+
+def _pipeline(rank, world, folder):
+    """Positions are counted over the stages, and what they save is one adapter."""
+    from tests.tp.family_models import family_model
+
+    with model_parallel(1, pp=2):
+        model = family_model("nemotron_h", 1, pattern="M*|-M", pipeline_model_parallel_size=2)
+        adapter = read_adapter(Path(folder) / "megatron")
+        names = load_adapter(model, adapter)
+        assert {int(name.split(".")[2]) for name in names} == ({0, 1} if rank == 0 else {2, 3})
+        save_adapter(model, f"{folder}/stages", name="a")
+        again = collect_adapter(model, "a").modules
+        assert list(again) == list(adapter.modules)
+        for key, factors in adapter.modules.items():
+            assert torch.equal(again[key].A, factors.A)
+            assert torch.equal(again[key].B, factors.B)
+
+
+def test_positions_are_counted_over_pipeline_stages(tmp_path):
+    run_ranks(2, _write, "nemotron_h", str(tmp_path))
+    run_ranks(2, _pipeline, str(tmp_path))
+    first, second = (read_adapter(tmp_path / name) for name in ("megatron", "stages"))
+    assert second.base == first.base
+    assert list(second.modules) == list(first.modules)
+    for key, factors in first.modules.items():
+        assert torch.equal(second.modules[key].B, factors.B)
+
+
+# --- numbers and refusals --------------------------------------------------------------------
+
+
+def _layers(model):
+    return [str(key) for key in collect_adapter(model, "a").modules]
+
+
+def _numbers(rank, world):
+    from tests.tp.family_models import family_model
+    from tests.tp.models import tiny_config, tiny_model
+
+    with model_parallel(world):
+        some = LoRAConfig(rank=8, num_blocks=4, target_modules=["in_proj", "linear_fc2"])
+        # Both numberings exist for this pattern, so somebody has to say which is meant.
+        model = family_model("nemotron_h", world, pattern="M-M-")
+        with pytest.raises(TargetError, match=r"position0.*number_layers\(model, \"positions\"\)"):
+            apply_lora(model, some)
+        number_layers(model, "positions")
+        assert [name.split(".")[2] for name in apply_lora(model, some)] == ["0", "1", "2", "3"]
+        mixers = ["in_proj", "down_proj", "in_proj", "down_proj"]
+        assert _layers(model) == [f"layers.{i}.mixer.{name}" for i, name in enumerate(mixers)]
+        model = family_model("nemotron_h", world, pattern="M-M-")
+        number_layers([model], "pairs")
+        with pytest.raises(TargetError, match="Mamba has a name where each position is a layer"):
+            apply_lora(model, some)
+        # Without Mamba the pattern tells, and may still be said to be a family's of positions.
+        model = tiny_model(tiny_config(world, model_class="hybrid"))
+        number_layers(model, "positions")
+        apply_lora(model, LoRAConfig(rank=8, num_blocks=4, target_modules=["linear_fc2"]))
+        assert _layers(model) == ["layers.1.mixer.down_proj", "layers.3.mixer.down_proj"]
+        for other, message in {
+            "pairs": "'M\\*-M' cannot be numbered by pairs",
+            "depth": "wanted one of pairs, positions",
+        }.items():
+            with pytest.raises(TargetError, match=message):
+                number_layers(family_model("nemotron_h", world), other)
+        with pytest.raises(TargetError, match="no HybridModel"):
+            number_layers(tiny_model(tiny_config(world)), "pairs")
+
+
+def _refusals(rank, world):
+    from tests.tp.family_models import family_model, family_spec
+
+    with model_parallel(world):
+        lora = {"rank": 8, "num_blocks": 4}
+        # A gated MLP has a name in pairs alone.
+        gated: Any = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+        model = family_model("nemotron_h", world, **gated)
+        with pytest.raises(TargetError, match=r"holds gate, up.*mixer\.up_proj"):
+            apply_lora(model, _lora("nemotron_h"))
+        with pytest.raises(ConfigError, match=r"B rows=16 is not a multiple of num_blocks=32"):
+            apply_lora(family_model("nemotron_h", world), _lora("nemotron_h", 32, rank=32))
+        with pytest.raises(UnsupportedError, match="no adapter format has one pair for both"):
+            apply_lora(family_model("qwen3_next", world), _lora("qwen3_next", fused=True))
+        for gathered in (False, True):
+            spec = family_spec("deepseek", gathered=gathered)
+            model = family_model("deepseek", world, spec=spec)
+            for targets in (["linear_kv_down_proj"], ["*.self_attention.*"]):
+                with pytest.raises(TargetError, match="is a down-projection of latent attention"):
+                    apply_lora(model, LoRAConfig(target_modules=targets, **lora))
+            assert not list(lora_layers(model))
+            kept = LoRAConfig(
+                target_modules=["*.self_attention.*"],
+                exclude_modules=["linear_q_down_proj", "linear_kv_down_proj"],
+                **lora,
+            )
+            names = {name.rpartition(".")[2] for name in apply_lora(model, kept)}
+            assert names == {"linear_q_up_proj", "linear_kv_up_proj", "linear_proj"}
+        down = LoRAConfig(target_modules=["*linear_q_down_proj"], **lora)
+        with pytest.raises(TargetError, match="is a down-projection of latent attention"):
+            lora_spec(family_spec("deepseek", gathered=True), model.config, down)
+        # Targets that the pattern does not have.
+        with pytest.raises(TargetError, match=r"'linear_qkv' \(nearest"):
+            apply_lora(
+                family_model("deepseek", world), LoRAConfig(target_modules=["linear_qkv"], **lora)
+            )
+
+
+def _loads(rank, world, folder):
+    from tests.tp.family_models import batch, family_model
+
+    with model_parallel(world):
+        # A q_proj alone may be any attention's.
+        model = _adapted("deepseek_lite", world)
+        adapter = collect_adapter(model, "a")
+        keys = {key: f for key, f in adapter.modules.items() if key.name == "latent.q_proj"}
+        plain = {replace(key, name="q_proj"): factors for key, factors in keys.items()}
+        logits = []
+        for modules in (keys, plain):
+            model = family_model("deepseek_lite", world)
+            assert load_adapter(model, replace(adapter, modules=modules))
+            logits.append(model(**batch()))
+        assert torch.equal(*logits)
+        # Another family's adapter has other names, whatever its sizes.
+        other = read_adapter(Path(folder) / "megatron")
+        with pytest.raises(TargetError, match=r"does not have: layers\.0\.mixer\.in_proj"):
+            load_adapter(family_model("qwen3_next", world), other)
+
+
+def _specification(rank, world):
+    """Adapters that a stack's specification brings are those that are put in afterwards."""
+    from tests.tp.family_models import family_config, family_model, family_spec
+
+    with model_parallel(world):
+        for family in FAMILIES:
+            config = family_config(family, world)
+            spec = lora_spec(family_spec(family), config, _lora(family))
+            made, applied = family_model(family, world, spec=spec), family_model(family, world)
+            assert [name for name, _ in lora_layers(made)] == apply_lora(applied, _lora(family))
+            for model in (made, applied):
+                randomize_adapters(model)
+            assert_close(_logits(made), _logits(applied), family)
+
+
+def test_numbers_are_told_by_the_pattern_or_by_somebody():
+    run_ranks(1, _numbers)
+
+
+def test_what_cannot_be_adapted_is_refused_by_name():
+    run_ranks(1, _refusals)
+
+
+def test_names_that_a_file_leaves_open(tmp_path):
+    run_ranks(2, _write, "nemotron_h", str(tmp_path))
+    run_ranks(1, _loads, str(tmp_path))
+
+
+def test_a_stacks_specification_brings_its_adapters_along():
+    run_ranks(1, _specification)

@@ -292,6 +292,14 @@ def test_factors_of_other_modules_are_refused(name, tmp_path):
     assert name[:100] in message
 
 
+@pytest.mark.parametrize("module", ["q_a_proj", "kv_a_proj_with_mqa"])
+def test_replicated_down_projections_are_refused(module, tmp_path):
+    name = f"base_model.model.model.layers.0.self_attn.{module}.lora_A.weight"
+    message = refused(write(tmp_path / "a", vanilla_tensors() | {name: torch.ones(8, HIDDEN)}))
+    assert "factors of latent attention's down-projections" in message
+    assert name in message
+
+
 def test_names_with_control_characters_are_shown_escaped(tmp_path):
     message = refused(write(tmp_path / "a", vanilla_tensors() | {"x\n\x1b[2J": torch.ones(1)}))
     assert r"'x\n\x1b[2J'" in message
