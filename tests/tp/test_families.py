@@ -493,8 +493,18 @@ def _loads(rank, world, folder):
             assert load_adapter(model, replace(adapter, modules=modules))
             logits.append(model(**batch()))
         assert torch.equal(*logits)
-        # Another family's adapter has other names, whatever its sizes.
+        # Blocks of rows as PEFT cuts them are no blocks of Mamba's ranks, and mean what they say.
         other = read_adapter(Path(folder) / "megatron")
+        key = next(key for key in other.modules if key.name == "mixer.in_proj")
+        cut = replace(other.modules[key], parts=())
+        logits = []
+        for factors in (cut, reshard(cut, 1), other.modules[key]):
+            model = family_model("nemotron_h", world)
+            load_adapter(model, replace(other, modules={key: factors}))
+            logits.append(model(**batch()))
+        assert_close(logits[0], logits[1], "PEFT's blocks of in_proj")
+        assert (logits[2] - logits[1]).abs().max() > 1e-3
+        # Another family's adapter has other names, whatever its sizes.
         with pytest.raises(TargetError, match=r"does not have: layers\.0\.mixer\.in_proj"):
             load_adapter(family_model("qwen3_next", world), other)
 
