@@ -94,13 +94,18 @@ def squared_relu(x: Tensor) -> Tensor:
 def family_model(
     family: str, tp: int, *, pattern: str | None = None, spec: Any = None, **changes: Any
 ) -> Any:
-    """A model whose weights depend neither on the parallel size nor on chance."""
+    """A model whose weights depend neither on the parallel size nor on chance.
+
+    ``spec`` is a stack's, or ``shipped`` for Megatron-Core's own of Transformer Engine's layers.
+    """
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     hybrid_kernels.install()
     if pattern is not None:
         changes["num_layers"] = len(pattern.replace("|", ""))
     config = family_config(family, tp, **changes)
+    if spec == "shipped":
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as spec
     with hybrid_norms():
         model = HybridModel(
             config=config,

@@ -66,16 +66,19 @@ def _adapt(model, family, blocks=BLOCKS):
 
     There, what is before the last latent attention gets a part of its gradient, adapters or not.
     """
+    own = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    lora = _lora(family, blocks)
+    lora = replace(lora, target_modules=[name for name in lora.target_modules if name in own])
     config = model.config
     if config.tensor_model_parallel_size == 1 or config.sequence_parallel or "deep" not in family:
-        return apply_lora(model, _lora(family, blocks))
+        return apply_lora(model, lora)
     with pytest.raises(UnsupportedError, match="the keys' rotary part"):
-        apply_lora(model, _lora(family, blocks))
+        apply_lora(model, lora)
     names = []
     for name, module in list(named_modules_global(model)):
-        if name.rpartition(".")[2] in _lora(family).target_modules:
+        if name.rpartition(".")[2] in lora.target_modules:
             layer = lora_layer(module)
-            layer.attach_config(_lora(family, blocks), name)
+            layer.attach_config(lora, name)
             replace_module(model, module, layer)
             names.append(name)
     freeze_base(model)
@@ -125,13 +128,13 @@ def _update(config, name, pairs, blocks=BLOCKS):
     return SCALE * torch.cat(list(rows.values()))
 
 
-def _reference(rank, world, family, pattern=None):
+def _reference(rank, world, family, pattern=None, **settings):
     """The output, and every factor with its gradient, by layer and projection."""
     from tests.tp.family_models import batch, family_model
 
     with model_parallel(world):
-        adapted = family_model(family, world, pattern=pattern)
-        names = apply_lora(adapted, _lora(family))
+        adapted = family_model(family, world, pattern=pattern, **settings)
+        names = _adapt(adapted, family)
         randomize_adapters(adapted)
         factors = {
             (name, plan.projection.name): [
@@ -140,7 +143,7 @@ def _reference(rank, world, family, pattern=None):
             for name, layer in lora_layers(adapted)
             for plan in layer.adapter.plans
         }
-        plain = family_model(family, world, pattern=pattern)
+        plain = family_model(family, world, pattern=pattern, **settings)
         weights = dict(plain.named_parameters())
         for name, path in zip(names, _paths(adapted), strict=True):
             pairs = {part: pair for (layer, part), pair in factors.items() if layer == name}

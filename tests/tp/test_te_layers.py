@@ -360,3 +360,23 @@ def test_the_real_transformer_engine_computes_the_same():
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("needs transformer-engine: pip install 'bdlora-megatron[te]'")
     run_ranks(1, _real)
+
+
+# --- the stack that Megatron-Core ships -------------------------------------------------------
+
+
+def _families(rank, world):
+    """Mamba's and the delta net's layers, with the norm inside ``in_proj``."""
+    stand_ins(world)
+    cases = importlib.import_module("tests.tp.test_families")
+    for family, pattern in {"nemotron_h": "MM-", "qwen3_next": "G-"}.items():
+        settings = {"spec": "shipped", "pattern": pattern}
+        reference = cases._reference(rank, 1, family, **settings)
+        for sequence_parallel in (False, True):
+            settings["sequence_parallel"] = sequence_parallel
+            cases._sharded(rank, world, family, reference, **settings)
+
+
+def test_the_shipped_hybrid_stack():
+    pytest.importorskip("megatron.core.models.hybrid.hybrid_model", reason="0.19 and newer have it")
+    run_ranks(2, _families)
