@@ -34,6 +34,7 @@ __all__ = [
     "decoder_layer",
     "hybrid_numbers",
     "is_whole",
+    "known_numbering",
     "layer_numbering",
     "model_class",
     "named_modules_global",
@@ -44,6 +45,11 @@ __all__ = [
 #: Of MLA: every rank holds them whole, or gathers their output.
 _DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj", "linear_qkv_down_proj")
 _NUMBERING = "bdlora_numbering"
+_UNNUMBERED = (
+    " (this hybrid_layer_pattern does not say whether Hugging Face's model numbers each position or "
+    "each pair of attention and MLP; say so with number_layers(model, \"positions\"), as in "
+    'Nemotron-H, or "pairs")'
+)
 _DECODER_LAYER = re.compile(r"(?:.*\.)?decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -146,6 +152,18 @@ def layer_numbering(model: nn.Module) -> Numbering | None:
             "the model holds stacks whose layers are numbered differently; pass one of them"
         )
     return found.pop() if found else "pairs"
+
+
+def known_numbering(model: nn.Module) -> Numbering:
+    """How a model's layers are numbered.
+
+    Raises:
+        TargetError: Neither its pattern nor anybody has said so.
+    """
+    numbering = layer_numbering(model)
+    if numbering is None:
+        raise TargetError(f"the model's layers have no numbers{_UNNUMBERED}")
+    return numbering
 
 
 def _declared(owner: nn.Module) -> Numbering | None:
@@ -259,11 +277,7 @@ def check_place(
 
 def _why(full_name: str) -> str:
     if ".layers.position" in full_name:
-        return (
-            " (this hybrid_layer_pattern does not say whether Hugging Face's model numbers each "
-            "position or each pair of attention and MLP; say so with number_layers(model, "
-            '"positions"), as in Nemotron-H, or "pairs")'
-        )
+        return _UNNUMBERED
     if full_name.endswith(("mixer.in_proj", "mixer.out_proj")):
         return (
             " (Mamba has a name where each position is a layer, as in Nemotron-H; if it is one, "

@@ -24,7 +24,7 @@ from bdlora_megatron.errors import ShapeError, TargetError
 from bdlora_megatron.layers.adapters import ProjectionPlan
 from bdlora_megatron.layers.anatomy import (
     decoder_layer,
-    layer_numbering,
+    known_numbering,
     named_modules_global,
     num_decoder_layers,
 )
@@ -140,13 +140,13 @@ class DecoderLinear:
 def decoder_linears(model: nn.Module) -> list[DecoderLinear]:
     """The linear layers of a model's decoder that an adapter may change, on this pipeline stage."""
     targets = []
-    numbering = layer_numbering(model)
+    numbering = known_numbering(model)
     for name, module in named_modules_global(model):
         place = decoder_layer(name)
         if place is None or not isinstance(module, LINEAR_CLASSES):
             continue
         number, path = place
-        hf_names = parts_of(path, numbering) if numbering else None
+        hf_names = parts_of(path, numbering)
         if hf_names is None or getattr(module, "is_expert", False):
             continue
         layer = module if isinstance(module, LoRALinear) else lora_layer(module)

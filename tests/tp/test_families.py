@@ -420,6 +420,8 @@ def _numbers(rank, world):
         model = family_model("nemotron_h", world, pattern="M-M-")
         with pytest.raises(TargetError, match=r"position0.*number_layers\(model, \"positions\"\)"):
             apply_lora(model, some)
+        with pytest.raises(TargetError, match=r"no numbers.*number_layers"):
+            load_adapter(model, collect_adapter(_adapted("nemotron_h", world), "a"))
         number_layers(model, "positions")
         assert [name.split(".")[2] for name in apply_lora(model, some)] == ["0", "1", "2", "3"]
         mixers = ["in_proj", "down_proj", "in_proj", "down_proj"]
