@@ -46,8 +46,8 @@ __all__ = [
 _DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj", "linear_qkv_down_proj")
 _NUMBERING = "bdlora_numbering"
 _UNNUMBERED = (
-    " (this hybrid_layer_pattern does not say whether Hugging Face's model numbers each position or "
-    "each pair of attention and MLP; say so with number_layers(model, \"positions\"), as in "
+    " (this hybrid_layer_pattern does not say whether Hugging Face's model numbers each position "
+    'or each pair of attention and MLP; say so with number_layers(model, "positions"), as in '
     'Nemotron-H, or "pairs")'
 )
 _DECODER_LAYER = re.compile(r"(?:.*\.)?decoder\.layers\.(\d+)\.(.+)")
