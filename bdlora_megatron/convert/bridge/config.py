@@ -228,9 +228,9 @@ def _hybrid_layers(model: Mapping[str, Any], problems: Problems) -> tuple[int, .
     layers = [number for number in numbers if number is not None]
     if not layers:
         problems.add(
-            f"the base model is a hybrid one with hybrid_layer_pattern {pattern!r}, whose "
-            "positions have no layer numbers in Hugging Face's sense; wanted attention and MLP in "
-            "turn, as in '*-*-'"
+            f"the base model is a hybrid one with hybrid_layer_pattern {pattern!r}; only attention "
+            "and MLP in turn, as in '*-*-', are read here: export the adapter from the model with "
+            "export_adapter"
         )
         return None
     return tuple(layers)
@@ -256,7 +256,18 @@ def _base_shape(model: Mapping[str, Any], problems: Problems) -> BaseShape:
     groups, width = size("num_query_groups") or heads, size("kv_channels")
     if width is None and hidden and heads and hidden % heads == 0:
         width = hidden // heads
+    if model.get("multi_latent_attention"):
+        # Its factors tell the other widths.
+        return BaseShape(
+            hidden_size=hidden,
+            ffn_size=size("ffn_hidden_size"),
+            num_heads=heads,
+            num_layers=size("num_layers"),
+        )
+    # Every configuration has a number of these, whether there is a delta net or not.
+    pattern = str(model.get("hybrid_layer_pattern") or "")
     return BaseShape(
+        delta_heads=size("linear_num_key_heads") if "G" in pattern else None,
         hidden_size=hidden,
         ffn_size=size("ffn_hidden_size"),
         q_size=heads * width if heads and width else None,

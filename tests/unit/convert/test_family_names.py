@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from bdlora_megatron.convert import WriteOptions, read_adapter, write_adapter
 from bdlora_megatron.convert.adapter.neutral import ModuleKey
+from bdlora_megatron.convert.bridge.config import read_settings
 from bdlora_megatron.convert.structure import Structure, restructure
 from bdlora_megatron.errors import AdapterFormatError, UnsupportedError
 
@@ -141,3 +142,21 @@ def test_a_query_projection_alone_is_that_of_any_attention(tmp_path):
         folder / "adapter_model.safetensors",
     )
     assert list(read_adapter(folder).modules) == [ModuleKey(layer=0, name="q_proj")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({"hybrid_layer_pattern": "G-*-"}, {"delta_heads": 4, "q_size": 16, "num_layers": 2}),
+        ({}, {"delta_heads": None, "q_size": 16, "num_layers": 4}),
+        ({"multi_latent_attention": True}, {"q_size": None, "kv_size": None, "num_heads": 4}),
+    ],
+)
+def test_bridges_settings_tell_what_their_family_has(changes, known, tmp_path):
+    model = {"num_layers": 4, "hidden_size": 12, "ffn_hidden_size": 28, "num_attention_heads": 4}
+    model |= {"num_query_groups": 2, "kv_channels": 4, "linear_num_key_heads": 4, **changes}
+    peft = {"_target_": "megatron.bridge.peft.lora.LoRA", "dim": 8, "alpha": 16}
+    path = tmp_path / "run_config.yaml"
+    path.write_text(json.dumps({"model": model, "peft": peft}))
+    base = read_settings(path).base
+    assert {name: getattr(base, name) for name in known} == known
