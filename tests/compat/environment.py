@@ -19,6 +19,7 @@ from tests.compat.releases import CORE, Release
 ROOT = Path(__file__).parents[2]
 #: What the core's tests import, beside this package's own requirements.
 _TOOLS = (
+    "datasets",
     "einops",
     "fastapi",
     "httpx2",
@@ -32,6 +33,7 @@ _TOOLS = (
     "pyyaml",
     "safetensors",
     "schemathesis",
+    "scipy",
     "tqdm",
     "transformers",
     "uvicorn",
