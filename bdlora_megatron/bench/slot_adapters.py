@@ -12,7 +12,7 @@ from bdlora_megatron.bench.plan import BenchPlan, Setting, Variant
 from bdlora_megatron.config import Layout
 from bdlora_megatron.layers import collect_adapter, lora_layers
 from bdlora_megatron.layers.slots import LayerSlots
-from bdlora_megatron.serve.room import SlotRoom
+from bdlora_megatron.serve.capacity import SlotCapacity
 from bdlora_megatron.serve.slots import ModelSlots
 
 __all__ = ["SlotAdapters"]
@@ -51,16 +51,16 @@ class SlotAdapters:
             layer.adapter = None
         number = max(self._plan.adapters)
         width = variant.rank // self._plan.tp if variant.layout is Layout.BDLORA else variant.rank
-        room = SlotRoom(
+        capacity = SlotCapacity(
             max_loras=number,
             max_lora_rank=width,
             layouts=(variant.layout,),
             target_modules=self._plan.target_modules,
         )
-        slots = self._slots[variant] = ModelSlots(self._model, room)
-        share = slots.share(adapter, variant.layout)
+        slots = self._slots[variant] = ModelSlots(self._model, capacity)
+        shard = slots.shard(adapter, variant.layout)
         for key in range(number):
-            slots.load(key, share)
+            slots.load(key, shard)
         self._layers[variant] = {
             n: s.slots for n, s in lora_layers(self._model) if s.slots is not None
         }

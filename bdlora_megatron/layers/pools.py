@@ -16,11 +16,11 @@ from torch import Tensor
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.ops import Columns, SlotFactors, SlotTable
 
-__all__ = ["LayerRoom", "LayerShare", "Pools", "exchanged_columns", "row_bytes", "slot_columns"]
+__all__ = ["LayerCapacity", "LayerShard", "Pools", "exchanged_columns", "row_bytes", "slot_columns"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerRoom:
+class LayerCapacity:
     """How much a layer holds.
 
     Attributes:
@@ -41,8 +41,8 @@ class LayerRoom:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerShare:
-    """One rank's share of one adapter in one layer, on the host, as the pools hold it.
+class LayerShard:
+    """One rank's shard of one adapter in one layer, on the host, as the pools hold it.
 
     Attributes:
         A: The projections' rows one below the other, ``[sum of a_ranks, I_local]``.
@@ -68,7 +68,7 @@ class LayerShare:
         """Bytes of the factors."""
         return sum(part.numel() * part.element_size() for part in (self.A, *self.B))
 
-    def pin_memory(self) -> LayerShare:
+    def pin_memory(self) -> LayerShard:
         """The same in pinned memory, from which copies to a GPU do not wait."""
         return replace(self, A=self.A.pin_memory(), B=tuple(part.pin_memory() for part in self.B))
 
@@ -78,44 +78,44 @@ class Pools:
 
     What slots hold is noted on the host; ``SlotTables.upload`` brings it to the device.
 
-    With ``parts`` P, each of P ranks has a share of an adapter's ranks, and all of B's rows are
+    With ``parts`` P, each of P ranks has a shard of an adapter's ranks, and all of B's rows are
     read against what the ranks gathered; ``in_order`` brings that into the order of the rows.
     """
 
     def __init__(
-        self, layer: Any, columns: tuple[Columns, ...], room: LayerRoom, *, parts: int = 1
+        self, layer: Any, columns: tuple[Columns, ...], capacity: LayerCapacity, *, parts: int = 1
     ) -> None:
         self.columns = columns
         self.in_features = in_features_of(layer)
-        where = {"dtype": room.dtype, "device": layer.weight.device}
-        A = torch.zeros(room.rows * len(columns), self.in_features, **where)
-        B = tuple(torch.zeros(room.rows, part.features, **where) for part in columns)
+        where = {"dtype": capacity.dtype, "device": layer.weight.device}
+        A = torch.zeros(capacity.rows * len(columns), self.in_features, **where)
+        B = tuple(torch.zeros(capacity.rows, part.features, **where) for part in columns)
         table = SlotTable.empty(
-            room.num_slots, len(columns), max_rank=room.max_rank, device=layer.weight.device
+            capacity.num_slots, len(columns), max_rank=capacity.max_rank, device=layer.weight.device
         )
         self.factors = SlotFactors(A=A, B=B, columns=columns, table=table)
         #: Rank room of one part.
-        self.part_rank = -(-room.max_rank // parts)
+        self.part_rank = -(-capacity.max_rank // parts)
         self._parts = parts
         # Where each rank of a slot stands in the gathered ones, ``[N, J, Z]``.
-        shape = (room.num_slots, len(columns), room.max_rank) if parts > 1 else (0, 0, 0)
+        shape = (capacity.num_slots, len(columns), capacity.max_rank) if parts > 1 else (0, 0, 0)
         self._order = torch.zeros(shape, dtype=torch.int64, device=layer.weight.device)
 
-    def write(self, slot: int, first_row: int, share: LayerShare) -> None:
-        """Copy a share in and note that a slot, which no batch in flight may use, holds it."""
+    def write(self, slot: int, first_row: int, shard: LayerShard) -> None:
+        """Copy a shard in and note that a slot, which no batch in flight may use, holds it."""
         held = self.factors
         first_a = first_row * len(self.columns)
-        held.A[first_a : first_a + len(share.A)].copy_(share.A, non_blocking=True)
-        for pool, rows in zip(held.B, share.B, strict=True):
+        held.A[first_a : first_a + len(shard.A)].copy_(shard.A, non_blocking=True)
+        for pool, rows in zip(held.B, shard.B, strict=True):
             pool[first_row : first_row + len(rows)].copy_(rows, non_blocking=True)
         a_rows = []
-        for rank in share.a_ranks:
+        for rank in shard.a_ranks:
             a_rows.append((first_a, rank))
             first_a += rank
-        b_rows = [(first_row, rank) for rank in share.b_ranks]
-        held.table.note(slot, a_rows=a_rows, b_rows=b_rows, scale=share.scales)
+        b_rows = [(first_row, rank) for rank in shard.b_ranks]
+        held.table.note(slot, a_rows=a_rows, b_rows=b_rows, scale=shard.scales)
         if self._parts > 1:
-            self._order[slot].copy_(self._places(share.b_ranks))
+            self._order[slot].copy_(self._places(shard.b_ranks))
 
     def _places(self, ranks: Sequence[int]) -> Tensor:
         places = torch.zeros(self._order.shape[1:], dtype=self._order.dtype)
@@ -126,7 +126,7 @@ class Pools:
         return places
 
     def in_order(self, parts: Sequence[Tensor], token_slot: Tensor) -> Tensor:
-        """All ranks' shares of ``z``, each ``[T, J, Z / P]``, as ``[T, J, Z]`` in B's order."""
+        """All ranks' shards of ``z``, each ``[T, J, Z / P]``, as ``[T, J, Z]`` in B's order."""
         gathered = torch.stack(tuple(parts), dim=2).flatten(2)
         return gathered.gather(2, self._order[token_slot.clamp(min=0)])
 
@@ -144,8 +144,8 @@ def row_bytes(
         layer: The ``LoRALinear``.
         geometry: Its projections.
         dtype: The pools' type.
-        own: As of ``LayerRoom``.
-        exchanged: As of ``LayerRoom``.
+        own: As of ``LayerCapacity``.
+        exchanged: As of ``LayerCapacity``.
 
     Returns:
         The bytes.

@@ -29,8 +29,8 @@ from bdlora_megatron.errors import ShapeError
 from bdlora_megatron.layers.adapters import AdapterOptions, ProjectionPlan
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.pools import (
-    LayerRoom,
-    LayerShare,
+    LayerCapacity,
+    LayerShard,
     Pools,
     exchanged_columns,
     slot_columns,
@@ -79,29 +79,29 @@ class LayerSlots:
     """
 
     def __init__(
-        self, layer: Any, geometry: LayerGeometry, room: LayerRoom, step: ServingStep
+        self, layer: Any, geometry: LayerGeometry, capacity: LayerCapacity, step: ServingStep
     ) -> None:
         """Make empty pools on the layer's device.
 
         Args:
             layer: The ``LoRALinear`` that they belong to.
             geometry: Its projections, one pair of factors each.
-            room: Slots, rows and types.
+            capacity: Slots, rows and types.
             step: What all layers of the model read in a step.
         """
         self.geometry = geometry
-        self.room = room
+        self.capacity = capacity
         self.step = step
         self.tp_group = layer.tp_group
         self._layer = layer
         self._column = not layer.splits_input
-        own_room = room if room.own else replace(room, rows=0)
-        self._own = Pools(layer, slot_columns(layer, geometry), own_room)
+        own_capacity = capacity if capacity.own else replace(capacity, rows=0)
+        self._own = Pools(layer, slot_columns(layer, geometry), own_capacity)
         self._exchanged: Pools | None = None
-        if room.exchanged:
+        if capacity.exchanged:
             parts = self.tp_group.size() if self._column else 1
             columns = exchanged_columns(layer, geometry)
-            self._exchanged = Pools(layer, columns, room, parts=parts)
+            self._exchanged = Pools(layer, columns, capacity, parts=parts)
 
     @property
     def tables(self) -> list[SlotTable]:
@@ -109,18 +109,18 @@ class LayerSlots:
         pools = [self._own] if self._exchanged is None else [self._own, self._exchanged]
         return [held.factors.table for held in pools]
 
-    def share(self, modules: Mapping[str, BlockFactors], layout: Layout) -> LayerShare:
-        """Cut this rank's share of an adapter, by the rules of ``layers.adapters``.
+    def shard(self, modules: Mapping[str, BlockFactors], layout: Layout) -> LayerShard:
+        """Cut this rank's shard of an adapter, by the rules of ``layers.adapters``.
 
         Touches nothing of the layer, so that a thread may call it while the model runs.
 
         Args:
             modules: The adapter's factors by projection name, already in a form that the ranks can
-                share in ``layout``.
+                shard in ``layout``.
             layout: How ranks split the factors.
 
         Returns:
-            The share, in the pools' type.
+            The shard, in the pools' type.
         """
         plans = {
             name: ProjectionPlan(
@@ -133,7 +133,7 @@ class LayerSlots:
         }
         layer = self._layer
         options = AdapterOptions(
-            dropout=0.0, dtype=self.room.dtype, like=layer.weight, tp_group=self.tp_group
+            dropout=0.0, dtype=self.capacity.dtype, like=layer.weight, tp_group=self.tp_group
         )
         rule = layer._make_adapter(layout, list(plans.values()), options, self.geometry)
         # The host's, or meta where only shapes are looked at.
@@ -147,12 +147,12 @@ class LayerSlots:
                 b.append(empty.new_empty(0, columns.features))
                 scales.append(0.0)
                 continue
-            local_a, local_b = rule.share(projection.name, factors.A, factors.B)
+            local_a, local_b = rule.shard(projection.name, factors.A, factors.B)
             a.append(local_a.to(options.dtype))
             # A copy: a view would keep the whole factor in memory.
             b.append(local_b.t().to(options.dtype).clone(memory_format=torch.contiguous_format))
             scales.append(factors.scale)
-        return LayerShare(
+        return LayerShard(
             A=torch.cat(a),
             B=tuple(b),
             a_ranks=tuple(map(len, a[1:])),
@@ -160,23 +160,23 @@ class LayerSlots:
             scales=tuple(scales),
         )
 
-    def write(self, slot: int, first_row: int, share: LayerShare, *, exchanged: bool) -> None:
-        """Copy a share into the pools and note that a slot holds it.
+    def write(self, slot: int, first_row: int, shard: LayerShard, *, exchanged: bool) -> None:
+        """Copy a shard into the pools and note that a slot holds it.
 
         Args:
             slot: The slot, which holds nothing; no batch in flight may use it. ``tables`` must be
                 uploaded before one does.
             first_row: Where the adapter's rows begin in the pools of B.
-            share: What ``share`` gave.
-            exchanged: The share is in the S-LoRA layout.
+            shard: What ``shard`` gave.
+            exchanged: The shard is in the S-LoRA layout.
 
         Raises:
             ShapeError: There are no pools for the S-LoRA layout.
         """
         pools = self._exchanged if exchanged else self._own
         if pools is None:
-            raise ShapeError("an S-LoRA share in a layer without pools for that layout")
-        pools.write(slot, first_row, share)
+            raise ShapeError("an S-LoRA shard in a layer without pools for that layout")
+        pools.write(slot, first_row, shard)
 
     def clear(self, slot: int) -> None:
         """Note that a slot holds nothing.

@@ -193,8 +193,8 @@ def _sizes(z: Tensor, slots: SlotFactors) -> dict[str, Any]:
 
 
 def _shrink_grid(tokens: int, z: Tensor, block_r: int) -> tuple[int, int, int]:
-    splits, _, slices, room = z.shape
-    return tokens, slices * triton.cdiv(room, block_r), splits
+    splits, _, slices, capacity = z.shape
+    return tokens, slices * triton.cdiv(capacity, block_r), splits
 
 
 def _block_k(in_features: int) -> int:

@@ -256,11 +256,11 @@ def expand_by_tile(
             sums = tl.zeros([TILE, BLOCK_O], dtype=tl.float32)
             for first in range(0, rank, BLOCK_R):
                 r = first + tl.arange(0, BLOCK_R)
-                room = here[:, None] & (r < Z)[None, :]
+                capacity = here[:, None] & (r < Z)[None, :]
                 ranks = tl.zeros([TILE, BLOCK_R], dtype=tl.float32)
                 for split in tl.static_range(SPLITS):
                     share = z + ((split * T + t[:, None]) * J + j) * Z
-                    shares = tl.load(share + r[None, :], mask=room, other=0.0)
+                    shares = tl.load(share + r[None, :], mask=capacity, other=0.0)
                     ranks += tl.where((r < rank)[None, :], shares, 0.0)
                 row = (start + r).to(tl.int64)
                 b = tl.load(

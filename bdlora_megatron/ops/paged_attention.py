@@ -315,7 +315,7 @@ def _tile(call: _Call) -> _Tile:
     # On average; the longest sequence of a step with prompts in it says little about the others.
     queries = triton.cdiv(len(call.q), max(len(call.table), 1))
     rows = triton.next_power_of_2(min(queries, call.queries) * call.heads_each)
-    wide = _room(call.q.shape[-1]) > 128
+    wide = _capacity(call.q.shape[-1]) > 128
     rows = min(max(rows, 16), 64 if wide else 128)
     return _Tile(
         rows,
@@ -324,7 +324,7 @@ def _tile(call: _Call) -> _Tile:
     )
 
 
-def _room(width: int) -> int:
+def _capacity(width: int) -> int:
     """A head's width as the kernels hold it."""
     return max(16, int(triton.next_power_of_2(width)))
 
@@ -344,7 +344,7 @@ def _sizes(call: _Call, splits: int) -> dict[str, Any]:
         "H": heads,
         "D": width,
         "SPLITS": splits,
-        "BLOCK_D": _room(width),
+        "BLOCK_D": _capacity(width),
         "PACKED": call.query_starts is not None,
         "LSE": call.want_lse,
     }

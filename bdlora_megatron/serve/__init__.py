@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bdlora_megatron.serve.allocator import Placement, SlotAllocator
+    from bdlora_megatron.serve.capacity import AdapterShard, SlotCapacity
     from bdlora_megatron.serve.host_cache import HostCache
-    from bdlora_megatron.serve.room import AdapterShare, SlotRoom
     from bdlora_megatron.serve.slots import ModelSlots
     from bdlora_megatron.serve.store import AdapterStore
     from bdlora_megatron.serve.store_types import AdapterKey, StoreOptions, StoreStats
 
 __all__ = [
     "AdapterKey",
-    "AdapterShare",
+    "AdapterShard",
     "AdapterStore",
     "HostCache",
     "ModelSlots",
     "Placement",
     "SlotAllocator",
-    "SlotRoom",
+    "SlotCapacity",
     "StoreOptions",
     "StoreStats",
 ]
@@ -34,7 +34,7 @@ __all__ = [
 _HOMES = {
     "host_cache": ("HostCache",),
     "allocator": ("Placement", "SlotAllocator"),
-    "room": ("AdapterShare", "SlotRoom"),
+    "capacity": ("AdapterShard", "SlotCapacity"),
     "slots": ("ModelSlots",),
     "store": ("AdapterStore",),
     "store_types": ("AdapterKey", "StoreOptions", "StoreStats"),

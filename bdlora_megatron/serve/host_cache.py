@@ -56,14 +56,14 @@ class HostCache(Generic[Value]):
                 f"{key} may take {num_bytes} bytes of host memory, and the cache holds "
                 f"{self.capacity_bytes}; set host_cache_bytes={num_bytes} or more"
             )
-        going, room = [], self.capacity_bytes - self.used_bytes
+        going, capacity = [], self.capacity_bytes - self.used_bytes
         for other in self._unpinned():
-            if room >= num_bytes:
+            if capacity >= num_bytes:
                 break
             if not keep(other):
                 going.append(other)
-                room += self._entries[other][0]
-        if room < num_bytes:
+                capacity += self._entries[other][0]
+        if capacity < num_bytes:
             return False
         for other in going:
             self.drop(other)

@@ -26,11 +26,11 @@ from bdlora_megatron.layers.load import (
     in_models_names,
 )
 from bdlora_megatron.layers.lora_linear import LoRALinear
-from bdlora_megatron.layers.pools import LayerRoom, LayerShare, row_bytes
+from bdlora_megatron.layers.pools import LayerCapacity, LayerShard, row_bytes
 from bdlora_megatron.layers.slots import LayerSlots, ServingStep
 from bdlora_megatron.ops import GroupedBatch, SlotTables
 from bdlora_megatron.serve.allocator import SlotAllocator
-from bdlora_megatron.serve.room import AdapterShare, SlotRoom
+from bdlora_megatron.serve.capacity import AdapterShard, SlotCapacity
 
 __all__ = ["ModelSlots"]
 
@@ -42,21 +42,21 @@ class ModelSlots:
     the same slot. No call communicates.
     """
 
-    def __init__(self, model: nn.Module, room: SlotRoom | None = None) -> None:
+    def __init__(self, model: nn.Module, capacity: SlotCapacity | None = None) -> None:
         """Give a model's layers slots, all empty.
 
         Args:
             model: A ``GPTModel``, or any module that holds Megatron-Core decoder layers. It carries
                 no adapter of its own.
-            room: How much to hold.
+            capacity: How much to hold.
 
         Raises:
             CapacityError: ``memory_bytes`` does not hold one adapter of ``max_rank``.
             ConfigError: The model carries adapters, or has slots already.
             TargetError: The model has none of the targeted layers.
         """
-        self.room = room = room or SlotRoom()
-        self.step = ServingStep(implementation=room.implementation)
+        self.capacity = capacity = capacity or SlotCapacity()
+        self.step = ServingStep(implementation=capacity.implementation)
         self._captured: dict[int, GroupedBatch] = {}
         self._model = model
         taken = [n for n, layer in lora_layers(model) if layer.adapter or layer.slots]
@@ -69,30 +69,32 @@ class ModelSlots:
         self._linears = [
             target
             for target in self._decoder
-            if target.full_name.rpartition(".")[2] in room.target_modules
+            if target.full_name.rpartition(".")[2] in capacity.target_modules
         ]
         if not self._linears:
-            raise TargetError(f"the model has no decoder layers called {room.target_modules}")
+            raise TargetError(f"the model has no decoder layers called {capacity.target_modules}")
         layers = [_lora_layer(target.module) for target in self._linears]
-        types = [room.dtype or layer.weight.dtype for layer in layers]
-        pools = {"own": room.own, "exchanged": room.exchanged}
+        types = [capacity.dtype or layer.weight.dtype for layer in layers]
+        pools = {"own": capacity.own, "exchanged": capacity.exchanged}
         places = list(zip(layers, self._linears, types, strict=True))
         #: Bytes that one rank row takes in all layers together.
         self.row_bytes = sum(
             row_bytes(layer, target.geometry, dtype, **pools) for layer, target, dtype in places
         )
         rows = self._rows()
-        self.allocator = SlotAllocator(room.max_loras, rows=rows, max_rows=room.max_lora_rank)
+        self.allocator = SlotAllocator(
+            capacity.max_loras, rows=rows, max_rows=capacity.max_lora_rank
+        )
         self._layers: dict[str, LayerSlots] = {}
         for layer, target, dtype in places:
-            layer_room = LayerRoom(
-                num_slots=room.max_loras,
+            layer_capacity = LayerCapacity(
+                num_slots=capacity.max_loras,
                 rows=rows,
-                max_rank=room.max_lora_rank,
+                max_rank=capacity.max_lora_rank,
                 dtype=dtype,
                 **pools,
             )
-            layer.slots = LayerSlots(layer, target.geometry, layer_room, self.step)
+            layer.slots = LayerSlots(layer, target.geometry, layer_capacity, self.step)
             self._layers[target.full_name] = layer.slots
             if layer is not target.module:
                 replace_module(model, target.module, layer)
@@ -105,7 +107,7 @@ class ModelSlots:
     @property
     def num_slots(self) -> int:
         """Slots N."""
-        return self.room.max_loras
+        return self.capacity.max_loras
 
     @property
     def memory_bytes(self) -> int:
@@ -115,7 +117,7 @@ class ModelSlots:
     @property
     def largest_bytes(self) -> int:
         """The most bytes that one adapter takes on this rank."""
-        return self.row_bytes * self.room.max_lora_rank
+        return self.row_bytes * self.capacity.max_lora_rank
 
     def detach(self) -> None:
         """Put the plain layers back and drop the pools."""
@@ -129,22 +131,23 @@ class ModelSlots:
         Raises:
             CapacityError: ``memory_bytes`` does not hold one adapter of ``max_rank``.
         """
-        room = self.room
-        most = room.max_loras * room.max_lora_rank
-        if room.memory_bytes is None:
+        capacity = self.capacity
+        most = capacity.max_loras * capacity.max_lora_rank
+        if capacity.memory_bytes is None:
             return most
-        rows = room.memory_bytes // self.row_bytes
-        if rows < room.max_lora_rank:
+        rows = capacity.memory_bytes // self.row_bytes
+        if rows < capacity.max_lora_rank:
             raise CapacityError(
-                f"memory_bytes={room.memory_bytes} holds {rows} rank rows, and one adapter may "
-                f"take max_rank={room.max_lora_rank}; set memory_bytes={self.largest_bytes} or more"
+                f"memory_bytes={capacity.memory_bytes} holds {rows} rank rows, and one adapter may "
+                f"take max_lora_rank={capacity.max_lora_rank}; set "
+                f"memory_bytes={self.largest_bytes} or more"
             )
         return min(rows, most)
 
     # --- loading -----------------------------------------------------------------------------
 
-    def share(self, adapter: Adapter, layout: Layout = Layout.BDLORA) -> AdapterShare:
-        """Cut this rank's share of an adapter, module after module.
+    def shard(self, adapter: Adapter, layout: Layout = Layout.BDLORA) -> AdapterShard:
+        """Cut this rank's shard of an adapter, module after module.
 
         Changes nothing, so that a thread may call it while the model runs.
 
@@ -154,7 +157,7 @@ class ModelSlots:
                 vanilla one then costs each rank the whole of its dense factor.
 
         Returns:
-            The share, in pinned memory where the device is CUDA.
+            The shard, in pinned memory where the device is CUDA.
 
         Raises:
             CapacityError: A module takes more rows than there is room for.
@@ -162,44 +165,45 @@ class ModelSlots:
             TargetError: The adapter holds modules without slots.
         """
         layout = Layout(layout)
-        if layout not in self.room.layouts:
-            choices = tuple(kind.value for kind in self.room.layouts)
+        if layout not in self.capacity.layouts:
+            choices = tuple(kind.value for kind in self.capacity.layouts)
             raise ConfigError(
-                f"layout {layout.value!r}, but the slots hold {choices}; add it to SlotRoom.layouts"
+                f"layout {layout.value!r}, but the slots hold {choices}; add it to "
+                "SlotCapacity.layouts"
             )
         adapter = in_models_names(adapter, self._decoder)
         self._check_modules(adapter)
-        shares: dict[str, LayerShare] = {}
+        shards: dict[str, LayerShard] = {}
         for target in self._linears:
             keys = {name: key for name, key in target.keys.items() if key in adapter.modules}
             if keys:
                 slots = self._layers[target.full_name]
-                shares[target.full_name] = self._layer_share(slots, adapter, keys, layout)
-        if not shares:
+                shards[target.full_name] = self._layer_shard(slots, adapter, keys, layout)
+        if not shards:
             raise TargetError(f"adapter {adapter.name!r} has no module on this rank's layers")
-        return AdapterShare.of(shares, exchanged=layout is Layout.SLORA)
+        return AdapterShard.of(shards, exchanged=layout is Layout.SLORA)
 
     def check(self, adapter: Adapter, layout: Layout = Layout.BDLORA) -> None:
-        """Refuse what ``share`` would refuse, as far as shapes tell; no module is loaded.
+        """Refuse what ``shard`` would refuse, as far as shapes tell; no module is loaded.
 
         Args:
-            adapter: As for ``share``.
+            adapter: As for ``shard``.
             layout: Likewise.
 
         Raises:
-            CapacityError: As ``share`` does.
+            CapacityError: As ``shard`` does.
             ConfigError: Likewise.
             TargetError: Likewise.
         """
-        self.share(replace(adapter, modules=module_facts(adapter)), layout)
+        self.shard(replace(adapter, modules=module_facts(adapter)), layout)
 
-    def _layer_share(
+    def _layer_shard(
         self,
         slots: LayerSlots,
         adapter: Adapter,
         keys: Mapping[str, ModuleKey],
         layout: Layout,
-    ) -> LayerShare:
+    ) -> LayerShard:
         tp_size = slots.tp_group.size()
         projections = {projection.name: projection for projection in slots.geometry.projections}
         modules = {
@@ -208,18 +212,18 @@ class ModelSlots:
         }
         names = " and ".join(map(str, keys.values()))
         try:
-            share = slots.share(modules, layout)
+            shard = slots.shard(modules, layout)
         except BDLoRAError as error:
             raise type(error)(f"adapter {adapter.name!r}, {names}: {error}") from error
-        if share.rows > self.room.max_lora_rank:
+        if shard.rows > self.capacity.max_lora_rank:
             ranks = sorted({adapter.modules[key].rank for key in keys.values()})
             raise CapacityError(
-                f"adapter {adapter.name!r} takes {share.rows} rank rows on each rank ({names}, "
-                f"rank {ranks}), and slots have room for {self.room.max_lora_rank}; set "
-                f"max_lora_rank={share.rows} or more"
+                f"adapter {adapter.name!r} takes {shard.rows} rank rows on each rank ({names}, "
+                f"rank {ranks}), and slots have room for {self.capacity.max_lora_rank}; set "
+                f"max_lora_rank={shard.rows} or more"
             )
         on_meta = any(factors.A.is_meta for factors in modules.values())
-        return share.pin_memory() if self.device.type == "cuda" and not on_meta else share
+        return shard.pin_memory() if self.device.type == "cuda" and not on_meta else shard
 
     def _check_modules(self, adapter: Adapter) -> None:
         check_covered(self._model, adapter, self._decoder)
@@ -229,30 +233,30 @@ class ModelSlots:
         if without:
             raise TargetError(
                 f"adapter {adapter.name!r} changes {without[0]} and {len(without) - 1} more modules"
-                f" that have no slots; add them to SlotRoom.target_modules="
-                f"{self.room.target_modules}"
+                f" that have no slots; add them to SlotCapacity.target_modules="
+                f"{self.capacity.target_modules}"
             )
 
-    def load(self, key: Hashable, share: AdapterShare) -> int | None:
+    def load(self, key: Hashable, shard: AdapterShard) -> int | None:
         """Put an adapter into a slot, emptying idle ones if there is no other way.
 
         Args:
             key: What to call it.
-            share: What ``share`` gave on this rank.
+            shard: What ``shard`` gave on this rank.
 
         Returns:
             Its slot, or None if what is in use leaves no room.
         """
-        place = self.allocator.place(key, share.rows)
+        place = self.allocator.place(key, shard.rows)
         if place is None:
             return None
         for slot in {*place.evicted} - {place.slot}:
             self._clear(slot)
         self._note_empty(place.slot)
-        for name, part in share.layers.items():
-            self._layers[name].write(place.slot, place.first_row, part, exchanged=share.exchanged)
+        for name, part in shard.layers.items():
+            self._layers[name].write(place.slot, place.first_row, part, exchanged=shard.exchanged)
         self._tables.upload(place.slot)
-        if share.exchanged:
+        if shard.exchanged:
             self._exchanged.add(place.slot)
         return place.slot
 
@@ -303,7 +307,7 @@ class ModelSlots:
         self.step.batch = batch
         used = range(self.num_slots) if used is None else used
         self.step.exchange = not self._exchanged.isdisjoint(used)
-        self.step.own = self.room.own and not self._exchanged.issuperset(used)
+        self.step.own = self.capacity.own and not self._exchanged.issuperset(used)
 
     def set_captured_batch(self, token_slot: Tensor) -> None:
         """Say what the coming step runs, which is captured in a CUDA graph or replays one.
@@ -321,8 +325,8 @@ class ModelSlots:
         else:
             known.refill(token_slot)
         self.step.batch = known
-        self.step.own = self.room.own
-        self.step.exchange = self.room.exchanged
+        self.step.own = self.capacity.own
+        self.step.exchange = self.capacity.exchanged
 
     @contextmanager
     def serving(self, batch: GroupedBatch, used: Collection[int] | None = None) -> Iterator[None]:

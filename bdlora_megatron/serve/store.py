@@ -27,9 +27,9 @@ from bdlora_megatron.errors import (
     ConfigError,
     UnsupportedError,
 )
+from bdlora_megatron.serve.capacity import AdapterShard
 from bdlora_megatron.serve.host_cache import HostCache
 from bdlora_megatron.serve.loader import Load, Outcome, Threads, agree
-from bdlora_megatron.serve.room import AdapterShare
 from bdlora_megatron.serve.slots import ModelSlots
 from bdlora_megatron.serve.store_types import AdapterKey, StoreOptions, StoreStats
 
@@ -52,7 +52,7 @@ class _Entry:
     check: Callable[[], None]
     layout: Layout
     num_bytes: int | None = None
-    load: Load[AdapterShare] | None = None
+    load: Load[AdapterShard] | None = None
     due: int = 0
     asked: int | None = None
     error: str | None = None
@@ -100,7 +100,7 @@ class AdapterStore:
         self._group = group or parallel_state.get_tensor_model_parallel_group()
         nccl = torch.distributed.get_backend(self._group) == "nccl"
         self._agree_on = slots.device if nccl else torch.device("cpu")
-        self._host: HostCache[AdapterShare] = HostCache(options.host_cache_bytes)
+        self._host: HostCache[AdapterShard] = HostCache(options.host_cache_bytes)
         self._threads = Threads(options.threads)
         self._entries: dict[AdapterKey, _Entry] = {}
         self._current: dict[str, AdapterKey] = {}
@@ -139,9 +139,9 @@ class AdapterStore:
             ConfigError: The slots have no room for the layout.
         """
         layout = Layout(layout)
-        if layout not in self.slots.room.layouts:
+        if layout not in self.slots.capacity.layouts:
             raise ConfigError(
-                f"adapter {name!r} in layout {layout.value!r}; add it to SlotRoom.layouts"
+                f"adapter {name!r} in layout {layout.value!r}; add it to SlotCapacity.layouts"
             )
         if name in self._current:
             self.unregister(name)
@@ -322,12 +322,12 @@ class AdapterStore:
 
     def _move_in(self, key: AdapterKey) -> bool:
         """Whether an adapter could be copied into a slot now; one not on the host is loaded."""
-        share = self._host.get(key)
-        if share is None:
+        shard = self._host.get(key)
+        if shard is None:
             self.prefetch(key)
             return False
         before = len(self.slots.allocator)
-        if self.slots.load(key, share) is None:
+        if self.slots.load(key, shard) is None:
             return False
         self.stats.slot_loads += 1
         self.stats.slot_evictions += before + 1 - len(self.slots.allocator)
@@ -344,13 +344,13 @@ class AdapterStore:
             key = self._waiting[0]
             entry = self._entries[key]
             num_bytes = entry.num_bytes or self.slots.largest_bytes
-            room = self._host.reserve(key, num_bytes, keep=self._is_awaited)
+            capacity = self._host.reserve(key, num_bytes, keep=self._is_awaited)
             self.stats.host_evictions = self._host.evictions
-            if not room and (self._loading or self._host.could_hold(num_bytes)):
+            if not capacity and (self._loading or self._host.could_hold(num_bytes)):
                 return
             self._waiting.pop(0)
             entry.waiting = False
-            if not room:
+            if not capacity:
                 entry.error = "what is pinned leaves no room for it in host memory; unpin some"
                 self.stats.failures += 1
                 continue
@@ -358,17 +358,17 @@ class AdapterStore:
             entry.load = self._threads.start(partial(self._read, entry))
             self._loading.append(key)
 
-    def _read(self, entry: _Entry) -> AdapterShare:
-        share = self.slots.share(entry.source(), entry.layout)
+    def _read(self, entry: _Entry) -> AdapterShard:
+        shard = self.slots.shard(entry.source(), entry.layout)
         entry.check()
-        return share
+        return shard
 
-    def _load_of(self, key: AdapterKey) -> Load[AdapterShare]:
+    def _load_of(self, key: AdapterKey) -> Load[AdapterShard]:
         load = self._entries[key].load
         assert load is not None
         return load
 
-    def _state(self, load: Load[AdapterShare]) -> tuple[bool, str | None, int]:
+    def _state(self, load: Load[AdapterShard]) -> tuple[bool, str | None, int]:
         error = load.error(self.options.timeout_s)
         done = error is None and load.future.done()
         return done, error, load.future.result().digest if done else 0
@@ -386,10 +386,10 @@ class AdapterStore:
             entry.error = outcome.error
             self._host.drop(key)
         else:
-            share = load.future.result()
+            shard = load.future.result()
             self.stats.host_loads += 1
-            entry.num_bytes = share.num_bytes
-            self._host.fill(key, share.num_bytes, share)
+            entry.num_bytes = shard.num_bytes
+            self._host.fill(key, shard.num_bytes, shard)
         self._drop_if_unused(key)
 
     def _drop_if_unused(self, key: AdapterKey) -> None:

@@ -163,9 +163,9 @@ def _check(
     made = []
     for _ in range(2):
         with _poisoned_memory():
-            room, rows = _framed(out)
+            capacity, rows = _framed(out)
             product(rows, _framed(x)[1], slots, batch)
-        made.append(room)
+        made.append(capacity)
     before, frame = _framed(out)[0], _framed(touched)[0]
     wanted = _expected(out, x, slots, slot)
     rms, largest = _errors(made[0][frame], wanted[touched])
@@ -195,10 +195,10 @@ def _framed(rows: Tensor) -> tuple[Tensor, Tensor]:
     """A copy of rows amid others, of NaN (or False), and the copy alone as a view."""
     T, width = rows.shape
     filling = False if rows.dtype == torch.bool else float("nan")
-    room = torch.full((T + 2, width + 16), filling, dtype=rows.dtype, device=rows.device)
-    inner = room[1:-1, :width]
+    capacity = torch.full((T + 2, width + 16), filling, dtype=rows.dtype, device=rows.device)
+    inner = capacity[1:-1, :width]
     inner.copy_(rows)
-    return room, inner
+    return capacity, inner
 
 
 @contextmanager

@@ -86,13 +86,13 @@ def draw_setup(seed: int, bounds: Bounds) -> Setup:
     widths = [step * rng.randint(1, max(1, most // slices)) for _ in range(slices)]
     columns = _interleaved(rng, widths, step) if rng.random() < 0.4 else _beside(rng, widths, step)
     outputs = max(part.end for part in columns) + step * rng.randint(0, 2)
-    room = rng.randint(1, bounds.rank)
-    ranks = [rng.choice([0, 1, room, rng.randint(0, room)]) for _ in range(bounds.slots)]
+    capacity = rng.randint(1, bounds.rank)
+    ranks = [rng.choice([0, 1, capacity, rng.randint(0, capacity)]) for _ in range(bounds.slots)]
     data, factors = rng.choice(_TYPES)
     return Setup(
         seed=seed,
         geometry=(step * rng.randint(1, most), columns, outputs),
-        ranks=(room, *ranks[1:]),
+        ranks=(capacity, *ranks[1:]),
         data=data,
         factors=factors,
     )

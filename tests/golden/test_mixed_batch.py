@@ -75,8 +75,8 @@ def _mix(rank, world_size, root):
         slots = ModelSlots(model, room)
         slot_of = {None: -1}
         for kind in KINDS:
-            share = slots.share(read_peft(root / kind), _layout_of(kind, world_size))
-            slot_of[kind] = slots.load(kind, share)
+            shard = slots.shard(read_peft(root / kind), _layout_of(kind, world_size))
+            slot_of[kind] = slots.load(kind, shard)
         rows = list(range(len(REQUESTS)))
         with slots.serving(slots.batch(token_slots(slot_of, rows))):
             mixed = megatron_logits(model, rows)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bdlora_megatron.config import Layout
-from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
+from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotCapacity, StoreOptions
 from bdlora_megatron.serve.engine import EngineOptions, ServingEngine
 from bdlora_megatron.serve.messages import Choice, Sampling, Submit, Token
 from tests.tp.models import MODEL_CLASSES, VOCAB
@@ -72,10 +72,10 @@ def engine_for(
     **options: Any,
 ) -> ServingEngine:
     model = wide_model(world, model_class) if model is None else model
-    room = SlotRoom(
+    capacity = SlotCapacity(
         max_loras=num_slots, max_lora_rank=8, implementation=implementation, layouts=layouts
     )
-    slots = ModelSlots(model, room)
+    slots = ModelSlots(model, capacity)
     store = AdapterStore(slots, StoreOptions(host_cache_bytes=int(on_host * slots.largest_bytes)))
     for name in ADAPTERS:
         store.register(name, partial(make, name))

@@ -129,7 +129,7 @@ def _same(rank, world_size):
                     assert torch.equal(contenders.model(*inputs), alone)
                     continue
                 slots = contenders._slots._slots[variant]
-                assert slots.room.layouts == (variant.layout,)
+                assert slots.capacity.layouts == (variant.layout,)
                 per_row = torch.arange(3) % mixed.adapters
                 with slots.serving(slots.batch(per_row.expand(8, -1).flatten())):
                     assert_close(

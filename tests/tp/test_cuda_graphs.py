@@ -16,7 +16,7 @@ import torch
 from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
-from bdlora_megatron.serve import ModelSlots, SlotRoom
+from bdlora_megatron.serve import ModelSlots, SlotCapacity
 from bdlora_megatron.serve.messages import Sampling, Submit
 from tests.fakes import cuda_graphs
 from tests.harness import run_ranks
@@ -154,7 +154,7 @@ def _slots(rank, world):
     with model_parallel(world):
         layouts = (Layout.BDLORA, Layout.SLORA)
         for held, exchange in ((layouts[:1], False), (layouts, True)):
-            slots = ModelSlots(serving_model(world), SlotRoom(max_loras=3, layouts=held))
+            slots = ModelSlots(serving_model(world), SlotCapacity(max_loras=3, layouts=held))
             places = set()
             for token_slot in ([0, -1, 2, -1], [1, 1, -1, -1], [-1] * 4):
                 slots.set_captured_batch(torch.tensor(token_slot))

@@ -40,7 +40,7 @@ from bdlora_megatron.layers.anatomy import named_modules_global
 from bdlora_megatron.layers.apply import replace_module
 from bdlora_megatron.layers.classes import lora_layer
 from bdlora_megatron.runtime.collectives import record_collectives
-from bdlora_megatron.serve import ModelSlots, SlotRoom
+from bdlora_megatron.serve import ModelSlots, SlotCapacity
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.models import MODEL_CLASSES, randomize_adapters
@@ -346,9 +346,11 @@ def _serve(model, family, adapter, expected):
     from tests.tp.family_models import BATCH, SEQUENCE, TARGETS
 
     base = _logits(model)
-    room = SlotRoom(max_loras=2, max_lora_rank=2 * RANK, target_modules=tuple(TARGETS[family]))
-    slots = ModelSlots(model, room)
-    slot = slots.load("a", slots.share(adapter))
+    capacity = SlotCapacity(
+        max_loras=2, max_lora_rank=2 * RANK, target_modules=tuple(TARGETS[family])
+    )
+    slots = ModelSlots(model, capacity)
+    slot = slots.load("a", slots.shard(adapter))
     rows = torch.tensor([slot, -1]).expand(SEQUENCE, BATCH).flatten()
     with slots.serving(slots.batch(rows)):
         made = _logits(model)

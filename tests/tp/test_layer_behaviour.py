@@ -21,7 +21,7 @@ from bdlora_megatron.layers import (
     unmerge_adapters,
 )
 from bdlora_megatron.layers.factors import Factor
-from bdlora_megatron.serve import ModelSlots, SlotRoom
+from bdlora_megatron.serve import ModelSlots, SlotCapacity
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.layer_cases import (
@@ -196,10 +196,10 @@ def _strings(rank, world_size):
             kinds = {type(layer.adapter) for _, layer in lora_layers(model)}
             assert all("SLoRA" in kind.__name__ for kind in kinds), kinds
         assert torch.equal(*outputs)
-        assert SlotRoom(layouts=["slora", "bdlora"]).layouts == (Layout.SLORA, Layout.BDLORA)
+        assert SlotCapacity(layouts=["slora", "bdlora"]).layouts == (Layout.SLORA, Layout.BDLORA)
         for refused in (
             lambda: LoadOptions(layout="sl0ra"),
-            lambda: SlotRoom(layouts=("bdlora", "full")),
+            lambda: SlotCapacity(layouts=("bdlora", "full")),
             lambda: LoRAConfig(rank=4, layout="dora"),
         ):
             with pytest.raises(ConfigError, match=r"layout='.*'; wanted one of \['bdlora'"):
@@ -452,7 +452,7 @@ def _inference_optimized(rank, world_size):
             apply_lora(model, LoRAConfig(rank=4, num_blocks=1))
         assert {name: type(module) for name, module in model.named_modules()} == before
         with pytest.raises(UnsupportedError, match="transformer_impl='inference_optimized'"):
-            ModelSlots(model, SlotRoom(max_loras=1))
+            ModelSlots(model, SlotCapacity(max_loras=1))
 
 
 def test_layers_that_exchange_inside_the_product_are_refused():

@@ -15,7 +15,7 @@ from bdlora_megatron.errors import BDLoRAError, CapacityError, ConfigError, Shap
 from bdlora_megatron.layers import LoadOptions, apply_lora, load_adapter, lora_layers, remove_lora
 from bdlora_megatron.layers import slots as layer_slots
 from bdlora_megatron.runtime import record_collectives
-from bdlora_megatron.serve import ModelSlots, SlotRoom
+from bdlora_megatron.serve import ModelSlots, SlotCapacity
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.models import BATCH, SEQUENCE, tokens
@@ -52,10 +52,10 @@ def _rows(rank, world_size, sequence_parallel):
             load_adapter(model, adapter, LoadOptions())
             expected[name] = logits(model)
         remove_lora(model)
-        slots = ModelSlots(model, SlotRoom(max_loras=5, max_lora_rank=16))
+        slots = ModelSlots(model, SlotCapacity(max_loras=5, max_lora_rank=16))
         slot_of = {None: -1}
         for name, adapter in ADAPTERS.items():
-            slot_of[name] = slots.load(name, slots.share(adapter))
+            slot_of[name] = slots.load(name, slots.shard(adapter))
         for first, second in [
             ("vanilla", "bd4"),
             ("bd8", None),
@@ -87,8 +87,8 @@ def _bfloat16(rank, world_size):
         load_adapter(model, adapter)
         wanted, alone = logits(wide_model), logits(model)
         remove_lora(model)
-        slots = ModelSlots(model, SlotRoom(max_loras=1, max_lora_rank=8))
-        slot = slots.load("bd4", slots.share(adapter))
+        slots = ModelSlots(model, SlotCapacity(max_loras=1, max_lora_rank=8))
+        slot = slots.load("bd4", slots.shard(adapter))
         with slots.serving(slots.batch(slots_of_rows(slot, slot))):
             made = logits(model)
         assert made.dtype == torch.bfloat16
@@ -113,10 +113,10 @@ def _used(rank, world_size):
     """Told which slots a step uses, it runs their pools alone and computes the same."""
     with model_parallel(world_size):
         model = serving_model(world_size)
-        slots = ModelSlots(model, SlotRoom(max_loras=3, max_lora_rank=8, layouts=tuple(Layout)))
-        bd = slots.load("bd", slots.share(make_adapter(2, rank=8, num_blocks=4)))
-        vanilla = slots.load("v", slots.share(make_adapter(1, rank=3), Layout.HALF_SHARDED))
-        slora = slots.load("s", slots.share(make_adapter(5, rank=4), Layout.SLORA))
+        slots = ModelSlots(model, SlotCapacity(max_loras=3, max_lora_rank=8, layouts=tuple(Layout)))
+        bd = slots.load("bd", slots.shard(make_adapter(2, rank=8, num_blocks=4)))
+        vanilla = slots.load("v", slots.shard(make_adapter(1, rank=3), Layout.HALF_SHARDED))
+        slora = slots.load("s", slots.shard(make_adapter(5, rank=4), Layout.SLORA))
         for used, own, exchange in [
             ((bd, vanilla), True, False),
             ((bd, slora), True, True),
@@ -141,12 +141,12 @@ def _count(rank, world_size, sequence_parallel):
     with model_parallel(world_size):
         model = serving_model(world_size, sequence_parallel=sequence_parallel)
         base = _record(model)
-        slots = ModelSlots(model, SlotRoom(max_loras=3, max_lora_rank=8, layouts=tuple(Layout)))
-        bd = slots.load("bd", slots.share(make_adapter(2, rank=8, num_blocks=4)))
-        vanilla = slots.load("v", slots.share(make_adapter(1, rank=3), Layout.HALF_SHARDED))
+        slots = ModelSlots(model, SlotCapacity(max_loras=3, max_lora_rank=8, layouts=tuple(Layout)))
+        bd = slots.load("bd", slots.shard(make_adapter(2, rank=8, num_blocks=4)))
+        vanilla = slots.load("v", slots.shard(make_adapter(1, rank=3), Layout.HALF_SHARDED))
         with slots.serving(slots.batch(slots_of_rows(bd, vanilla))):
             mixed = _record(model)
-        slora = slots.load("s", slots.share(make_adapter(5, rank=4), Layout.SLORA))
+        slora = slots.load("s", slots.shard(make_adapter(5, rank=4), Layout.SLORA))
         with slots.serving(slots.batch(slots_of_rows(bd, slora))):
             exchanged = _record(model)
         slots.evict("s")
@@ -182,8 +182,8 @@ def _memory(rank, world_size):
         bd, vanilla = make_adapter(2, rank=8, num_blocks=4), make_adapter(1, rank=8)
         whole = sum(4 * factors.num_parameters for factors in bd.modules.values())
         model = serving_model(world_size)
-        slots = ModelSlots(model, SlotRoom(max_loras=4, max_lora_rank=8))
-        share = slots.share(bd)
+        slots = ModelSlots(model, SlotCapacity(max_loras=4, max_lora_rank=8))
+        shard = slots.shard(bd)
         blocks = 4 // world_size
         stored = sum(
             4 * (f.A.numel() * (blocks if f.blocked == "A" else 1) + f.B.numel())
@@ -191,10 +191,10 @@ def _memory(rank, world_size):
             else 4 * (f.A.numel() + f.B.numel() * blocks)
             for f in bd.modules.values()
         )
-        assert share.num_bytes * world_size == stored
-        assert world_size < 4 or share.num_bytes * 4 == whole
-        assert share.rows == 8 // world_size
-        assert slots.share(vanilla).rows == 8
+        assert shard.num_bytes * world_size == stored
+        assert world_size < 4 or shard.num_bytes * 4 == whole
+        assert shard.rows == 8 // world_size
+        assert slots.shard(vanilla).rows == 8
         pools = {
             id(pool): pool
             for _, layer in lora_layers(model)
@@ -203,20 +203,20 @@ def _memory(rank, world_size):
         assert sum(4 * pool.numel() for pool in pools.values()) == slots.memory_bytes
         slots.detach()
         # Rows for two vanilla adapters hold two of them, or as many BD-LoRAs as there are slots.
-        room = SlotRoom(max_loras=8, max_lora_rank=8, memory_bytes=2 * slots.largest_bytes)
-        slots = ModelSlots(model, room)
-        assert slots.memory_bytes == room.memory_bytes
+        capacity = SlotCapacity(max_loras=8, max_lora_rank=8, memory_bytes=2 * slots.largest_bytes)
+        slots = ModelSlots(model, capacity)
+        assert slots.memory_bytes == capacity.memory_bytes
         for name in "ab":
-            assert slots.load(name, slots.share(vanilla)) is not None
+            assert slots.load(name, slots.shard(vanilla)) is not None
             slots.acquire(name)
-        assert slots.load("c", slots.share(bd)) is None
+        assert slots.load("c", slots.shard(bd)) is None
         slots.release("a")
         for number in range(world_size):
-            assert slots.load(number, share) is not None
+            assert slots.load(number, shard) is not None
             slots.acquire(number)
         assert "b" in slots.allocator
         assert "a" not in slots.allocator
-        assert slots.load("one more", share) is None
+        assert slots.load("one more", shard) is None
 
 
 def _one_kind(rank, world_size):
@@ -226,9 +226,9 @@ def _one_kind(rank, world_size):
         adapter = make_adapter(5, rank=4)
         taken, made = {}, {}
         for layouts in (tuple(Layout), (Layout.SLORA,), (Layout.BDLORA,)):
-            slots = ModelSlots(model, SlotRoom(max_loras=2, max_lora_rank=8, layouts=layouts))
+            slots = ModelSlots(model, SlotCapacity(max_loras=2, max_lora_rank=8, layouts=layouts))
             layout = Layout.SLORA if Layout.SLORA in layouts else Layout.BDLORA
-            slot = slots.load("s", slots.share(adapter, layout))
+            slot = slots.load("s", slots.shard(adapter, layout))
             pools = {
                 id(pool): pool.numel() * pool.element_size()
                 for _, layer in lora_layers(model)
@@ -259,8 +259,10 @@ def _products(rank, world_size):
     """What every layer asks of the grouped product in a step of S-LoRA adapters alone."""
     with model_parallel(world_size):
         model = serving_model(world_size)
-        slots = ModelSlots(model, SlotRoom(max_loras=3, max_lora_rank=8, layouts=(Layout.SLORA,)))
-        slora = slots.load("s", slots.share(make_adapter(5, rank=4), Layout.SLORA))
+        slots = ModelSlots(
+            model, SlotCapacity(max_loras=3, max_lora_rank=8, layouts=(Layout.SLORA,))
+        )
+        slora = slots.load("s", slots.shard(make_adapter(5, rank=4), Layout.SLORA))
         calls = Counter()
         for name in ("shrink", "expand"):
             own = getattr(layer_slots, name)
@@ -272,7 +274,7 @@ def _products(rank, world_size):
             setattr(layer_slots, name, counted)
         # Less rank than there is room for, and a rank of its own in some of the layers.
         other = make_adapter(6, rank=8, modules=("q_proj", "v_proj", "up_proj"))
-        wide = slots.load("w", slots.share(other, Layout.SLORA))
+        wide = slots.load("w", slots.shard(other, Layout.SLORA))
         used = (slora, wide)
         with slots.serving(slots.batch(slots_of_rows(*used)), used):
             made = logits(model)
@@ -301,15 +303,15 @@ def test_slots_hold_a_share_and_room_is_in_adapters_or_bytes(world_size):
 def _untouched(rank, world_size):
     with model_parallel(world_size):
         model = serving_model(world_size)
-        slots = ModelSlots(model, SlotRoom(max_loras=3, max_lora_rank=8))
-        used = slots.load("used", slots.share(ADAPTERS["bd4"]))
+        slots = ModelSlots(model, SlotCapacity(max_loras=3, max_lora_rank=8))
+        used = slots.load("used", slots.shard(ADAPTERS["bd4"]))
         slots.acquire("used")
         batch = slots.batch(slots_of_rows(used, -1))
         with slots.serving(batch):
             before = logits(model)
         for number in range(7):
-            share = slots.share(make_adapter(10 + number, rank=1 + number))
-            assert slots.load(number, share) not in (used, None)
+            shard = slots.shard(make_adapter(10 + number, rank=1 + number))
+            assert slots.load(number, shard) not in (used, None)
         with pytest.raises(CapacityError, match="in use 1 times"):
             slots.evict("used")
         with slots.serving(batch):
@@ -320,8 +322,8 @@ def _untouched(rank, world_size):
         with slots.serving(batch):
             empty = logits(model)
         assert torch.equal(empty, logits(model))
-        share = slots.share(ADAPTERS["vanilla"])
-        assert slots.load("other", share) == used
+        shard = slots.shard(ADAPTERS["vanilla"])
+        assert slots.load("other", shard) == used
         with slots.serving(batch):
             assert not torch.equal(logits(model)[0], empty[0])
 
@@ -343,12 +345,12 @@ class _Copies(TorchDispatchMode):
 def _copies(rank, world_size):
     with model_parallel(world_size):
         model = serving_model(world_size)
-        slots = ModelSlots(model, SlotRoom(max_loras=1, max_lora_rank=8))
-        shares = [slots.share(ADAPTERS[name]) for name in ("bd4", "vanilla")]
+        slots = ModelSlots(model, SlotCapacity(max_loras=1, max_lora_rank=8))
+        shards = [slots.shard(ADAPTERS[name]) for name in ("bd4", "vanilla")]
         found = []
-        for number, share in enumerate(shares):
+        for number, shard in enumerate(shards):
             with _Copies() as copies:
-                assert slots.load(number, share) == 0
+                assert slots.load(number, shard) == 0
             found.append(copies.count)
         return found
 
@@ -366,27 +368,29 @@ def _refuse(rank, world_size):
     with model_parallel(world_size):
         model = serving_model(world_size)
         with pytest.raises(CapacityError, match="set memory_bytes=120000 or more"):
-            ModelSlots(model, SlotRoom(max_lora_rank=50, memory_bytes=1000))
+            ModelSlots(model, SlotCapacity(max_lora_rank=50, memory_bytes=1000))
         assert not list(lora_layers(model)), "a refusal leaves the model as it was"
         slots = ModelSlots(
-            model, SlotRoom(max_loras=2, max_lora_rank=4, target_modules=("linear_qkv",))
+            model, SlotCapacity(max_loras=2, max_lora_rank=4, target_modules=("linear_qkv",))
         )
         attention = ("q_proj", "k_proj", "v_proj")
         big = make_adapter(1, rank=6, modules=attention)
         with pytest.raises(CapacityError, match=r"takes 6 rank rows.*set max_lora_rank=6"):
-            slots.share(big)
-        with pytest.raises(TargetError, match=r"no slots; add them to SlotRoom\.target_modules"):
-            slots.share(make_adapter(1, rank=2))
+            slots.shard(big)
+        with pytest.raises(
+            TargetError, match=r"no slots; add them to SlotCapacity\.target_modules"
+        ):
+            slots.shard(make_adapter(1, rank=2))
         with pytest.raises(TargetError, match="does not have"):
-            slots.share(make_adapter(1, rank=2, modules=attention, layers=(5,)))
-        with pytest.raises(ConfigError, match=r"'slora'.*add it to SlotRoom.layouts"):
-            slots.share(big, Layout.SLORA)
+            slots.shard(make_adapter(1, rank=2, modules=attention, layers=(5,)))
+        with pytest.raises(ConfigError, match=r"'slora'.*add it to SlotCapacity.layouts"):
+            slots.shard(big, Layout.SLORA)
         small = make_adapter(1, rank=2, modules=attention)
         key = next(iter(small.modules))
         narrow = replace(small.modules[key], A=small.modules[key].A[:, :-1])
         torn = replace(small, modules={**small.modules, key: narrow})
         with pytest.raises(ShapeError, match=r"q_proj.*got \[4, 23\], wanted \[4, 24\]"):
-            slots.share(torn)
+            slots.shard(torn)
         with pytest.raises(ConfigError, match="carry an adapter or slots already"):
             ModelSlots(model)
         with pytest.raises(ConfigError, match="serves several adapters from slots"):
@@ -418,13 +422,13 @@ def _outcome(work, adapter, layout):
 def _check(rank, world_size):
     with model_parallel(world_size):
         model = serving_model(world_size)
-        room = SlotRoom(
+        capacity = SlotCapacity(
             max_loras=2,
             max_lora_rank=8,
             layouts=(Layout.BDLORA, Layout.SLORA),
             target_modules=("linear_qkv", "linear_proj", "linear_fc1"),
         )
-        slots = ModelSlots(model, room)
+        slots = ModelSlots(model, capacity)
         wide = make_adapter(5, rank=4, modules=("q_proj",))
         key = next(iter(wide.modules))
         factors = wide.modules[key]
@@ -440,7 +444,7 @@ def _check(rank, world_size):
         refused = 0
         for adapter in adapters:
             for layout in Layout:
-                expected = _outcome(slots.share, adapter, layout)
+                expected = _outcome(slots.shard, adapter, layout)
                 assert _outcome(slots.check, adapter, layout) == expected
                 refused += expected is not None
         assert 10 < refused < len(adapters) * len(Layout), "all of one kind show little"
@@ -453,11 +457,11 @@ def test_shapes_alone_tell_whether_an_adapter_could_be_held(world_size):
 
 def test_settings():
     with pytest.raises(ConfigError, match="max_loras=0"):
-        SlotRoom(max_loras=0)
+        SlotCapacity(max_loras=0)
     with pytest.raises(ConfigError, match="target_modules"):
-        SlotRoom(target_modules=("linear_qkv", "q_proj"))
+        SlotCapacity(target_modules=("linear_qkv", "q_proj"))
     with pytest.raises(ConfigError, match="wanted one at least"):
-        SlotRoom(layouts=())
+        SlotCapacity(layouts=())
 
 
 # --- what was in a slot before, ranks that do not divide --------------------------------------
@@ -470,10 +474,10 @@ def _reused(rank, world_size):
         outputs = []
         for before in (None, make_adapter(5, rank=8)):
             model = serving_model(world_size)
-            slots = ModelSlots(model, SlotRoom(max_loras=1))
+            slots = ModelSlots(model, SlotCapacity(max_loras=1))
             if before is not None:
-                slots.load("before", slots.share(before))
-            slot = slots.load("small", slots.share(small))
+                slots.load("before", slots.shard(before))
+            slot = slots.load("small", slots.shard(small))
             assert slot == 0
             with slots.serving(slots.batch(slots_of_rows(slot, slot))):
                 outputs.append(logits(model))

@@ -22,7 +22,7 @@ from bdlora_megatron.errors import (
     UnsupportedError,
 )
 from bdlora_megatron.runtime import record_collectives
-from bdlora_megatron.serve import AdapterShare, AdapterStore, ModelSlots, SlotRoom, StoreOptions
+from bdlora_megatron.serve import AdapterShard, AdapterStore, ModelSlots, SlotCapacity, StoreOptions
 from bdlora_megatron.serve.adapter_files import AdapterFiles
 from tests.harness import run_ranks
 from tests.tp.serving_cases import make_adapter, serving_model
@@ -34,8 +34,10 @@ SOON_S = 20.0
 
 def make_store(world_size, *, num_slots=3, max_rank=4, adapters=5, **options):
     """A store over the attention's output layers, with host memory for so many adapters."""
-    room = SlotRoom(max_loras=num_slots, max_lora_rank=max_rank, target_modules=("linear_proj",))
-    slots = ModelSlots(serving_model(world_size), room)
+    capacity = SlotCapacity(
+        max_loras=num_slots, max_lora_rank=max_rank, target_modules=("linear_proj",)
+    )
+    slots = ModelSlots(serving_model(world_size), capacity)
     host_cache_bytes = adapters * slots.largest_bytes
     return AdapterStore(slots, StoreOptions(host_cache_bytes=host_cache_bytes, **options))
 
@@ -242,7 +244,7 @@ def test_a_read_that_hangs_fails_in_time():
 # --- room ------------------------------------------------------------------------------------
 
 
-def _room(rank, world_size):
+def _capacity(rank, world_size):
     with model_parallel(world_size):
         store = make_store(world_size, num_slots=2, adapters=3)
         keys = [store.register(f"a{i}", source(i)) for i in range(6)]
@@ -279,17 +281,17 @@ def _room(rank, world_size):
 
 
 def test_room_on_the_host_and_in_slots():
-    run_ranks(1, _room)
+    run_ranks(1, _capacity)
 
 
 def _refuse(rank, world_size):
     with model_parallel(world_size):
-        slots = ModelSlots(serving_model(world_size), SlotRoom(max_loras=2, max_lora_rank=4))
+        slots = ModelSlots(serving_model(world_size), SlotCapacity(max_loras=2, max_lora_rank=4))
         wanted = f"set host_cache_bytes={slots.largest_bytes} or more"
         with pytest.raises(CapacityError, match=wanted):
             AdapterStore(slots, StoreOptions(host_cache_bytes=slots.largest_bytes - 1))
         store = AdapterStore(slots, StoreOptions(host_cache_bytes=slots.largest_bytes))
-        with pytest.raises(ConfigError, match=r"add it to SlotRoom.layouts"):
+        with pytest.raises(ConfigError, match=r"add it to SlotCapacity.layouts"):
             store.register("a", source(1), layout=Layout.SLORA)
 
 
@@ -332,8 +334,8 @@ def _thousand(rank, world_size):
             if step in (400, 999):
                 gc.collect()
                 seen.append(process.memory_info().rss)
-                shares = sum(isinstance(held, AdapterShare) for held in gc.get_objects())
-                assert shares <= 200 + 2
+                shards = sum(isinstance(held, AdapterShard) for held in gc.get_objects())
+                assert shards <= 200 + 2
         stats = store.stats
         assert stats.host_evictions > 1000
         assert stats.slot_evictions > 1000
@@ -354,7 +356,7 @@ def _overwritten(rank, world_size, root):
     """While one rank reads: the file gets other weights, of which some were read and some not."""
     with model_parallel(world_size):
         model = load_hf_model(root / "base", dtype=torch.float32).eval()
-        slots = ModelSlots(model, SlotRoom(max_loras=2, max_lora_rank=8))
+        slots = ModelSlots(model, SlotCapacity(max_loras=2, max_lora_rank=8))
         store = AdapterStore(slots, StoreOptions(host_cache_bytes=2 * slots.largest_bytes))
         folder = root / f"rank{rank}"
         files = AdapterFiles(folder, "busy")
@@ -387,7 +389,7 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path):
 def _from_disk(rank, world_size, root):
     with model_parallel(world_size):
         model = load_hf_model(root / "base", dtype=torch.float32).eval()
-        slots = ModelSlots(model, SlotRoom(max_loras=2, max_lora_rank=8))
+        slots = ModelSlots(model, SlotCapacity(max_loras=2, max_lora_rank=8))
         store = AdapterStore(slots, StoreOptions(host_cache_bytes=2 * slots.largest_bytes))
         good = store.register("good", partial(read_peft, root / "good"))
         gone = store.register("gone", partial(read_peft, root / "gone"))

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 
 from bdlora_megatron.convert import Adapter
 from bdlora_megatron.errors import AdapterLoadError, AdapterNotFoundError
-from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
+from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotCapacity, StoreOptions
 from bdlora_megatron.serve.engine.admission import Admission, Take
 from tests.harness import run_ranks
 from tests.tp.serving_cases import make_adapter, serving_model
@@ -78,10 +78,10 @@ class Schedule(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        room = SlotRoom(
+        capacity = SlotCapacity(
             max_loras=SLOTS, max_lora_rank=4, target_modules=("linear_proj",), memory_bytes=4800
         )
-        self.slots = ModelSlots(self.model, room)
+        self.slots = ModelSlots(self.model, capacity)
         # A thread for every load that host memory could have under way.
         options = StoreOptions(host_cache_bytes=HOST * self.slots.largest_bytes, threads=4 * HOST)
         self.store = AdapterStore(self.slots, options)
@@ -197,9 +197,9 @@ class Schedule(RuleBasedStateMachine):
         for key in set(self.used):
             assert self.store.uses(key) == self.used.count(key)
             seed, adapter_rank, _ = self.made[key]
-            share = self.slots.share(make_adapter(seed, rank=adapter_rank, modules=PROJ))
+            shard = self.slots.shard(make_adapter(seed, rank=adapter_rank, modules=PROJ))
             slot = self.slots.allocator.slot(key)
-            for name, part in share.layers.items():
+            for name, part in shard.layers.items():
                 factors = self.slots._layers[name]._own.factors
                 assert torch.equal(factors.a(slot, 0), part.A)
                 assert torch.equal(factors.b(slot, 0), part.B[0])
@@ -253,11 +253,11 @@ class _Waiter:
             store.release(self.key)
 
 
-def _serve_all(model, *, num_slots, room, adapter_ranks, seed):
+def _serve_all(model, *, num_slots, capacity, adapter_ranks, seed):
     slots = ModelSlots(
-        model, SlotRoom(max_loras=num_slots, max_lora_rank=4, target_modules=("linear_proj",))
+        model, SlotCapacity(max_loras=num_slots, max_lora_rank=4, target_modules=("linear_proj",))
     )
-    store = AdapterStore(slots, StoreOptions(host_cache_bytes=int(room * slots.largest_bytes)))
+    store = AdapterStore(slots, StoreOptions(host_cache_bytes=int(capacity * slots.largest_bytes)))
     keys = [
         store.register(f"a{i}", partial(make_adapter, i, rank=adapter_rank, modules=PROJ))
         for i, adapter_rank in enumerate(adapter_ranks)
@@ -313,12 +313,12 @@ def _disturb(step, rng, store, admission, asked, sources):
         store.register(name, sources[name])
 
 
-def _serve_queue(model, *, num_slots, room, adapter_ranks, seed):
+def _serve_queue(model, *, num_slots, capacity, adapter_ranks, seed):
     """Requests come, leave, run and end; adapters are loaded anew and ahead of need meanwhile."""
     slots = ModelSlots(
-        model, SlotRoom(max_loras=num_slots, max_lora_rank=4, target_modules=("linear_proj",))
+        model, SlotCapacity(max_loras=num_slots, max_lora_rank=4, target_modules=("linear_proj",))
     )
-    store = AdapterStore(slots, StoreOptions(host_cache_bytes=int(room * slots.largest_bytes)))
+    store = AdapterStore(slots, StoreOptions(host_cache_bytes=int(capacity * slots.largest_bytes)))
     sources = {
         f"a{i}": partial(make_adapter, i, rank=adapter_rank, modules=PROJ)
         for i, adapter_rank in enumerate(adapter_ranks)
@@ -367,7 +367,7 @@ def _nobody_starves(rank, world_size, serve):
         @given(
             num_slots=st.integers(1, 3),
             # From exactly one adapter of the largest rank on, also between whole numbers of them.
-            room=st.sampled_from([1.0, 1.5, 1.99, 2.0, 3.0]),
+            capacity=st.sampled_from([1.0, 1.5, 1.99, 2.0, 3.0]),
             adapter_ranks=st.lists(st.integers(1, 4), min_size=2, max_size=6),
             seed=st.integers(0, 2**16),
         )

@@ -279,7 +279,7 @@ def _serve(rank, world_size, sequence_parallel):
 
         from bdlora_megatron import runtime
         from bdlora_megatron.config import Layout
-        from bdlora_megatron.serve import ModelSlots, SlotRoom
+        from bdlora_megatron.serve import ModelSlots, SlotCapacity
         from tests.tp import te_cases
         from tests.tp.models import tiny_config, tiny_model, tokens
         from tests.tp.serving_cases import make_adapter
@@ -292,9 +292,9 @@ def _serve(rank, world_size, sequence_parallel):
         layouts = [Layout.HALF_SHARDED, Layout.BDLORA, Layout.BDLORA]
         results = []
         for model in (local, te):
-            slots = ModelSlots(model.eval(), SlotRoom(max_loras=4, max_lora_rank=8))
+            slots = ModelSlots(model.eval(), SlotCapacity(max_loras=4, max_lora_rank=8))
             for name, (adapter, layout) in enumerate(zip(adapters, layouts, strict=True)):
-                slots.load(name, slots.share(adapter, layout))
+                slots.load(name, slots.shard(adapter, layout))
             count = tokens()["input_ids"].numel()
             batch = slots.batch(torch.arange(count) % 4 - 1)
             with torch.no_grad(), runtime.record_collectives() as plain_log:

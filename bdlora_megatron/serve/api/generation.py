@@ -114,10 +114,10 @@ def plan(
         ConfigError: Likewise.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
-    room = api.settings.max_model_len - longest
+    capacity = api.settings.max_model_len - longest
     if min(len(prompt.ids) for prompt in prompts) == 0:
         raise BadRequestError("a prompt has no tokens; send at least one", param="prompt")
-    if room < (max_tokens or 1):
+    if capacity < (max_tokens or 1):
         raise BadRequestError(
             # By these words clients know that a prompt is too long, and may ask a longer model.
             f"this model's maximum context length is {api.settings.max_model_len} tokens, prompt "
@@ -137,7 +137,7 @@ def plan(
         min_p=fields.min_p or 0.0,
         seed=random.getrandbits(63) if fields.seed is None else fields.seed,
         logprobs=logprobs,
-        max_tokens=room if max_tokens is None else max_tokens,
+        max_tokens=capacity if max_tokens is None else max_tokens,
         stop_ids=stop_ids,
         min_tokens=fields.min_tokens,
         logit_bias=tuple((fields.logit_bias or {}).items()),
@@ -165,7 +165,7 @@ async def stream(api: APIServer, job: Job) -> AsyncGenerator[tuple[int, TextDelt
         APIError: There is no room.
         TimeoutError: It took too long.
     """
-    api.make_room(job.adapter, job.answers)
+    api.make_capacity(job.adapter, job.answers)
     inbox: asyncio.Queue[tuple[int, TextDelta] | BaseException] = asyncio.Queue()
 
     async def one(index: int) -> None:

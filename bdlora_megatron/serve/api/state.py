@@ -221,7 +221,7 @@ class APIServer:
 
     # --- limits --------------------------------------------------------------------------------
 
-    def make_room(self, adapter: str | None, count: int) -> None:
+    def make_capacity(self, adapter: str | None, count: int) -> None:
         """See that so many more answers may be begun.
 
         Raises:

@@ -140,18 +140,18 @@ class Admission:
             if not self._running[adapter]:
                 del self._running[adapter]
 
-    def admit(self, room: int, slots: AdapterSlots) -> list[Admitted | Refused]:
+    def admit(self, capacity: int, slots: AdapterSlots) -> list[Admitted | Refused]:
         """Begin a step: choose the requests that run from now on.
 
         Args:
-            room: How many may be added to those that run.
+            capacity: How many may be added to those that run.
             slots: The adapters.
         """
         self._step += 1
         left: list[Admitted | Refused] = []
         asked = _Asked()
         for request_id, (adapter, since) in self._in_turn(slots):
-            if room == 0:
+            if capacity == 0:
                 break
             if adapter is not None:
                 if not self._may_ask(adapter, asked):
@@ -169,7 +169,7 @@ class Admission:
                 self._open_for(adapter)
             left.append(Admitted(request_id, adapter))
             self.remove(request_id)
-            room -= 1
+            capacity -= 1
         return left
 
     def _in_turn(self, slots: AdapterSlots) -> list[tuple[int, tuple[str | None, int]]]:

@@ -185,11 +185,11 @@ class ServingEngine:
 
     def _admit(self) -> list[Token | Failed]:
         # Megatron's own queue holds what it has no cache for yet, and it goes first.
-        room = 0
+        capacity = 0
         if not self._engine.waiting_request_ids:
-            room = self.options.max_num_seqs - len(self._running)
+            capacity = self.options.max_num_seqs - len(self._running)
         failed: list[Token | Failed] = []
-        for left in self.admission.admit(room, self):
+        for left in self.admission.admit(capacity, self):
             request = self._waiting.pop(left.request_id)
             if isinstance(left, Refused):
                 failed.append(Failed(left.request_id, left.reason, left.kind))

@@ -32,6 +32,7 @@ from bdlora_megatron.errors import AdapterLoadError, BDLoRAError, MissingDepende
 from bdlora_megatron.runtime.attention import find_attention, use_attention
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.runtime.launch import join_ranks
+from bdlora_megatron.serve.capacity import SlotCapacity
 from bdlora_megatron.serve.engine.adapter_manager import AdapterManager
 from bdlora_megatron.serve.engine.engine import ServingEngine
 from bdlora_megatron.serve.engine.options import EngineOptions
@@ -50,7 +51,6 @@ from bdlora_megatron.serve.messages import (
     Token,
     UnloadAdapter,
 )
-from bdlora_megatron.serve.room import SlotRoom
 from bdlora_megatron.serve.settings import ServeSettings
 from bdlora_megatron.serve.slots import ModelSlots
 from bdlora_megatron.serve.store import AdapterStore
@@ -186,7 +186,7 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
         layouts = (*layouts, Layout.SLORA)  # type: ignore[assignment]
     slots = ModelSlots(
         model.eval(),
-        SlotRoom(
+        SlotCapacity(
             max_loras=settings.max_loras, max_lora_rank=settings.max_lora_rank, layouts=layouts
         ),
     )

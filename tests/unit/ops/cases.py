@@ -74,10 +74,10 @@ def make_slots(layer="one", *, ranks=RANKS, dtype=torch.float32, device="cpu", s
     table = SlotTable.empty(len(ranks), len(columns), max_rank=max(max(ranks), 1), device=device)
     # A slot that holds anything leaves out its last slice if its rank is odd.
     held = [[rank if rank % 2 == 0 or j == 0 else 0 for j in range(len(columns))] for rank in ranks]
-    rooms = [[rank + 1 for rank in row] for row in held]
-    A = torch.full((sum(map(sum, rooms)) + 3, in_features), float("nan"), dtype=torch.float64)
+    capacities = [[rank + 1 for rank in row] for row in held]
+    A = torch.full((sum(map(sum, capacities)) + 3, in_features), float("nan"), dtype=torch.float64)
     B = [
-        torch.full((sum(row[j] for row in rooms) + 2, part.features), float("nan")).double()
+        torch.full((sum(row[j] for row in capacities) + 2, part.features), float("nan")).double()
         for j, part in enumerate(columns)
     ]
     slots = list(range(len(ranks)))

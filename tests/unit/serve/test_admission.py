@@ -43,7 +43,7 @@ class Slots:
         self.uses[adapter] -= 1
 
 
-def serve(admission: Admission, slots: Slots, arrivals, lengths, *, room: int, steps: int):
+def serve(admission: Admission, slots: Slots, arrivals, lengths, *, capacity: int, steps: int):
     """Run requests of so many steps each; returns the steps each waited."""
     running: dict[int, int] = {}
     adapters, arrived, waited = {}, {}, {}
@@ -51,12 +51,12 @@ def serve(admission: Admission, slots: Slots, arrivals, lengths, *, room: int, s
         for request_id, adapter in arrivals(step):
             admission.add(request_id, adapter)
             adapters[request_id], arrived[request_id] = adapter, step
-        for left in admission.admit(room - len(running), slots):
+        for left in admission.admit(capacity - len(running), slots):
             assert isinstance(left, Admitted)
             assert left.adapter == adapters[left.request_id]
             waited[left.request_id] = step - arrived[left.request_id]
             running[left.request_id] = lengths(left.request_id)
-        assert len(running) <= room
+        assert len(running) <= capacity
         for request_id in list(running):
             running[request_id] -= 1
             if not running[request_id]:
@@ -98,7 +98,7 @@ def test_a_rare_adapter_waits_no_longer_than_patience_and_the_requests_that_run(
             yield 3 * step + 2, "rare"
 
     waited, *_ = serve(
-        admission, slots, arrivals, lambda _: length, room=3 * length, steps=40 + 4 * length
+        admission, slots, arrivals, lambda _: length, capacity=3 * length, steps=40 + 4 * length
     )
     assert waited[62] <= patience + length + 1
 
@@ -113,7 +113,7 @@ def test_without_closing_the_rare_adapter_would_starve():
         if step == 20:
             yield 3 * step + 2, "rare"
 
-    waited, *_ = serve(admission, slots, arrivals, lambda _: 7, room=21, steps=500)
+    waited, *_ = serve(admission, slots, arrivals, lambda _: 7, capacity=21, steps=500)
     assert 62 not in waited
 
 
@@ -134,7 +134,7 @@ def test_everyone_is_served_within_a_bound(seed, count, adapters):
             yield request_id, name
 
     waited, arrived, _ = serve(
-        admission, slots, arrivals, lengths.__getitem__, room=8, steps=stop + 3000
+        admission, slots, arrivals, lengths.__getitem__, capacity=8, steps=stop + 3000
     )
     assert set(waited) == set(arrived)
     # Each of the others that may be served first costs one slot for one run of the longest.
@@ -151,7 +151,7 @@ def test_waiting_for_an_adapter_groups_its_requests():
         if step == 0:
             yield from ((i, "ab"[i % 2]) for i in range(20))
 
-    waited, *_ = serve(admission, slots, arrivals, lambda _: 3, room=4, steps=200)
+    waited, *_ = serve(admission, slots, arrivals, lambda _: 3, capacity=4, steps=200)
     assert len(waited) == 20
     assert slots.loads == 2
 

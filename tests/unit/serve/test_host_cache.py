@@ -23,13 +23,13 @@ class Schedule(RuleBasedStateMachine):
     def reserve(self, key, size):
         if key in self.sizes:
             return
-        going, room = [], CAPACITY - sum(self.sizes.values())
+        going, capacity = [], CAPACITY - sum(self.sizes.values())
         for other in self.order:
-            if room < size and other in self.values and other not in self.pinned:
+            if capacity < size and other in self.values and other not in self.pinned:
                 going.append(other)
-                room += self.sizes[other]
-        assert self.cache.reserve(key, size) == (room >= size)
-        if room < size:
+                capacity += self.sizes[other]
+        assert self.cache.reserve(key, size) == (capacity >= size)
+        if capacity < size:
             return
         for other in going:
             self.forget(other)

@@ -10,7 +10,7 @@ from dataclasses import fields
 import pytest
 
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.serve import SlotRoom, cli
+from bdlora_megatron.serve import SlotCapacity, cli
 from bdlora_megatron.serve.engine.options import EngineOptions
 from bdlora_megatron.serve.settings import ApiKey, ServeSettings
 
@@ -165,6 +165,6 @@ def test_an_old_name_is_refused_with_the_new_one(old, new):
 
 def test_what_the_engine_is_told_has_the_settings_names():
     """So that a message about a size names a setting that exists."""
-    named = {field.name for kind in (EngineOptions, SlotRoom) for field in fields(kind)}
+    named = {field.name for kind in (EngineOptions, SlotCapacity) for field in fields(kind)}
     own = {"memory_bytes", "layouts", "target_modules", "implementation", "dtype"}
     assert named - own <= {field.name for field in fields(ServeSettings)}

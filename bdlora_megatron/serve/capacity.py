@@ -1,4 +1,4 @@
-"""How much room a model makes for adapters, and one rank's share of an adapter on the host."""
+"""How much room a model makes for adapters, and one rank's shard of an adapter on the host."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from bdlora_megatron.config import DEFAULT_TARGETS, Layout
 from bdlora_megatron.decoder import ALL_LINEARS
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.layers.pools import LayerShare
+from bdlora_megatron.layers.pools import LayerShard
 from bdlora_megatron.ops.grouped import Implementation
 
-__all__ = ["AdapterShare", "SlotRoom"]
+__all__ = ["AdapterShard", "SlotCapacity"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SlotRoom:
+class SlotCapacity:
     """How many adapters a model holds on its device, and of what size."""
 
     max_loras: int = 32
@@ -70,11 +70,11 @@ class SlotRoom:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterShare:
-    """One rank's share of an adapter, on the host.
+class AdapterShard:
+    """One rank's shard of an adapter, on the host.
 
     Attributes:
-        layers: Share of each layer that the adapter changes, by the layer's full name.
+        layers: Shard of each layer that the adapter changes, by the layer's full name.
         rows: Pool rows that it takes.
         num_bytes: Bytes of the factors.
         exchanged: It is in the S-LoRA layout.
@@ -82,28 +82,28 @@ class AdapterShare:
             and scales.
     """
 
-    layers: Mapping[str, LayerShare]
+    layers: Mapping[str, LayerShard]
     rows: int
     num_bytes: int
     exchanged: bool
     digest: int
 
     @classmethod
-    def of(cls, layers: Mapping[str, LayerShare], *, exchanged: bool) -> AdapterShare:
-        """Sum up the shares of an adapter's layers.
+    def of(cls, layers: Mapping[str, LayerShard], *, exchanged: bool) -> AdapterShard:
+        """Sum up the shards of an adapter's layers.
 
         Args:
-            layers: Share of each layer, by full name; at least one.
+            layers: Shard of each layer, by full name; at least one.
             exchanged: They are in the S-LoRA layout.
 
         Returns:
-            The share of the whole adapter.
+            The shard of the whole adapter.
         """
         facts = [(n, s.a_ranks, s.b_ranks, s.scales, s.A.shape[1]) for n, s in layers.items()]
         return cls(
             layers=layers,
-            rows=max(share.rows for share in layers.values()),
-            num_bytes=sum(share.num_bytes for share in layers.values()),
+            rows=max(shard.rows for shard in layers.values()),
+            num_bytes=sum(shard.num_bytes for shard in layers.values()),
             exchanged=exchanged,
             digest=zlib.crc32(repr((exchanged, facts)).encode()),
         )
