@@ -26,9 +26,6 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         path: The folder to make; missing parents are made too.
         overwrite: Replace what is there. The caller has made sure that it is an adapter.
 
-    Yields:
-        An empty folder to fill.
-
     Raises:
         ConfigError: If there is something at `path` and `overwrite` is off. It is left as it is.
     """

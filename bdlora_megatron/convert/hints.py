@@ -28,9 +28,6 @@ def unreadable(path: Path, error: Exception, advice: str) -> str:
 def file_hint(path: Path) -> str | None:
     """What a broken file is.
 
-    Args:
-        path: The file.
-
     Returns:
         What it is and what to do; None where nothing is known.
     """
@@ -48,9 +45,6 @@ def file_hint(path: Path) -> str | None:
 
 def folder_hint(folder: Path) -> str | None:
     """What a folder that holds no adapter is.
-
-    Args:
-        folder: The folder.
 
     Returns:
         What it is and what to do; None where nothing is known.

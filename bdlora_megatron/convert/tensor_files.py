@@ -56,12 +56,6 @@ class TensorSource:
 def open_safetensors(path: Path) -> Iterator[TensorSource]:
     """Open a file of tensors.
 
-    Args:
-        path: A `.safetensors` file.
-
-    Yields:
-        Its tensors, readable while it is open.
-
     Raises:
         AdapterFormatError: If the file is broken.
     """

@@ -56,10 +56,6 @@ class WriteOptions:
 def prepare(adapter: Adapter, options: WriteOptions) -> Adapter:
     """The adapter as it is to be written: dense if asked for, in the type asked for.
 
-    Args:
-        adapter: Lazy or in memory.
-        options: What is asked for.
-
     Returns:
         A lazy adapter, whose modules are checked for NaN and infinity when they are looked up.
 

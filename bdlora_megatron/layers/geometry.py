@@ -82,9 +82,6 @@ def layer_geometry(
         fused: Treat the whole layer as one projection with one pair of factors.
         tp_size: Ranks that share the layer.
 
-    Returns:
-        The projections in row order.
-
     Raises:
         ShapeError: The layer's size is not what ``config`` says.
         UnsupportedError: A rank would hold part of a key-value head, the layer holds more than

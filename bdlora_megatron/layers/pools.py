@@ -146,9 +146,6 @@ def row_bytes(
         dtype: The pools' type.
         own: As of ``LayerCapacity``.
         exchanged: As of ``LayerCapacity``.
-
-    Returns:
-        The bytes.
     """
     columns = [slot_columns(layer, geometry)] if own else []
     if exchanged:

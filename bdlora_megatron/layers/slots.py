@@ -118,9 +118,6 @@ class LayerSlots:
             modules: The adapter's factors by projection name, already in a form that the ranks can
                 shard in ``layout``.
             layout: How ranks split the factors.
-
-        Returns:
-            The shard, in the pools' type.
         """
         plans = {
             name: ProjectionPlan(

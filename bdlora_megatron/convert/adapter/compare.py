@@ -59,9 +59,6 @@ class Comparison:
     def is_same(self, tolerance: float) -> bool:
         """Whether no module differs by more.
 
-        Args:
-            tolerance: The largest relative difference to accept.
-
         Returns:
             True if they compute the same, within the tolerance.
         """
@@ -100,13 +97,6 @@ def compare_adapters(first: Adapter, second: Adapter) -> Comparison:
     """Measure the difference of two adapters' updates in fp64, without forming them.
 
     Block counts, ranks, scales and types may differ. One module of each is in memory at a time.
-
-    Args:
-        first: Lazy or in memory.
-        second: Likewise.
-
-    Returns:
-        The difference of every module.
 
     Raises:
         AdapterFormatError: If the two are not of one base model: modules differ in their widths.

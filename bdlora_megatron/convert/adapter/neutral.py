@@ -111,9 +111,6 @@ class Adapter:
 def blocked_factor(name: ModuleName) -> Blocked:
     """The factor whose blocks line up with tensor parallelism.
 
-    Args:
-        name: The projection.
-
     Returns:
         `"A"` for row-parallel ones such as `o_proj` and `down_proj`, `"B"` for column-parallel
         ones.
@@ -123,9 +120,6 @@ def blocked_factor(name: ModuleName) -> Blocked:
 
 def infer_base_shape(features: Iterable[tuple[ModuleKey, int, int]]) -> BaseShape:
     """The base model's widths from those of the adapted modules.
-
-    Args:
-        features: `(key, I, O)` of every adapted module.
 
     Returns:
         The widths that some module tells; the rest is None.

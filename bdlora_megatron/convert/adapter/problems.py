@@ -32,12 +32,7 @@ class Problems:
         self._names.setdefault(what, []).extend(names)
 
     def add_error(self, error: BDLoRAError, *names: str) -> None:
-        """Note what an error says, which may be a list itself.
-
-        Args:
-            error: What went wrong with a part.
-            *names: The part.
-        """
+        """Note what an error says, which may be a list itself."""
         for what in error.causes or (str(error),):
             self.add(what, *names)
 
@@ -66,9 +61,6 @@ def brief_causes(error: Exception, *folders: Path) -> list[str]:
     Args:
         error: Why an adapter was refused.
         *folders: The adapter's, or those of both in question; their paths are left out.
-
-    Returns:
-        One text for each cause.
     """
     causes = (isinstance(error, BDLoRAError) and error.causes) or (explain(error, *folders[:1]),)
     brief = []

@@ -30,9 +30,6 @@ def choose_alphas(
     Division does not reach every floating-point number, so the way that reaches more of the scales
     is taken; scales that PEFT itself computed are always reached.
 
-    Args:
-        pairs: `(rank, scale)` of every module.
-
     Returns:
         `use_rslora` and alpha for each pair. Where no alpha gives the scale, it is the nearest,
         one unit in the last place of a float64 away.
@@ -63,12 +60,7 @@ def nearest_alpha(rank: int, scale: float, *, use_rslora: bool) -> float:
 
 
 def warn_inexact(name: str, missed: Sequence[object]) -> None:
-    """Tell that some scales were written to the nearest one.
-
-    Args:
-        name: The adapter's name.
-        missed: The modules whose scale no alpha gives.
-    """
+    """Tell that some scales were written to the nearest one."""
     if missed:
         logger.warning(
             "the scale of %d modules of adapter %r, such as %s, is no quotient of an alpha and the "
@@ -81,9 +73,6 @@ def warn_inexact(name: str, missed: Sequence[object]) -> None:
 
 def with_one_scale(adapter: Adapter) -> Adapter:
     """The same function with one scale for all modules, for formats that hold one.
-
-    Args:
-        adapter: Lazy or in memory.
 
     Returns:
         The adapter itself where its modules agree; else one whose B holds the difference, which a

@@ -35,9 +35,6 @@ def format_table(
 def format_bytes(count: float) -> str:
     """A number of bytes for people, in powers of 1000.
 
-    Args:
-        count: Bytes.
-
     Returns:
         Three digits and a unit, such as `1.66 GB`.
     """

@@ -94,9 +94,6 @@ def locate(folder: Path) -> tuple[Path, Path]:
 def read_settings(path: Path) -> BridgeSettings:
     """Read a checkpoint's settings.
 
-    Args:
-        path: `run_config.yaml` or `model.yaml`.
-
     Returns:
         What they say of the adapter and of its base model.
 

@@ -46,14 +46,7 @@ _GATED = "mlp.linear_fc1"
 
 
 def is_swift(folder: Path) -> bool:
-    """Whether a folder, or one iteration in it, is a checkpoint without PEFT's tensors.
-
-    Args:
-        folder: Any folder.
-
-    Returns:
-        True if `open_swift` is to read it.
-    """
+    """Whether a folder, or one iteration in it, is a checkpoint without PEFT's tensors."""
     if ITERATION.fullmatch(folder.name) and not (folder / RUN_CONFIG_NAME).is_file():
         return (folder.parent / CONFIG_NAME).is_file() and (folder / METADATA_NAME).is_file()
     return (

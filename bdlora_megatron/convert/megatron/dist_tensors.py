@@ -120,9 +120,6 @@ class DistTensors:
 def open_dist_tensors(folder: Path) -> DistTensors:
     """Look into a checkpoint.
 
-    Args:
-        folder: A folder that `dist_checkpointing.save` wrote.
-
     Returns:
         Its tensors, readable as long as the folder is there.
 

@@ -54,9 +54,6 @@ FORMAT = "bdlora-megatron"
 def open_megatron(folder: Path) -> Iterator[Adapter]:
     """Open a checkpoint with an `adapter.json`, on one process.
 
-    Args:
-        folder: The adapter's folder.
-
     Yields:
         The adapter; a fused layer's pair comes as one update per projection.
 
@@ -84,11 +81,6 @@ def write_megatron(adapter: Adapter, folder: Path, options: WriteOptions) -> Non
     Where all layers have the same modules with the same shapes, each tensor is a stack of all
     layers, as Megatron-Core's models save them; otherwise each layer has tensors of its own
     (`non_homogeneous_layers`).
-
-    Args:
-        adapter: What to write.
-        folder: An empty folder.
-        options: Nothing more.
 
     Raises:
         UnsupportedError: A module's rows are stored by stretch, as Mamba's and the delta net's.
@@ -182,16 +174,7 @@ def common_state(layers: int | None) -> dict[str, dict[str, bool]]:
 
 
 def merge_base(stated: BaseShape, inferred: BaseShape, problems: Problems) -> BaseShape:
-    """Join what is stated of the base model with what the factors tell.
-
-    Args:
-        stated: By a config.
-        inferred: From the factors.
-        problems: Gets every disagreement.
-
-    Returns:
-        All that is known.
-    """
+    """Join what is stated of the base model with what the factors tell."""
     known = {}
     for item in fields(BaseShape):
         one, other = getattr(stated, item.name), getattr(inferred, item.name)

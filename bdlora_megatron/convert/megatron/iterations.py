@@ -30,9 +30,6 @@ def newest_iteration(folder: Path, is_one: Callable[[Path], bool]) -> Path | Non
     Args:
         folder: Holds `iter_*` folders, and perhaps a tracker.
         is_one: Whether a folder has what else its format needs.
-
-    Returns:
-        Its folder; None if there is none.
     """
     complete = {
         int(found[1]): child

@@ -61,17 +61,7 @@ class Manifest:
 
 
 def manifest_of(adapter: Adapter, facts: Mapping[ModuleKey, Any], format: str, tp: int) -> Manifest:
-    """The manifest of an adapter.
-
-    Args:
-        adapter: The adapter.
-        facts: Its modules, on the meta device.
-        format: The format's name.
-        tp: Ranks that the files are cut for.
-
-    Returns:
-        The manifest.
-    """
+    """The manifest of an adapter."""
     modules = {k: ModuleEntry(num_blocks=f.num_blocks, scale=f.scale) for k, f in facts.items()}
     return Manifest(
         format=format,
@@ -84,12 +74,7 @@ def manifest_of(adapter: Adapter, facts: Mapping[ModuleKey, Any], format: str, t
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write a manifest.
-
-    Args:
-        path: The new file.
-        manifest: What it says.
-    """
+    """Write a manifest."""
     raw = {
         "format": manifest.format,
         "version": VERSION,
@@ -104,13 +89,6 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 def read_manifest(path: Path, format: str) -> Manifest:
     """Read a manifest.
-
-    Args:
-        path: The file.
-        format: The format it must be of.
-
-    Returns:
-        What it says.
 
     Raises:
         AdapterFormatError: If it is broken, or has unknown or missing keys. All are listed.

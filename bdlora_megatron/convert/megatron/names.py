@@ -64,10 +64,6 @@ class FactorName:
 def parse_factor(name: str, numbering: Numbering = "pairs") -> FactorName | None:
     """Take a tensor's name apart.
 
-    Args:
-        name: The name in the checkpoint.
-        numbering: How its model numbers its layers.
-
     Returns:
         What it says; None if it is no factor of a projection that has a name.
     """
@@ -133,14 +129,6 @@ def split_fused(
 
 def fuse(linear: str, parts: Mapping[str, BlockFactors], base: BaseShape) -> BlockFactors:
     """One update for a whole fused layer; the inverse of `split_fused`.
-
-    Args:
-        linear: The fused layer.
-        parts: Every projection's update, with one A.
-        base: As in `split_fused`.
-
-    Returns:
-        The update, B's rows in Megatron's order.
 
     Raises:
         AdapterFormatError: If the rows are not those of this base model.

@@ -95,9 +95,6 @@ def find_pairs(
         problems: Gets whatever is no factor, and factors without the other.
         ignore: Whether a tensor is of no interest, by its name.
         numbering: How the model that saved it numbers its layers.
-
-    Returns:
-        The pairs.
     """
     found, whole = _found(tensors, problems, ignore, numbering)
     pairs = []

@@ -37,9 +37,6 @@ def open_run(folder: Path, *, base: BaseShape | None = None) -> Iterator[Adapter
         folder: A folder `step_*` of a run.
         base: What else is known of the base model.
 
-    Yields:
-        The adapter, with its number of blocks.
-
     Raises:
         AdapterFormatError: If the files are missing or broken, or the run trained no adapter. All
             such problems are listed.
@@ -74,9 +71,6 @@ def is_training_state(name: str) -> bool:
 def with_main_copies(tensors: DistTensors) -> DistTensors:
     """The checkpoint with the optimizer's float32 copies in place of narrower parameters.
 
-    Args:
-        tensors: A checkpoint of ours.
-
     Returns:
         The same names; a parameter without a whole copy stays what it is.
     """
@@ -103,9 +97,6 @@ def own_settings(
         pairs: The pairs of factors.
         tensors: The checkpoint.
         problems: Gets settings of the wrong type.
-
-    Returns:
-        The settings of every pair.
     """
     alpha, blocks = section.get("alpha"), section.get("num_blocks", 1)
     finite = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) < 1e30

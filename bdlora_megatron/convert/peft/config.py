@@ -89,9 +89,6 @@ class PeftConfig:
             module_path: The module's path in the base model, such as
                 `model.layers.0.self_attn.q_proj`.
 
-        Returns:
-            The module's settings.
-
         Raises:
             AdapterFormatError: If PEFT itself would not accept the block patterns for this module,
                 or matching takes too long.
@@ -109,12 +106,6 @@ class PeftConfig:
 
 def read_raw_config(folder: Path) -> dict[str, Any]:
     """Read `adapter_config.json` as it is.
-
-    Args:
-        folder: The adapter's folder.
-
-    Returns:
-        The JSON object.
 
     Raises:
         AdapterFormatError: If there is none, or it is no JSON object.
@@ -143,12 +134,6 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
 
 def parse_peft_config(raw: Mapping[str, Any]) -> PeftConfig:
     """Read rank, scale and blocks.
-
-    Args:
-        raw: The JSON object.
-
-    Returns:
-        The settings.
 
     Raises:
         AdapterFormatError: If a value has the wrong type or range. All of them are listed.

@@ -92,9 +92,6 @@ _LEFTOVERS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 def kind_of(name: str) -> str:
     """What a tensor is, and what to do about it.
 
-    Args:
-        name: The name in the file.
-
     Returns:
         The end of a sentence that begins with "the file holds".
     """
@@ -112,9 +109,6 @@ def equal_to_base(
         names: Those that are no factors.
         folder: The base model's folder, if it is known.
         problems: Gets a note if the base model's weights cannot be read.
-
-    Returns:
-        Names of the copies.
     """
     whole = [name for name in names if "lora_" not in name and source.facts[name] is not None]
     if folder is None or not whole:

@@ -130,14 +130,7 @@ def clean_name(name: str) -> str:
 
 
 def peft_prefix(prefix: str) -> str:
-    """The prefix to write for one that was read, whoever noted it.
-
-    Args:
-        prefix: What stands before `layers.`.
-
-    Returns:
-        One that starts with `base_model.model.`.
-    """
+    """The prefix to write for one that was read, whoever noted it."""
     clean = clean_name(f"{prefix}layers").removesuffix("layers")
     is_peft = clean.startswith(PEFT_PREFIX)
     return f"{PEFT_PREFIX}{_base_prefix(clean.removeprefix(PEFT_PREFIX), is_peft, None)}"

@@ -108,9 +108,6 @@ _CONVERTIBLE_INITS = ("pissa", "olora", "corda")
 def check_ignorable(options: Collection[str]) -> None:
     """See that options that a caller wants ignored are unknown ones.
 
-    Args:
-        options: Their names.
-
     Raises:
         ConfigError: One is known, so what it does is known too.
     """

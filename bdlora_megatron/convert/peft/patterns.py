@@ -41,9 +41,6 @@ def first_match(
         default: The value where none matches.
         patience: The time left, from which the time taken is subtracted.
 
-    Returns:
-        The value.
-
     Raises:
         AdapterFormatError: If no time is left.
     """
@@ -66,9 +63,6 @@ def first_match(
 
 def why_unsafe(pattern: str) -> str | None:
     """Why a pattern cannot be used, if so.
-
-    Args:
-        pattern: From a config.
 
     Returns:
         The end of a sentence about it; None for a good one.

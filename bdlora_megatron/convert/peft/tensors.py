@@ -28,9 +28,6 @@ def open_tensors(folder: Path, *, allow_pickle: bool) -> Iterator[TensorSource]:
         folder: The adapter's folder.
         allow_pickle: Also read a pickle, where there are no safetensors.
 
-    Yields:
-        The tensors, readable while they are open.
-
     Raises:
         AdapterFormatError: If there is no file to read, or it is broken.
     """

@@ -39,11 +39,6 @@ _CAUSAL_PREFIX = f"{PEFT_PREFIX}model."
 def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
-    Args:
-        adapter: What to write.
-        folder: An empty folder.
-        options: `base_model` is used.
-
     Raises:
         UnsupportedError: If modules differ in their number of blocks, which PEFT has one of.
     """

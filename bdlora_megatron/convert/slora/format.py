@@ -72,9 +72,6 @@ def open_slora(folder: Path) -> Iterator[Adapter]:
         folder: The adapter's folder. `-<n>` at its end is no part of the adapter's name, and where
             there is no such folder, the one without is opened, as S-LoRA does.
 
-    Yields:
-        The adapter, vanilla LoRA.
-
     Raises:
         AdapterFormatError: If the files are missing or broken, or disagree. All such problems are
             listed.
@@ -114,11 +111,6 @@ def open_slora(folder: Path) -> Iterator[Adapter]:
 
 def write_slora(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     """Write one file of tensors for each of `options.tp` ranks.
-
-    Args:
-        adapter: What to write.
-        folder: An empty folder.
-        options: `tp` ranks share the adapter.
 
     Raises:
         UnsupportedError: If S-LoRA cannot serve the adapter. All reasons are listed.

@@ -141,9 +141,6 @@ def measure(
 def whole_error(modules: list[tuple[float, float]]) -> float:
     """The relative error of several updates taken as one long vector.
 
-    Args:
-        modules: Norm and relative error of each.
-
     Returns:
         The root of the summed squares of what was lost over that of what there was; 0 if nothing.
     """

@@ -234,9 +234,6 @@ def module_shapes(facts: Iterable[BlockFactors]) -> list[ModuleShape]:
 
     Args:
         facts: The modules; their numbers are not looked at.
-
-    Returns:
-        One shape each.
     """
     return [
         ModuleShape(

@@ -93,9 +93,6 @@ class Adapter(nn.Module):
         """Make every projection's factors, under NeMo's names for canonical and fused LoRA.
 
         A is drawn as PEFT draws it, B is zero.
-
-        Args:
-            options: Type, device and group.
         """
         where = {"like": options.like, "dtype": options.dtype, "tp_group": options.tp_group}
         for plan in self.plans:
@@ -254,9 +251,6 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def delta_weight(self, dtype: torch.dtype) -> Tensor:
         """The update of the local base weight, ``s * B A``, ``[O_local, I_local]``.
-
-        Args:
-            dtype: The type to compute in.
 
         Returns:
             The dense update, in ``dtype``.

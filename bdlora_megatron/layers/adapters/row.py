@@ -161,13 +161,6 @@ def row_adapter(
 ) -> RowAdapter:
     """Make an adapter for a row-parallel layer, without factors until it is built.
 
-    Args:
-        layout: How ranks split the factors.
-        plans: The layer's one projection.
-        options: Dropout, type, device and group.
-        in_features: Input size I over all ranks.
-        out_features: Output size O.
-
     Returns:
         The adapter; ``build`` makes its factors.
 
