@@ -13,6 +13,7 @@ from typing import Any
 
 from bdlora_megatron.errors import ConfigError, MissingDependencyError
 from bdlora_megatron.settings import list_problems, read_settings
+from bdlora_megatron.train.rag import RagOptions, template_problems
 from bdlora_megatron.train.schema import TrainConfig
 
 __all__ = ["from_mapping", "load_config", "to_mapping"]
@@ -127,6 +128,8 @@ def _about_data(config: TrainConfig) -> list[str]:
         problems.append("dataset.train is empty; name JSONL files")
     if config.peft.scheme == "none" and not dataset.validation:
         problems.append("dataset.validation is empty; scheme none only evaluates")
+    rag = RagOptions(document=dataset.rag.document, prompt=dataset.rag.prompt)
+    problems += template_problems(rag)
     if dataset.format == "text" and (dataset.train_on != "all" or dataset.chat_template_kwargs):
         problems.append(
             "dataset.train_on and chat_template_kwargs are for conversations; leave them out with "

@@ -26,6 +26,7 @@ from bdlora_megatron.errors import ConfigError, MissingDependencyError
 from bdlora_megatron.train import chats as chats_module
 from bdlora_megatron.train import examples as examples_module
 from bdlora_megatron.train import lines as lines_module
+from bdlora_megatron.train import rag as rag_module
 from bdlora_megatron.train.examples import Documents, Example
 from bdlora_megatron.train.records import records
 
@@ -193,7 +194,7 @@ def _fingerprint(paths: Sequence[str], documents: Documents) -> str:
     )
     digest.update(repr(said_of_tokenizer).encode("utf-8", "surrogatepass"))
     digest.update(repr(documents.settings()).encode())
-    for module in (chats_module, examples_module, lines_module):
+    for module in (chats_module, examples_module, lines_module, rag_module):
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()[:32]

@@ -6,6 +6,7 @@
 ShareGPT's `{"conversations": [{"from": "human", "value": ...}, ...]}` |
 | `prompt_completion` | `{"prompt": ..., "completion": ...}`, text or messages; or NeMo's `input` \
 and `output` |
+| `rag` | `{"question": ..., "documents": [...], "answer": ...}` |
 | `text` | `{"text": ...}` |
 
 Loss counts on what the assistant says, on completions, and on all of a plain text.
@@ -25,10 +26,11 @@ from numpy.typing import NDArray
 from bdlora_megatron.errors import ConfigError, MissingDependencyError
 from bdlora_megatron.train.chats import ChatEncoder, ChatOptions, Encoder, Marked
 from bdlora_megatron.train.lines import BadLineError, Keys, read_chat, read_pair, read_record
+from bdlora_megatron.train.rag import RagOptions, RagReader
 
 __all__ = ["Documents", "Example", "Format", "load_tokenizer"]
 
-Format = Literal["chat", "prompt_completion", "text"]
+Format = Literal["chat", "prompt_completion", "rag", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class Documents:
         *,
         vocab_size: int | None = None,
         chats: ChatOptions | None = None,
+        rag: RagOptions | None = None,
     ) -> None:
         """Settle how records are read.
 
@@ -100,25 +103,32 @@ class Documents:
             format: What a record holds.
             vocab_size: Rows of the base model's embedding, within which every token has to be.
             chats: How conversations are read.
+            rag: How documents and questions are laid out.
 
         Raises:
             ConfigError: The chat template does not take the arguments of ``chats``.
         """
         self.tokenizer, self.format = tokenizer, format
         self.vocab_size, self.chats = vocab_size, chats or ChatOptions()
+        self.rag = rag or RagOptions()
         self._keys, self._encoder = Keys(self.chats.ignore_keys), Encoder(tokenizer)
         self._encode = ChatEncoder(self._encoder, self.chats, self._keys)
-        formats = {"chat": self._chat, "prompt_completion": self._pair, "text": self._text}
-        self._read = formats[format]
+        self._fit = RagReader(self.rag, self._keys, lambda text: len(self._encoder.ids(text)))
+        self._read = {
+            "chat": self._chat,
+            "prompt_completion": self._pair,
+            "rag": self._question,
+            "text": self._text,
+        }[format]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For processes that tokenize: what was given, and no caches."""
-        made = partial(Documents, vocab_size=self.vocab_size, chats=self.chats)
+        made = partial(Documents, vocab_size=self.vocab_size, chats=self.chats, rag=self.rag)
         return made, (self.tokenizer, self.format)
 
     def settings(self) -> str:
         """What decides what documents are, but for the tokenizer."""
-        return repr((self.format, self.vocab_size, self.chats))
+        return repr((self.format, self.vocab_size, self.chats, self.rag))
 
     def batch(self, records: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The documents of some records, column by column.
@@ -163,6 +173,21 @@ class Documents:
 
     def _chat(self, record: Mapping[str, Any]) -> list[Marked]:
         return self._encode.documents(read_chat(record, self._keys))
+
+    def _question(self, record: Mapping[str, Any]) -> list[Marked]:
+        def length(prompt: str, answer: str) -> int:
+            (tokens, _), *_ = self._answered(prompt, answer)
+            return len(tokens) - 1
+
+        return self._answered(*self._fit.fitted(record, length))
+
+    def _answered(self, prompt: str, answer: str) -> list[Marked]:
+        """A prompt and its answer: as a conversation, where the tokenizer has a chat template."""
+        if self.tokenizer.chat_template is None:
+            return self._pair({"prompt": prompt, "completion": answer})
+        said = {"user": prompt, "assistant": answer}
+        messages = [{"role": role, "content": content} for role, content in said.items()]
+        return self._chat({"messages": messages})
 
     def _text(self, record: Mapping[str, Any]) -> list[Marked]:
         if not isinstance(record.get("text"), str):

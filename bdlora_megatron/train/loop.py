@@ -32,6 +32,7 @@ from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch
 from bdlora_megatron.train.examples import Documents, load_tokenizer
 from bdlora_megatron.train.metrics import Report
 from bdlora_megatron.train.model import build_model
+from bdlora_megatron.train.rag import RagOptions
 from bdlora_megatron.train.resume import check_resumable, run_facts, weights_digest
 from bdlora_megatron.train.schema import TrainConfig
 from bdlora_megatron.train.step import Stepper, mean_loss
@@ -245,6 +246,11 @@ def _examples(
             train_on=dataset.train_on,
             template_kwargs=dataset.chat_template_kwargs,
             ignore_keys=dataset.ignore_keys,
+        ),
+        rag=RagOptions(
+            document=dataset.rag.document,
+            prompt=dataset.rag.prompt,
+            seq_length=config.model.seq_length if dataset.too_long == "truncate" else None,
         ),
     )
     return read_examples(

@@ -14,6 +14,7 @@ from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.models import HFConfig, TensorFiles
 from bdlora_megatron.train.config import to_mapping
 from bdlora_megatron.train.examples import Example
+from bdlora_megatron.train.rag import RagOptions
 from bdlora_megatron.train.schema import TrainConfig
 
 __all__ = ["check_resumable", "run_facts", "weights_digest"]
@@ -47,6 +48,8 @@ _SINCE_THEN = {
     "train.precision": "fp32",
     "dataset.train_on": "all",
     "dataset.ignore_keys": [],
+    "dataset.rag.document": RagOptions().document,
+    "dataset.rag.prompt": RagOptions().prompt,
 }
 
 

@@ -18,6 +18,7 @@ from bdlora_megatron.settings import (
     Number,
     Section,
 )
+from bdlora_megatron.train.rag import RagOptions
 
 __all__ = [
     "BDLoRASection",
@@ -29,6 +30,7 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "PeftSection",
+    "RagSection",
     "RngSection",
     "SchedulerSection",
     "TrainConfig",
@@ -102,6 +104,16 @@ class PeftSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
+class RagSection:
+    """How records of the format ``rag`` become a user's turn."""
+
+    document: str = RagOptions().document
+    """Each document: ``{text}``, and if wanted ``{title}`` and ``{number}``."""
+    prompt: str = RagOptions().prompt
+    """The turn: ``{documents}`` and ``{question}``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class DatasetSection:
     """What is learnt: files of JSONL, JSON, CSV, Parquet or Arrow, one example a record."""
 
@@ -109,11 +121,13 @@ class DatasetSection:
     """Files to train on."""
     validation: Names = ()
     """Files to evaluate on."""
-    format: Literal["chat", "prompt_completion", "text"] = "chat"
+    format: Literal["chat", "prompt_completion", "rag", "text"] = "chat"
     packing: Flag = True
     """Put several examples in a row; they don't see one another."""
     too_long: Literal["error", "truncate", "drop"] = "error"
-    """What becomes of examples longer than a row. Plain text is cut into rows instead."""
+    """What becomes of examples longer than a row. Plain text is cut into rows instead; of
+    ``rag`` records, ``truncate`` drops documents, never a part of the question or the answer."""
+    rag: Annotated[RagSection, Section] = field(default_factory=RagSection)
     train_on: Literal["all", "last"] = "all"
     """Which answers of a conversation are learnt. ``last`` is for chat templates that write earlier
     turns differently once a later one follows."""

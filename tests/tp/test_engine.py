@@ -25,7 +25,7 @@ from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.serve.engine.adapter_manager import AdapterManager
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import (
-    Answer,
+    AdapterResult,
     Choice,
     Failed,
     LoadAdapter,
@@ -338,14 +338,14 @@ def unload_body(rank: int, world: int, root: Path) -> None:
         write_adapter(make("two"), folder, "peft")
         assert manager.load(
             LoadAdapter(ticket=1, name="leaving", path=str(folder), wait=False)
-        ) == Answer(1)
+        ) == AdapterResult(1)
         twice = LoadAdapter(ticket=4, name="twice", path=str(folder))
         assert manager.load(twice) is None
         assert "try later" in manager.load(replace(twice, ticket=5)).error
         engine.store.advance(wait_s=30.0)
-        assert manager.settle() == [Answer(4)]
+        assert manager.settle() == [AdapterResult(4)]
         assert manager.unload(UnloadAdapter(ticket=6, name="twice")) is None
-        assert manager.settle() == [Answer(6)]
+        assert manager.settle() == [AdapterResult(6)]
         greedy = Sampling(temperature=0.0, max_tokens=6)
         for request_id in (1, 2):
             engine.submit(
@@ -361,7 +361,7 @@ def unload_body(rank: int, world: int, root: Path) -> None:
             again = LoadAdapter(ticket=7, name="leaving", path=str(folder), wait=False)
             assert "try later" in manager.load(again).error
             events += engine.step(wait_s=0.05)
-        assert manager.settle() == [Answer(2)]
+        assert manager.settle() == [AdapterResult(2)]
         assert sum(event.finish == "length" for event in events) == 2
         assert "leaving" not in engine.store.names
         assert engine.store.host_bytes_used == 0

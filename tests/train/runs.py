@@ -46,7 +46,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def read_examples(paths: Any, tokenizer: Any, *, format: Any, **options: Any) -> corpus.Corpus:
     """The examples of some files, kept beside the first of them."""
-    encoding = {name: options.pop(name) for name in ("vocab_size", "chats") if name in options}
+    encoding = {
+        name: options.pop(name) for name in ("vocab_size", "chats", "rag") if name in options
+    }
     storage = corpus.Storage(cache_dir=Path(paths[0]).parent / "kept")
     documents = Documents(tokenizer, format, **encoding)
     return corpus.read_examples(paths, documents, storage=storage, **options)

@@ -160,7 +160,7 @@ class Adapter(nn.Module):
         linear_in, linear_out = self.factors(self.plan(name))
         self.load(name, linear_in.cut(A), linear_out.cut(B))
 
-    def share(self, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    def shard(self, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's share of whole factors as plain matrices, without touching any parameter.
 
         Works on an adapter whose factors were never built.

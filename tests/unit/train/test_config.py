@@ -75,7 +75,7 @@ def test_everything_wrong_is_told_at_once():
     del values["checkpoint"]
     assert sorted(problems(values)) == [
         "checkpoint.save is missing",
-        "dataset.format is 'jsonl'; wanted one of chat, prompt_completion, text",
+        "dataset.format is 'jsonl'; wanted one of chat, prompt_completion, rag, text",
         "dataset.train is 3; wanted a list of names",
         "lora_rank is unknown; known: model, dataset, train, checkpoint, peft, optimizer, "
         "scheduler, logger, export, rng",
