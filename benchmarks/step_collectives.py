@@ -115,10 +115,10 @@ def _random_batch() -> Batch:
     tokens = torch.randint(0, 40_000, (1, SEQUENCE), generator=generator)
     return Batch(
         tokens=tokens,
-        labels=tokens.roll(-1, dims=1),
-        loss_mask=torch.ones(1, SEQUENCE),
-        positions=torch.arange(SEQUENCE)[None],
-        hidden=torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1),
+        labels=tokens[0].roll(-1),
+        learnt=torch.arange(SEQUENCE),
+        starts=torch.tensor([0, SEQUENCE], dtype=torch.int32),
+        longest=SEQUENCE,
     )
 
 

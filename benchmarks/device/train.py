@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,16 +147,17 @@ def _config(variant: _Variant, root: Path) -> TrainConfig:
 
 
 def _batch(seed: int) -> Batch:
-    """Random tokens, of which some are not to be learnt."""
+    """Two rows of random tokens, the first of two examples; some tokens are not to be learnt."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(VOCAB, (_ROWS, _LENGTH + 1), generator=generator)
-    later = torch.ones(_LENGTH, _LENGTH, dtype=torch.bool).triu(1)
+    count, cut = _ROWS * _LENGTH, 11 + 7 * seed
+    drawn = torch.randint(VOCAB, (count + 1,), generator=generator)
+    learnt = torch.rand(count, generator=generator) < 0.3 + 0.2 * seed
     return Batch(
-        tokens=drawn[:, :-1],
-        labels=drawn[:, 1:],
-        loss_mask=(torch.rand(_ROWS, _LENGTH, generator=generator) < 0.3 + 0.2 * seed).float(),
-        positions=torch.arange(_LENGTH).expand(_ROWS, -1),
-        hidden=later.expand(_ROWS, 1, -1, -1),
+        tokens=drawn[None, :-1],
+        labels=drawn[1:],
+        learnt=learnt.nonzero()[:, 0],
+        starts=torch.tensor([0, cut, _LENGTH, count], dtype=torch.int32),
+        longest=_LENGTH,
     )
 
 
@@ -209,7 +211,7 @@ def _reference(
     if variant.precision == "bf16":
         model = model.to(torch.bfloat16)
     model = model.to(device=device, dtype=dtype)
-    total = sum(float(batch.loss_mask.sum()) for batch in batches)
+    total = sum(len(batch.learnt) for batch in batches)
     loss = sum(_losses(model, batches, device)) / total
     loss.backward()
     grads = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
@@ -217,15 +219,18 @@ def _reference(
 
 
 def _losses(model: Any, batches: Sequence[Batch], device: str) -> Iterator[Any]:
+    """Of each example by itself."""
     for batch in batches:
         on = batch.to(torch.device(device))
-        logits = model(input_ids=on.tokens, position_ids=on.positions).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2).to(torch.promote_types(logits.dtype, torch.float32)),
-            on.labels,
-            reduction="none",
-        )
-        yield (losses * on.loss_mask).sum()
+        learnt = torch.zeros_like(on.labels, dtype=torch.bool).index_fill_(0, on.learnt, True)
+        for start, stop in pairwise(batch.starts.tolist()):
+            logits = model(input_ids=on.tokens[:, start:stop]).logits[0]
+            losses = torch.nn.functional.cross_entropy(
+                logits.to(torch.promote_types(logits.dtype, torch.float32)),
+                on.labels[start:stop],
+                reduction="none",
+            )
+            yield losses[learnt[start:stop]].sum()
 
 
 def _worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import load_hf_model, read_peft
-from bdlora_megatron.serve import ModelSlots, SlotRoom
+from bdlora_megatron.serve import ModelSlots, SlotCapacity
 from tests.golden.peft_cases import KINDS, VOCAB, make_adapter, make_base
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
@@ -71,7 +71,7 @@ def _layout_of(kind, world_size):
 def _mix(rank, world_size, root):
     with model_parallel(world_size):
         model = load_hf_model(root / "base", dtype=torch.float32).eval()
-        room = SlotRoom(max_loras=len(KINDS) + 1, max_lora_rank=16, layouts=tuple(Layout))
+        room = SlotCapacity(max_loras=len(KINDS) + 1, max_lora_rank=16, layouts=tuple(Layout))
         slots = ModelSlots(model, room)
         slot_of = {None: -1}
         for kind in KINDS:
