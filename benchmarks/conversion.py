@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from bdlora_megatron.bench.report import machine
 from bdlora_megatron.blocks import BlockFactors
-from bdlora_megatron.cli.jobs import Job, run_job
+from bdlora_megatron.cli.jobs import ConversionJob, run_job
 from bdlora_megatron.convert import Adapter, LazyModules, ModuleKey, write_adapter
 from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES, blocked_factor
 from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
@@ -113,7 +113,7 @@ def converting(**settings: object) -> Callable[[Path, Path], None]:
 
 def whole_job(source: Path, target: Path) -> None:
     """The same with the source hashed and the result recorded."""
-    result = run_job(Job(source=source, out=target, conversion=Conversion(format="peft")))
+    result = run_job(ConversionJob(source=source, out=target, conversion=Conversion(format="peft")))
     if result.status != "converted":
         raise RuntimeError(f"the conversion {result.status}: {result.error}")
 

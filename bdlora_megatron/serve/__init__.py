@@ -1,7 +1,7 @@
 """Serving many adapters from one base model.
 
 `ModelSlots` gives a model room for adapters that one batch can mix; `AdapterStore` brings them
-there from disk. `SlotLedger` and `HostCache` are the bookkeeping of both, plain Python. `engine`
+there from disk. `SlotAllocator` and `HostCache` are the bookkeeping of both, plain Python. `engine`
 runs requests with them on each rank, `api` answers HTTP, and `bdlora serve` starts both.
 """
 

@@ -28,7 +28,7 @@ from bdlora_megatron.runtime.launch import (
     prepare_ranks,
     start_method,
 )
-from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotRoom, StoreOptions
+from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotCapacity, StoreOptions
 from bdlora_megatron.serve.engine import EngineOptions, ServingEngine
 from bdlora_megatron.serve.messages import Failed, Sampling, Submit
 from examples.demo.reference import BASE, Answer, Speed
@@ -179,7 +179,7 @@ def _serve(model: Any, job: _Job, *, show: bool) -> tuple[dict[str, list[Answer]
 def _load_slots(model: Any, job: _Job) -> tuple[ModelSlots, AdapterStore]:
     """Slots with every adapter on its way into them: PEFT's are loaded before its clock starts."""
     number = len(job.adapters)
-    slots = ModelSlots(model, SlotRoom(max_loras=number, max_lora_rank=job.max_rank))
+    slots = ModelSlots(model, SlotCapacity(max_loras=number, max_lora_rank=job.max_rank))
     store = AdapterStore(slots, StoreOptions(host_cache_bytes=number * slots.largest_bytes))
     keys = [store.register(name, partial(read_peft, path)) for name, path in job.adapters.items()]
     for key in keys:
