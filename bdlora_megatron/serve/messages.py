@@ -275,6 +275,9 @@ class Snapshot:
     resident: tuple[str, ...] = ()
     """Adapters in slots, least recently used first."""
 
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+
     preemptions: int = 0
     """Requests whose cache was given to others, to be computed again; since the start."""
 

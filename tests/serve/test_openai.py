@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import time
 
 import httpx2 as httpx
 import openai
@@ -383,3 +384,37 @@ def test_health_readiness_and_metrics(server):
     for name in ("requests_total", "time_to_first_token_seconds_bucket", "slot_loads_total"):
         assert f"bdlora_{name}" in text
     assert server.metric('bdlora_requests_total{model="blocks",status="ok"}') > 0
+
+
+def test_routers_read_vllms_names(server, client):
+    """What the Gateway API inference extension's protocol and vLLM's dashboards ask for."""
+    first = server.metric('vllm:time_to_first_token_seconds_count{model_name="model"}')
+    between = server.metric('vllm:inter_token_latency_seconds_count{model_name="model"}')
+    stream = client.completions.create(
+        model="blocks",
+        prompt="the fox",
+        max_tokens=40,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(stream)
+    running, text = 0.0, ""
+    # The engine's numbers come with its steps.
+    for _ in range(200):
+        text = server.get("/metrics")[1].decode()
+        running = server.metric('vllm:num_requests_running{model_name="model"}')
+        if running and 'running_lora_adapters="blocks"' in text:
+            break
+        time.sleep(0.01)
+    rest = list(stream)
+    assert running == 1
+    assert 'vllm:lora_requests_info{max_lora="' in text
+    assert 'running_lora_adapters="blocks",waiting_lora_adapters=""' in text
+    assert 'vllm:cache_config_info{block_size="' in text
+    assert rest[-1].choices[0].finish_reason == "length"
+    assert server.metric('vllm:num_requests_waiting{model_name="model"}') == 0
+    assert 0 <= server.metric('vllm:kv_cache_usage_perc{model_name="model"}') <= 1
+    assert server.metric('vllm:time_to_first_token_seconds_count{model_name="model"}') == first + 1
+    found = server.metric('vllm:inter_token_latency_seconds_count{model_name="model"}')
+    # Tokens that came with the first piece have no time between them.
+    assert between < found <= between + 39

@@ -165,7 +165,7 @@ async def stream(api: APIServer, job: Job) -> AsyncGenerator[tuple[int, TextDelt
         APIError: There is no room.
         TimeoutError: It took too long.
     """
-    api.make_capacity(job.adapter, job.answers)
+    api.make_room(job.adapter, job.answers)
     inbox: asyncio.Queue[tuple[int, TextDelta] | BaseException] = asyncio.Queue()
 
     async def one(index: int) -> None:
@@ -180,15 +180,18 @@ async def stream(api: APIServer, job: Job) -> AsyncGenerator[tuple[int, TextDelt
     api.open_answers[job.adapter] += job.answers
     tasks = [asyncio.create_task(one(index)) for index in range(job.answers)]
     status, tokens, first_s = "cancelled", 0, None
+    last_s: dict[int, float] = {}
     try:
         left, deadline_s = job.answers, job.arrived_s + api.settings.request_timeout_s
         while left:
             item = await _in_time(inbox.get(), deadline_s)
             if isinstance(item, BaseException):
                 raise item
-            if first_s is None:
-                first_s = time.monotonic()
-            tokens += len(item[1].choices)
+            now_s, came = time.monotonic(), len(item[1].choices)
+            first_s = now_s if first_s is None else first_s
+            _time_tokens(api, last_s.get(item[0]), now_s, came)
+            last_s[item[0]] = now_s
+            tokens += came
             left -= item[1].finish is not None
             yield item
         status = "ok"
@@ -204,6 +207,13 @@ async def stream(api: APIServer, job: Job) -> AsyncGenerator[tuple[int, TextDelt
         _record(api, job, status, tokens, first_s)
         # Last: where the client has gone, Starlette cancels whatever is awaited here.
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _time_tokens(api: APIServer, last_s: float | None, now_s: float, came: int) -> None:
+    """Record the time between an answer's tokens; those that came together share it."""
+    if last_s is not None:
+        for _ in range(came):
+            api.metrics.vllm_between_tokens_s.observe((now_s - last_s) / came)
 
 
 async def _in_time(work: Coroutine[Any, Any, Result], deadline_s: float) -> Result:
@@ -252,6 +262,7 @@ def _record(api: APIServer, job: Job, status: str, tokens: int, first_s: float |
     metrics.generated_tokens.labels(model).inc(tokens)
     if first_s is not None:
         metrics.first_token_s.labels(model).observe(first_s - job.arrived_s)
+        metrics.vllm_first_token_s.observe(first_s - job.arrived_s)
         if tokens > job.answers:
             per_answer = (tokens - job.answers) / job.answers
             metrics.per_token_s.labels(model).observe((now - first_s) / per_answer)

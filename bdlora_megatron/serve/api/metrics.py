@@ -1,13 +1,20 @@
-"""What Prometheus is told."""
+"""What Prometheus is told: this server's own metrics, and vLLM's names for what routers read.
+
+The Gateway API inference extension's model server protocol asks for the latter, and dashboards made
+for vLLM show them.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from bdlora_megatron.serve.api.client import EngineClient
+from bdlora_megatron.serve.messages import Snapshot
+from bdlora_megatron.serve.settings import ServeSettings
 
 __all__ = ["Metrics"]
 
@@ -37,9 +44,9 @@ _COUNTERS = {
 class Metrics:
     """Counts and times of requests, by adapter, beside the engine's own numbers."""
 
-    def __init__(self, client: EngineClient, base: str) -> None:
+    def __init__(self, client: EngineClient, base: str, settings: ServeSettings) -> None:
         """Make empty metrics."""
-        self._base = base
+        self._base, self._settings = base, settings
         self.registry = CollectorRegistry()
         self._client = client
         self.registry.register(self)
@@ -74,9 +81,26 @@ class Metrics:
             registry=registry,
         )
 
+        named, registry = ("model_name",), self.registry
+        self.vllm_first_token_s = Histogram(
+            "vllm:time_to_first_token_seconds",
+            "From a request's arrival to its first token",
+            named,
+            buckets=_FIRST_TOKEN_S,
+            registry=registry,
+        ).labels(base)
+        self.vllm_between_tokens_s = Histogram(
+            "vllm:inter_token_latency_seconds",
+            "Between two tokens of an answer",
+            named,
+            buckets=_PER_TOKEN_S,
+            registry=registry,
+        ).labels(base)
+
     def collect(self) -> Iterator[Metric]:
         """The engine's numbers, as they are when Prometheus asks."""
         snapshot = self._client.snapshot
+        yield from self._vllm(snapshot)
         for name, help_text in _GAUGES.items():
             yield GaugeMetricFamily(f"bdlora_{name}", help_text, getattr(snapshot, name))
         for name, help_text in _COUNTERS.items():
@@ -89,6 +113,33 @@ class Metrics:
         for adapter, count in self._client.outstanding.items():
             waiting.add_metric([adapter or self._base], count)
         yield waiting
+
+    def _vllm(self, snapshot: Snapshot) -> Iterator[Metric]:
+        used = snapshot.used_blocks / snapshot.num_blocks if snapshot.num_blocks else 0.0
+        for name, help_text, value in (
+            ("num_requests_running", _GAUGES["running"], snapshot.running),
+            ("num_requests_waiting", _GAUGES["queued"], snapshot.queued),
+            ("kv_cache_usage_perc", "Share of the key-value cache in use, from 0 to 1", used),
+        ):
+            gauge = GaugeMetricFamily(f"vllm:{name}", help_text, labels=["model_name"])
+            gauge.add_metric([self._base], value)
+            yield gauge
+        adapters = {
+            "max_lora": str(self._settings.max_loras),
+            "running_lora_adapters": ",".join(snapshot.running_adapters),
+            "waiting_lora_adapters": ",".join(snapshot.waiting_adapters),
+        }
+        about = "Adapters of requests; the value is the time of the answer"
+        info = GaugeMetricFamily("vllm:lora_requests_info", about, labels=list(adapters))
+        info.add_metric(list(adapters.values()), time.time())
+        yield info
+        cache = {
+            "block_size": str(self._settings.block_size),
+            "num_gpu_blocks": str(snapshot.num_blocks),
+        }
+        info = GaugeMetricFamily("vllm:cache_config_info", "Sizes", labels=list(cache))
+        info.add_metric(list(cache.values()), 1.0)
+        yield info
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text form."""

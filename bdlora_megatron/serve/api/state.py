@@ -72,7 +72,7 @@ class APIServer:
         self.base_name = settings.base_name
         self.tokenizer = tokenizer
         self.client = EngineClient()
-        self.metrics = Metrics(self.client, self.base_name)
+        self.metrics = Metrics(self.client, self.base_name, settings)
         self.started = int(time.time())
         self.draining = False
         self.open_answers: Counter[str | None] = Counter()
@@ -221,7 +221,7 @@ class APIServer:
 
     # --- limits --------------------------------------------------------------------------------
 
-    def make_capacity(self, adapter: str | None, count: int) -> None:
+    def make_room(self, adapter: str | None, count: int) -> None:
         """See that so many more answers may be begun.
 
         Raises:

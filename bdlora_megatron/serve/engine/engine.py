@@ -6,6 +6,7 @@ requests wait here until theirs is in a slot, keep the slot while they run, and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from megatron.core.inference.sampling_params import SamplingParams
@@ -180,6 +181,8 @@ class ServingEngine:
             num_blocks=self._context.num_blocks,
             preemptions=self._engine.evicted_request_count,
             steps=steps_run(self._engine),
+            running_adapters=_names(key.name for key in self._running.values() if key is not None),
+            waiting_adapters=_names(request.adapter for request in self._waiting.values()),
             **counts,
         )
 
@@ -256,3 +259,7 @@ class ServingEngine:
         self.admission.finished(None if key is None else key.name)
         if key is not None and self.store is not None:
             self.store.release(key)
+
+
+def _names(adapters: Iterable[str | None]) -> tuple[str, ...]:
+    return tuple(sorted({name for name in adapters if name is not None}))
