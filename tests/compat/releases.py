@@ -34,9 +34,12 @@ class Release:
     note: str = ""
 
 
+#: What still takes it.
+_NUMPY_1 = ("numpy<2", "scipy<1.16", "pandas<3")
+
 RELEASES = (
-    Release(version="0.14.0", extra=("numpy<2",), note="requires numpy below 2"),
-    Release(version="0.15.3", extra=("numpy<2",), note="requires numpy below 2"),
+    Release(version="0.14.0", extra=_NUMPY_1, note="requires numpy below 2"),
+    Release(version="0.15.3", extra=_NUMPY_1, note="requires numpy below 2"),
     Release(version="0.16.1"),
     Release(version="0.17.1", python=(3, 12)),
     # Imported without a condition, and on no list of requirements.
