@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bdlora_megatron.runtime.collectives import Collective, CollectiveLog, record_collectives
     from bdlora_megatron.runtime.cpu import cpu_is_enabled, enable_cpu
-    from bdlora_megatron.runtime.parallel import device, model_parallel, refuse_together
+    from bdlora_megatron.runtime.parallel import (
+        device,
+        from_first_rank,
+        model_parallel,
+        refuse_together,
+    )
 
 __all__ = [
     "Collective",
@@ -20,6 +25,7 @@ __all__ = [
     "cpu_is_enabled",
     "device",
     "enable_cpu",
+    "from_first_rank",
     "model_parallel",
     "record_collectives",
     "refuse_together",
@@ -28,7 +34,7 @@ __all__ = [
 _HOMES = {
     "collectives": ("Collective", "CollectiveLog", "record_collectives"),
     "cpu": ("cpu_is_enabled", "enable_cpu"),
-    "parallel": ("device", "model_parallel", "refuse_together"),
+    "parallel": ("device", "from_first_rank", "model_parallel", "refuse_together"),
 }
 
 

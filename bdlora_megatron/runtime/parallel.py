@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.errors import BDLoRAError, ConfigError, explain
 from bdlora_megatron.runtime.cpu import cpu_is_enabled
 
-__all__ = ["device", "model_parallel", "refuse_together"]
+__all__ = ["device", "from_first_rank", "model_parallel", "refuse_together"]
+
+T = TypeVar("T")
 
 
 def device() -> torch.device:
@@ -109,3 +112,32 @@ def refuse_together(problem: str | None) -> None:
         torch.distributed.broadcast_object_list(shared, src=0)
     if shared[0] is not None:
         raise ConfigError(shared[0])
+
+
+def from_first_rank(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank.
+
+    Args:
+        make: Called on rank 0 alone; what it returns must pickle.
+
+    Returns:
+        The same value on every rank.
+
+    Raises:
+        ConfigError: Rank 0 met an error of this package or of the operating system; raised on
+            every rank, with its message.
+
+    Collectives:
+        One broadcast over all ranks.
+    """
+    box: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box[0] = make()
+        except (BDLoRAError, OSError) as error:
+            box[1] = explain(error)
+    torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise ConfigError(box[1])
+    made: T = box[0]
+    return made

@@ -6,6 +6,7 @@ that a run is not started five times to find five typing errors.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -149,6 +150,7 @@ def _about_peft(config: TrainConfig) -> list[str]:
             "peft.bdlora.rank and match_params_of_lora_rank are both set; the second decides the "
             "rank: leave one out"
         )
+    problems += _about_start(config)
     if peft.scheme != "bdlora":
         return problems
     tp_size = config.model.tensor_model_parallel_size
@@ -161,5 +163,28 @@ def _about_peft(config: TrainConfig) -> list[str]:
         problems.append(
             f"peft.bdlora.num_blocks is {blocks.num_blocks}; it must be a multiple of "
             f"tensor_model_parallel_size={tp_size}, at which the adapter is trained"
+        )
+    return problems
+
+
+def _about_start(config: TrainConfig) -> list[str]:
+    peft, problems = config.peft, []
+    if peft.init_from is None:
+        if peft.init_structure != "exact":
+            problems.append(
+                f"peft.init_structure is {peft.init_structure} and there is no adapter to start "
+                "from; set peft.init_from, or leave it out"
+            )
+        return problems
+    if peft.scheme == "none":
+        problems.append(
+            "peft.init_from is set and scheme none has no adapter; leave it out, or set "
+            "train.train_iters: 0 to evaluate an adapter"
+        )
+    start, save = os.path.abspath(peft.init_from), os.path.abspath(config.checkpoint.save)
+    if os.path.commonpath([start, save]) == save:
+        problems.append(
+            f"peft.init_from is {peft.init_from}, which lies in checkpoint.save={save} and would "
+            "be replaced; save the run in another folder"
         )
     return problems

@@ -104,6 +104,7 @@ def check_launch(config: TrainConfig, *, ranks: int | None = None) -> None:
     """
     # It knows the layers, and with them imports Megatron-Core, which ``launch`` leaves to ranks.
     from bdlora_megatron.train.peft import resolve_peft
+    from bdlora_megatron.train.start import check_start
 
     model, problems = config.model, []
     hf = read_hf_config(model.hf_path)
@@ -113,6 +114,7 @@ def check_launch(config: TrainConfig, *, ranks: int | None = None) -> None:
         lambda: hf.check_stages(model.pipeline_model_parallel_size),
         lambda: shape.check_tp(model.tensor_model_parallel_size) if adapted else None,
         lambda: resolve_peft(config.peft, hf),
+        lambda: check_start(config, hf),
         lambda: _check_batch(config, _world(config, ranks)),
     ]
     for check in checks:

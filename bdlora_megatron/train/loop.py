@@ -35,6 +35,7 @@ from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.rag import RagOptions
 from bdlora_megatron.train.resume import check_resumable, run_facts, weights_digest
 from bdlora_megatron.train.schema import TrainConfig
+from bdlora_megatron.train.start import load_start, start_digest
 from bdlora_megatron.train.step import Stepper, mean_loss
 from bdlora_megatron.train.stop import PreemptedError, StopRequest
 
@@ -99,14 +100,18 @@ class _Run:
         self.model, self.hf = build_model(config)
         self.steps_done = 0
         self.report: Report | None = None
+        self.told: list[str] = []
 
     def run(self) -> RunResult:
         if self.config.peft.scheme == "none":
             return self._evaluate_base()
         stepper = Stepper(self.model, self.config)
         weights = weights_digest(self.config.model.hf_path, self.hf)
-        facts = run_facts(self.config, self.hf, weights, self.examples)
+        start = start_digest(self.config, self.hf)
+        facts = run_facts(self.config, self.hf, self.examples, weights=weights, start=start)
         self._resume(stepper, facts)
+        if not self.steps_done:
+            self.told = load_start(self.model, self.config, self.hf)
         with self._reporting():
             with StopRequest() as stop:
                 loss = self._steps(stepper, facts, stop)
@@ -150,7 +155,8 @@ class _Run:
         with Report(
             self.folder, self.config.logger, steps_done=self.steps_done, steps=steps
         ) as self.report:
-            self.report.say(self._summary())
+            for line in (self._summary(), *self.told):
+                self.report.say(line)
             yield
 
     def _summary(self) -> str:

@@ -8,15 +8,16 @@ import torch
 
 from bdlora_megatron.blocks import ModuleShape, matching_rank
 from bdlora_megatron.config import Layout, LoRAConfig, resolve
+from bdlora_megatron.convert.adapter import ModuleKey
 from bdlora_megatron.decoder import LINEARS
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.layers.targets import TargetMatcher
-from bdlora_megatron.train.schema import BDLoRASection, PeftSection
+from bdlora_megatron.train.schema import BDLoRASection, LoRASection, PeftSection
 
 if TYPE_CHECKING:
     from bdlora_megatron.models import HFConfig
 
-__all__ = ["resolve_peft"]
+__all__ = ["chosen_section", "resolve_peft", "target_modules"]
 
 _LAYOUTS = {"bdlora": Layout.BDLORA, "lora": Layout.HALF_SHARDED, "slora": Layout.SLORA}
 
@@ -38,7 +39,7 @@ def resolve_peft(peft: PeftSection, hf: HFConfig) -> LoRAConfig | None:
     if peft.scheme == "none":
         return None
     blocked = peft.scheme == "bdlora"
-    section = peft.bdlora if blocked else peft.lora
+    section = chosen_section(peft)
     num_blocks = peft.bdlora.num_blocks if blocked else None
     rank, alpha = resolve(
         rank=_blocked_rank(peft.bdlora, hf) if blocked else peft.lora.rank,
@@ -60,6 +61,11 @@ def resolve_peft(peft: PeftSection, hf: HFConfig) -> LoRAConfig | None:
     )
 
 
+def chosen_section(peft: PeftSection) -> BDLoRASection | LoRASection:
+    """The settings that the scheme reads."""
+    return peft.bdlora if peft.scheme == "bdlora" else peft.lora
+
+
 def _blocked_rank(section: BDLoRASection, hf: HFConfig) -> int | None:
     """The rank that the settings ask for; None for the default.
 
@@ -71,22 +77,37 @@ def _blocked_rank(section: BDLoRASection, hf: HFConfig) -> int | None:
         raise ConfigError("peft.bdlora.num_blocks is missing; set it to the serving size")
     if section.match_params_of_lora_rank is not None:
         return matching_rank(
-            _target_shapes(section, hf),
+            list(target_modules(section, hf).values()),
             lora_rank=section.match_params_of_lora_rank,
             num_blocks=blocks,
         )
     return section.rank
 
 
-def _target_shapes(section: BDLoRASection, hf: HFConfig) -> list[ModuleShape]:
-    """Every projection of every layer that the targets choose."""
+def target_modules(
+    section: BDLoRASection | LoRASection, hf: HFConfig
+) -> dict[ModuleKey, ModuleShape]:
+    """Every projection of every layer that the targets choose, with its widths.
+
+    Args:
+        section: The targets.
+        hf: The base model.
+
+    Returns:
+        The projections, in order.
+
+    Raises:
+        TargetError: A target pattern matches no layer.
+    """
     matcher = TargetMatcher(section.target_modules, section.exclude_modules)
-    shapes, names = [], []
+    chosen: dict[ModuleKey, ModuleShape] = {}
+    names = []
     linears = hf.linears()
     for layer in range(hf.num_layers):
         for facts, linear in zip(LINEARS, linears, strict=True):
             names.append(f"decoder.layers.{layer}.{facts.path}")
             if matcher.matches(names[-1]):
-                shapes += linear.module_shapes()
+                keys = [ModuleKey(layer=layer, name=part.name) for part in facts.projections]
+                chosen.update(zip(keys, linear.module_shapes(), strict=True))
     matcher.check_all_used(names)
-    return shapes
+    return chosen

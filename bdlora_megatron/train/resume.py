@@ -25,6 +25,7 @@ _ROWS = 16
 #: Settings that change nothing about what is learnt: where, how fast, and what is told of it.
 _FREE = (
     "model.hf_path",
+    "peft.init_from",
     "model.model_class",
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
@@ -50,6 +51,7 @@ _SINCE_THEN = {
     "dataset.ignore_keys": [],
     "dataset.rag.document": RagOptions().document,
     "dataset.rag.prompt": RagOptions().prompt,
+    "peft.init_structure": "exact",
 }
 
 
@@ -57,6 +59,7 @@ _COMPARED = {
     "base": "the base model's config differs",
     "weights": "the base model's weights differ",
     "data": "the training data differs",
+    "start": "the adapter that the run starts from (peft.init_from) differs",
 }
 
 
@@ -91,15 +94,21 @@ def weights_digest(folder: str | Path, hf: HFConfig) -> str:
 
 
 def run_facts(
-    config: TrainConfig, hf: HFConfig, weights: str, examples: Sequence[Example]
+    config: TrainConfig,
+    hf: HFConfig,
+    examples: Sequence[Example],
+    *,
+    weights: str,
+    start: str | None,
 ) -> dict[str, Any]:
     """What has to be equal for a run to go on as if it had never stopped.
 
     Args:
         config: The settings.
         hf: The base model's facts; files may have moved.
-        weights: Of ``weights_digest``.
         examples: The training data; likewise.
+        weights: Of ``weights_digest``.
+        start: Of ``start_digest``.
 
     Returns:
         Plain values for ``save_checkpoint``.
@@ -113,6 +122,7 @@ def run_facts(
         "base": repr(hf),
         "weights": weights,
         "data": digest.hexdigest(),
+        "start": start,
     }
 
 
@@ -139,11 +149,12 @@ def check_resumable(saved: Mapping[str, Any], facts: Mapping[str, Any], path: st
             f"{now['train.train_iters']}, which moves the learning-rate schedule; set "
             "scheduler.lr_decay_iters from the start to train longer than planned"
         )
+    # Older checkpoints know nothing of the weights, and started from no adapter.
+    saved = {"weights": facts["weights"], "start": None, **saved}
     problems += [
         f"{what} from the checkpoint's"
         for key, what in _COMPARED.items()
-        # Older checkpoints know nothing of the weights.
-        if key in saved and _unordered(saved[key]) != _unordered(facts[key])
+        if _unordered(str(saved[key])) != _unordered(str(facts[key]))
     ]
     if problems:
         raise ConfigError(

@@ -99,6 +99,11 @@ class PeftSection:
     scheme: Annotated[Literal["bdlora", "lora", "slora", "none"], _NONE] = "bdlora"
     """``lora`` keeps one factor of each pair whole on every rank, ``slora`` splits both and
     communicates at the rank, ``none`` trains nothing and evaluates the base model."""
+    init_from: str | None = None
+    """Folder of an adapter, of any format, whose update the run starts from at step 0."""
+    init_structure: Literal["exact", "truncate"] = "exact"
+    """What becomes of that adapter where its rank in the run's blocks exceeds the run's: refuse it,
+    or take the nearest of the run's rank and tell the error."""
     bdlora: Annotated[BDLoRASection, Section] = field(default_factory=BDLoRASection)
     lora: Annotated[LoRASection, Section] = field(default_factory=LoRASection)
 

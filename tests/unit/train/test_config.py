@@ -175,3 +175,21 @@ def test_how_chats_are_read():
         from_mapping(changed(dataset__chat_template_kwargs=3))
     with pytest.raises(ConfigError, match="are for conversations"):
         from_mapping(changed(dataset__train_on="last", dataset__format="text"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"peft__init_structure": "truncate"}, "there is no adapter to start from"),
+        ({"peft__init_from": "run/adapter"}, "which lies in checkpoint.save="),
+        (
+            {"peft__init_from": "a", "peft__scheme": "none", "dataset__validation": "v.jsonl"},
+            "scheme none has no adapter",
+        ),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_an_adapter_to_start_from_goes_with_the_rest(changes, wanted):
+    (problem,) = problems(changed(**changes))
+    assert wanted in problem
+    assert from_mapping(changed(peft__init_from="runs/adapter")).peft.init_from == "runs/adapter"
