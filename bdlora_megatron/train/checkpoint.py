@@ -42,7 +42,13 @@ def checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
 
 
 def save_checkpoint(
-    folder: str | Path, step: int, stepper: Stepper, facts: Mapping[str, Any], *, keep: int
+    folder: str | Path,
+    step: int,
+    stepper: Stepper,
+    facts: Mapping[str, Any],
+    *,
+    keep: int,
+    spare: int | None = None,
 ) -> Path:
     """Write a checkpoint and remove old ones.
 
@@ -52,6 +58,7 @@ def save_checkpoint(
         stepper: What to save.
         facts: What a resumed run has to agree with; anything that JSON holds.
         keep: How many of the newest checkpoints stay.
+        spare: Steps of one that stays as well.
 
     Returns:
         The checkpoint.
@@ -76,7 +83,9 @@ def save_checkpoint(
         if path.exists():
             shutil.rmtree(path)
         os.replace(unfinished, path)
-        for _, old in checkpoints(folder)[:-keep]:
+        for number, old in checkpoints(folder)[:-keep]:
+            if number == spare:
+                continue
             # Renamed first: what is half removed must not look complete.
             doomed = old.with_name(f"{old.name}.unfinished")
             os.replace(old, doomed)

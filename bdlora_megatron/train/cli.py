@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from bdlora_megatron.errors import ConfigError
@@ -90,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
         return 0  # one of torchrun's; the first one tells
     if args.json:
         exported = [str(path) for path in result.exported]
-        summary = {"steps": result.steps, "validation_loss": result.validation_loss}
-        sys.stdout.write(json.dumps({**summary, "exported": exported}) + "\n")
+        summary = {**asdict(result), "exported": exported}
+        sys.stdout.write(json.dumps(summary) + "\n")
     else:
         sys.stdout.writelines(f"adapter: {path}\n" for path in result.exported)
     return 0

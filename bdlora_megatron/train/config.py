@@ -120,7 +120,31 @@ def _contradictions(config: TrainConfig) -> list[str]:
             f"scheduler.lr_warmup_iters is {config.scheduler.lr_warmup_iters}; it must be less "
             f"than the {decay} steps of the schedule"
         )
-    return problems + _about_data(config)
+    return problems + _about_data(config) + _about_best(config)
+
+
+def _about_best(config: TrainConfig) -> list[str]:
+    train, problems = config.train, []
+    wanted = {
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "train.early_stopping_patience": train.early_stopping_patience is not None,
+    }
+    for name in (name for name, asked in wanted.items() if asked):
+        if config.peft.scheme == "none":
+            problems.append(f"{name} is set and scheme none trains nothing; leave it out")
+        elif not config.dataset.validation:
+            problems.append(f"{name} goes by the validation loss; name files in dataset.validation")
+        elif not train.eval_interval:
+            problems.append(
+                f"{name} compares evaluations and train.eval_interval is 0, which makes one at the "
+                "end; set the steps between them"
+            )
+    if train.early_stopping_min_delta and train.early_stopping_patience is None:
+        problems.append(
+            f"train.early_stopping_min_delta is {train.early_stopping_min_delta} and nothing stops "
+            "early; set train.early_stopping_patience, or leave it out"
+        )
+    return problems
 
 
 def _about_data(config: TrainConfig) -> list[str]:

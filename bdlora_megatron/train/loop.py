@@ -19,7 +19,8 @@ from bdlora_megatron.export import main_weights, write_peft_folders
 from bdlora_megatron.layers import collect_adapter
 from bdlora_megatron.models import read_hf_config
 from bdlora_megatron.models.check import base_shape
-from bdlora_megatron.runtime import model_parallel, refuse_together
+from bdlora_megatron.runtime import from_first_rank, model_parallel, refuse_together
+from bdlora_megatron.train.best import BEST_ADAPTER, Best, write_best
 from bdlora_megatron.train.chats import ChatOptions
 from bdlora_megatron.train.checkpoint import (
     checkpoints,
@@ -52,11 +53,17 @@ class RunResult:
         steps: Steps done in all.
         validation_loss: The last evaluation's; None without validation data.
         exported: PEFT folders that were written.
+        best_validation_loss: The lowest of all evaluations between steps; None without any.
+        best_step: Steps done at that one.
+        stopped_early: Whether it ended before its last step (``train.early_stopping_patience``).
     """
 
     steps: int
     validation_loss: float | None
     exported: tuple[Path, ...]
+    best_validation_loss: float | None = None
+    best_step: int | None = None
+    stopped_early: bool = False
 
 
 def train(config: TrainConfig) -> RunResult:
@@ -101,6 +108,7 @@ class _Run:
         self.steps_done = 0
         self.report: Report | None = None
         self.told: list[str] = []
+        self.best = Best()
 
     def run(self) -> RunResult:
         if self.config.peft.scheme == "none":
@@ -117,9 +125,18 @@ class _Run:
                 loss = self._steps(stepper, facts, stop)
             if self.report is not None:
                 self.report.draw()
-            with main_weights(self.model):
-                exported = self._export()
-        return RunResult(steps=self.steps_done, validation_loss=loss, exported=exported)
+            wanted = {ADAPTER: self.config.export.peft, DENSE_ADAPTER: self.config.export.dense}
+            exported = self._export(*(name for name, asked in wanted.items() if asked))
+            if self.config.checkpoint.keep_best and self.best.loss is not None:
+                exported += (self.folder / BEST_ADAPTER,)
+        return RunResult(
+            steps=self.steps_done,
+            validation_loss=loss,
+            exported=exported,
+            best_validation_loss=self.best.loss,
+            best_step=None if self.best.loss is None else self.best.step,
+            stopped_early=self.steps_done < self.config.train.train_iters,
+        )
 
     def _evaluate_base(self) -> RunResult:
         loss = mean_loss(self.model, self._validation_batches(), self.config)
@@ -138,13 +155,25 @@ class _Run:
                 f"{self.folder} holds checkpoints up to step {step}; set checkpoint.resume=true to "
                 "go on, or name another folder in checkpoint.save"
             )
-        check_resumable(read_facts(path), facts, str(path))
+        saved = read_facts(path)
+        check_resumable(saved, facts, str(path))
         self.steps_done = load_checkpoint(path, stepper)
+        self._restore_best(Best.of_checkpoint(saved), dict(found))
         if self.steps_done > self.config.train.train_iters:
             raise ConfigError(
                 f"{path} has {self.steps_done} steps behind it, more than train.train_iters="
                 f"{self.config.train.train_iters}; raise it, or name another folder"
             )
+
+    def _restore_best(self, best: Best, found: dict[int, Path]) -> None:
+        if self.config.checkpoint.keep_best and best.loss is not None:
+            kept = found.get(best.step)
+            if kept is None:
+                # It was not asked for before: the next evaluation is the first that is kept.
+                best.loss, best.step = None, 0
+            else:
+                from_first_rank(lambda: write_best(kept, self.config.model.hf_path))
+        self.best = best
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -173,6 +202,8 @@ class _Run:
         rows = _rows(self.config, self.examples, shuffled=True)
         loss = None
         for step in range(self.steps_done, settings.train_iters):
+            if self.best.why_stop(settings):
+                break
             started = time.perf_counter()
             batches = [
                 rows.batch([rows.in_training_order(number) for number in numbers])
@@ -184,27 +215,48 @@ class _Run:
                 tokens = settings.global_batch_size * self.config.model.seq_length
                 seconds = time.perf_counter() - started
                 self.report.step(self.steps_done, result, tokens / seconds)
-            stopping = stop.agreed()
+            stopping, improved = stop.agreed(), False
             if not stopping and _due(self.steps_done, settings.eval_interval, last=last):
                 loss = self._evaluate()
+                improved = self._keep_best()
+                last = last or self.best.why_stop(settings) is not None
                 stopping = stop.agreed()
-            if stopping or _due(self.steps_done, checkpoint.save_interval, last=last):
-                save_checkpoint(self.folder, self.steps_done, stepper, facts, keep=checkpoint.keep)
+            if stopping or improved or _due(self.steps_done, checkpoint.save_interval, last=last):
+                save_checkpoint(
+                    self.folder,
+                    self.steps_done,
+                    stepper,
+                    {**facts, **self.best.facts()},
+                    keep=checkpoint.keep,
+                    spare=self.best.step if checkpoint.keep_best else None,
+                )
             if stopping:
                 raise PreemptedError(
                     f"stopped by SIGTERM and saved after step {self.steps_done} of "
                     f"{settings.train_iters}; the same command goes on from there"
                 )
+        if self.report is not None and self.steps_done < settings.train_iters:
+            self.report.say(f"stopped after step {self.steps_done}: {self.best.why_stop(settings)}")
         # A finished run that is started again tells its result again.
         return self._evaluate() if loss is None else loss
 
     def _evaluate(self) -> float | None:
         if not len(self.validation):
             return None
-        loss = mean_loss(self.model, self._validation_batches(), self.config)
+        own = mean_loss(self.model, self._validation_batches(), self.config)
+        # Ranks end a run together by what they see: the last bit must not differ.
+        loss = from_first_rank(lambda: own)
+        self.best.note(self.steps_done, loss, self.config.train)
         if self.report is not None:
-            self.report.evaluation(self.steps_done, loss)
+            self.report.evaluation(self.steps_done, loss, self.best.step)
         return loss
+
+    def _keep_best(self) -> bool:
+        """Write the adapter if this step's evaluation is the lowest so far; whether it is."""
+        improved = self.config.checkpoint.keep_best and self.best.step == self.steps_done
+        if improved:
+            self._export(BEST_ADAPTER)
+        return improved
 
     def _validation_batches(self) -> list[Batch]:
         """This rank's share; empty rows where the data doesn't fill a batch."""
@@ -218,11 +270,11 @@ class _Run:
             for numbers in self.share.numbers(step)
         ]
 
-    def _export(self) -> tuple[Path, ...]:
-        wanted = {ADAPTER: self.config.export.peft, DENSE_ADAPTER: self.config.export.dense}
-        folders = {self.folder / n: n == DENSE_ADAPTER for n, asked in wanted.items() if asked}
+    def _export(self, *names: str) -> tuple[Path, ...]:
+        folders = {self.folder / name: name == DENSE_ADAPTER for name in names}
         if folders:
-            adapter = collect_adapter(self.model, self.folder.name, base_shape(self.hf))
+            with main_weights(self.model):
+                adapter = collect_adapter(self.model, self.folder.name, base_shape(self.hf))
             write_peft_folders(adapter, folders, base_model=self.config.model.hf_path)
         return tuple(folders)
 

@@ -100,10 +100,18 @@ class Report:
         )
         self._to_board(step, {f"train/{name}": value for name, value in metrics.items()})
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Note the mean loss on the validation data after ``step`` steps."""
-        self._write({"step": step, "validation_loss": loss})
-        self.say(f"step {step}/{self._steps}  validation loss {loss:.4f}")
+    def evaluation(self, step: int, loss: float, best_step: int | None = None) -> None:
+        """Note an evaluation.
+
+        Args:
+            step: Steps done.
+            loss: The mean loss on the validation data.
+            best_step: Steps done at the lowest one so far; None where nobody compares them.
+        """
+        compared = {} if best_step is None else {"best_step": best_step}
+        self._write({"step": step, "validation_loss": loss, **compared})
+        mark = "  lowest so far" if best_step == step else ""
+        self.say(f"step {step}/{self._steps}  validation loss {loss:.4f}{mark}")
         self._to_board(step, {"validation/loss": loss})
 
     def say(self, line: str) -> None:

@@ -39,6 +39,7 @@ _FREE = (
     "train.micro_batch_size",
     "train.eval_interval",
     "train.eval_iters",
+    "train.early_stopping_",
     "checkpoint.",
     "logger.",
     "export.",

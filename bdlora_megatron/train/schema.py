@@ -165,6 +165,10 @@ class TrainSection:
     """Steps between evaluations; 0 evaluates at the end only."""
     eval_iters: Natural = 0
     """Batches of ``global_batch_size`` rows in an evaluation; 0 takes all validation data."""
+    early_stopping_patience: Count | None = None
+    """End the run after so many evaluations in a row without a lower validation loss."""
+    early_stopping_min_delta: Number = 0.0
+    """How much lower a loss must be to count for that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
@@ -201,6 +205,9 @@ class CheckpointSection:
     """Steps between checkpoints; 0 saves at the end only."""
     keep: Count = 2
     """How many of the newest checkpoints stay."""
+    keep_best: Flag = False
+    """Keep the checkpoint of the lowest validation loss beside them, and its adapter as
+    ``adapter-best/``."""
     resume: Flag = True
     """Go on from the newest checkpoint in ``save``, if there is one; else refuse the folder."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bdlora_megatron import runtime
+from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.train import corpus
 from bdlora_megatron.train.config import from_mapping
 from bdlora_megatron.train.examples import Documents
@@ -127,3 +130,16 @@ def train_rank(rank: int, world_size: int, config: TrainConfig) -> Any:
     """The body of a rank: a whole run."""
     runtime.enable_cpu()
     return train(config)
+
+
+def train_each(rank: int, world_size: int, configs: list[TrainConfig]) -> list[tuple[Any, str]]:
+    """The body of a rank: several runs one after another, each with what it gave and said."""
+    told = []
+    for config in configs:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            try:
+                result = train_rank(rank, world_size, config)
+            except ConfigError as error:
+                result = error
+        told.append((result, out.getvalue()))
+    return told

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 
@@ -21,7 +19,7 @@ from bdlora_megatron.train.launch import check_launch
 from bdlora_megatron.train.loop import ADAPTER
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
-from tests.train.runs import VOCAB, make_files, settings, train_rank
+from tests.train.runs import VOCAB, make_files, settings, train_each, train_rank
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -101,22 +99,10 @@ def test_a_run_starts_with_the_function_of_pefts_adapter(
     assert options["lora_alpha"] == section.get("alpha", 2 * section["rank"])
 
 
-def _train_each(rank, world_size, configs):
-    """Several runs in one process, and what each says."""
-    told = []
-    for config in configs:
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            try:
-                train_rank(rank, world_size, config)
-            except ConfigError as error:
-                out.write(f"refused: {error}")
-        told.append(out.getvalue())
-    return told
-
-
 def _told(*configs):
-    (told,) = run_ranks(1, _train_each, configs)
-    return told
+    """What each of several runs says, or why it is refused."""
+    (ended,) = run_ranks(1, train_each, configs)
+    return [f"refused: {end}" if isinstance(end, ConfigError) else said for end, said in ended]
 
 
 def test_every_format_starts_the_same_run_to_the_bit(root, vanilla, tmp_path):

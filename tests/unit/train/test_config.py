@@ -193,3 +193,28 @@ def test_an_adapter_to_start_from_goes_with_the_rest(changes, wanted):
     (problem,) = problems(changed(**changes))
     assert wanted in problem
     assert from_mapping(changed(peft__init_from="runs/adapter")).peft.init_from == "runs/adapter"
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"checkpoint__keep_best": True}, "checkpoint.keep_best goes by the validation loss; name"),
+        (
+            {"train__early_stopping_patience": 2, "dataset__validation": "v.jsonl"},
+            "early_stopping_patience compares evaluations and train.eval_interval is 0",
+        ),
+        (
+            {"train__early_stopping_min_delta": 0.1, "train__eval_interval": 2},
+            "early_stopping_min_delta is 0.1 and nothing stops early",
+        ),
+        ({"train__early_stopping_patience": 0}, "early_stopping_patience is 0; wanted at least 1"),
+        (
+            {"checkpoint__keep_best": True, "peft__scheme": "none", "dataset__validation": "v"},
+            "checkpoint.keep_best is set and scheme none trains nothing",
+        ),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_the_best_step_needs_evaluations(changes, wanted):
+    (problem,) = problems(changed(**changes))
+    assert wanted in problem
