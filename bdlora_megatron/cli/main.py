@@ -20,6 +20,7 @@ _COMMANDS = {
     "convert": "bdlora_megatron.cli.convert",
     "inspect": "bdlora_megatron.cli.inspect",
     "verify": "bdlora_megatron.cli.verify",
+    "merge": "bdlora_megatron.cli.merge",
     "plan": "bdlora_megatron.cli.plan",
     "bench": "bdlora_megatron.cli.bench",
     "train": "bdlora_megatron.train.cli",

@@ -27,6 +27,7 @@ class TensorFiles:
 
     Attributes:
         shapes: Shape of every tensor by name.
+        files: The names of the files that hold them.
 
     Args:
         folder: The model's folder, with one ``model.safetensors`` or an index of several files.
@@ -37,6 +38,7 @@ class TensorFiles:
     """
 
     shapes: dict[str, tuple[int, ...]]
+    files: tuple[str, ...]
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
@@ -74,7 +76,8 @@ class TensorFiles:
         named = self._file_of_each()
         unread: dict[str, str] = {}
         problems = []
-        for file in sorted(set(named.values())) if named else [_SINGLE]:
+        self.files = tuple(sorted(set(named.values()))) if named else (_SINGLE,)
+        for file in self.files:
             if Path(file).name != file:
                 unread[file] = "the index names a file outside the folder"
                 continue
