@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
@@ -132,14 +133,22 @@ def _at(cls: Any, sections: Sequence[str]) -> Any:
     """The class of a section; None within a list or any other value."""
     for name in sections:
         field = _fields(cls).get(name)
-        cls = field.annotation if field is not None else None
+        cls = _section(field.annotation) if field is not None else None
     return cls
+
+
+def _section(annotation: Any) -> Any:
+    """A section that may be left out, without its None."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation
+    return next((each for each in get_args(annotation) if is_dataclass(each)), annotation)
 
 
 def _leaves(cls: Any, where: str = "") -> Iterator[str]:
     for name, field in _fields(cls).items():
-        if is_dataclass(field.annotation):
-            yield from _leaves(field.annotation, f"{where}{name}.")
+        section = _section(field.annotation)
+        if is_dataclass(section):
+            yield from _leaves(section, f"{where}{name}.")
         else:
             yield f"{where}{name}"
 

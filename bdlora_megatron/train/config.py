@@ -17,7 +17,7 @@ from bdlora_megatron.settings import list_problems, read_settings
 from bdlora_megatron.train.rag import RagOptions, template_problems
 from bdlora_megatron.train.schema import TrainConfig
 
-__all__ = ["from_mapping", "load_config", "to_mapping"]
+__all__ = ["flat", "from_mapping", "load_config", "to_mapping"]
 
 _WHAT = "the training settings"
 
@@ -85,6 +85,15 @@ def to_mapping(config: TrainConfig) -> dict[str, Any]:
     """The settings as plain nested values, which ``from_mapping`` reads."""
     plain: dict[str, Any] = _plain(asdict(config))
     return plain
+
+
+def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys, such as ``peft.bdlora.rank``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        full = f"{where}{key}"
+        found.update(flat(value, f"{full}.") if isinstance(value, Mapping) else {full: value})
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from bdlora_megatron import runtime
-from bdlora_megatron.errors import BDLoRAError, ConfigError
+from bdlora_megatron.errors import BDLoRAError, ConfigError, MissingDependencyError
 from bdlora_megatron.models import read_hf_config
 from bdlora_megatron.runtime.launch import bind_gloo, join_ranks, rank_context
 from bdlora_megatron.train.data import ShareOfBatch
+from bdlora_megatron.train.loggers import missing_loggers
 from bdlora_megatron.train.schema import TrainConfig
 from bdlora_megatron.train.stop import PreemptedError, StopRequest
 
@@ -113,6 +114,7 @@ def check_launch(config: TrainConfig, *, ranks: int | None = None) -> None:
     checks: list[Callable[[], object]] = [
         lambda: hf.check_stages(model.pipeline_model_parallel_size),
         lambda: shape.check_tp(model.tensor_model_parallel_size) if adapted else None,
+        lambda: _check_loggers(config),
         lambda: resolve_peft(config.peft, hf),
         lambda: check_start(config, hf),
         lambda: _check_batch(config, _world(config, ranks)),
@@ -143,6 +145,11 @@ def _check_batch(config: TrainConfig, ranks: int) -> None:
         dp_rank=0,
         dp_size=ranks // config.model_parallel_size,
     )
+
+
+def _check_loggers(config: TrainConfig) -> None:
+    if missing := missing_loggers(config.logger):
+        raise MissingDependencyError(missing)
 
 
 def _count(config: TrainConfig, ranks: int | None) -> int:

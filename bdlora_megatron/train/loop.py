@@ -31,6 +31,7 @@ from bdlora_megatron.train.checkpoint import (
 from bdlora_megatron.train.corpus import Corpus, Storage, read_examples
 from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch
 from bdlora_megatron.train.examples import Documents, load_tokenizer
+from bdlora_megatron.train.loggers import missing_loggers
 from bdlora_megatron.train.metrics import Report
 from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.rag import RagOptions
@@ -97,6 +98,7 @@ def train(config: TrainConfig) -> RunResult:
 class _Run:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        refuse_together(missing_loggers(config.logger))
         self.folder = Path(config.checkpoint.save)
         self.share = _share(config)
         tokenizer = load_tokenizer(config.model.hf_path)
@@ -177,13 +179,14 @@ class _Run:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        if torch.distributed.get_rank() != 0:
+        def begin() -> None:
+            self.report = Report(self.folder, self.config, steps_done=self.steps_done)
+
+        from_first_rank(begin)
+        if self.report is None:
             yield
             return
-        steps = self.config.train.train_iters
-        with Report(
-            self.folder, self.config.logger, steps_done=self.steps_done, steps=steps
-        ) as self.report:
+        with self.report:
             for line in (self._summary(), *self.told):
                 self.report.say(line)
             yield

@@ -1,4 +1,4 @@
-"""What a run tells: progress and losses on the terminal, a file, TensorBoard, a loss curve."""
+"""What a run tells: progress and losses on the terminal, a file, loggers, a loss curve."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from types import TracebackType
 from typing import Any
 
 from bdlora_megatron.errors import MissingDependencyError
-from bdlora_megatron.train.schema import LoggerSection
+from bdlora_megatron.train.loggers import Outcome, open_loggers
+from bdlora_megatron.train.schema import LoggerSection, TrainConfig
 from bdlora_megatron.train.step import StepResult
+from bdlora_megatron.train.stop import PreemptedError
 
 __all__ = ["Report", "read_metrics"]
 
@@ -32,20 +34,19 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 class Report:
     """The record of one run; on one rank only."""
 
-    def __init__(
-        self, folder: Path, settings: LoggerSection, *, steps_done: int, steps: int
-    ) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, *, steps_done: int) -> None:
         """Go on with the record of the steps done.
 
         Args:
             folder: The run's folder.
-            settings: What to tell.
+            config: The run's settings.
             steps_done: Steps of the checkpoint that the run goes on from.
-            steps: Steps of the whole run.
 
         Raises:
-            MissingDependencyError: A package of the extra ``train`` is not installed.
+            ConfigError: A logger refuses.
+            MissingDependencyError: The package of a logger or of the loss curve is not installed.
         """
+        settings, steps = config.logger, config.train.train_iters
         self._folder, self._settings, self._steps = folder, settings, steps
         folder.mkdir(parents=True, exist_ok=True)
         if settings.loss_curve:
@@ -57,7 +58,7 @@ class Report:
         os.replace(unfinished, folder / METRICS)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._bar = _progress_bar(settings, steps_done, steps)
-        self._board = _board(folder, steps_done) if settings.tensorboard else None
+        self._loggers = open_loggers(folder, config, steps_done)
 
     def __enter__(self) -> Report:
         return self
@@ -68,11 +69,11 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        del kind, error, trace
+        del error, trace
         self._file.close()
         self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        for logger in self._loggers:
+            logger.close(_outcome(kind))
 
     def step(self, step: int, result: StepResult, tokens_per_second: float) -> None:
         """Note a step.
@@ -98,7 +99,7 @@ class Report:
             + ("" if result.grad_norm is None else f"gradient {result.grad_norm:.3f}  ")
             + f"{tokens_per_second:,.0f} tokens/s"
         )
-        self._to_board(step, {f"train/{name}": value for name, value in metrics.items()})
+        self._log(step, {f"train/{name}": value for name, value in metrics.items()})
 
     def evaluation(self, step: int, loss: float, best_step: int | None = None) -> None:
         """Note an evaluation.
@@ -112,7 +113,7 @@ class Report:
         self._write({"step": step, "validation_loss": loss, **compared})
         mark = "  lowest so far" if best_step == step else ""
         self.say(f"step {step}/{self._steps}  validation loss {loss:.4f}{mark}")
-        self._to_board(step, {"validation/loss": loss})
+        self._log(step, {"validation/loss": loss})
 
     def say(self, line: str) -> None:
         """Print a line without tearing the progress bar."""
@@ -141,10 +142,16 @@ class Report:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
-    def _to_board(self, step: int, values: Mapping[str, float | None]) -> None:
-        for name, value in values.items():
-            if self._board is not None and value is not None:
-                self._board.add_scalar(name, value, step)
+    def _log(self, step: int, values: Mapping[str, float | None]) -> None:
+        known = {name: value for name, value in values.items() if value is not None}
+        for logger in self._loggers:
+            logger.log(step, known)
+
+
+def _outcome(error: type[BaseException] | None) -> Outcome:
+    if error is None:
+        return "finished"
+    return "killed" if issubclass(error, PreemptedError | KeyboardInterrupt) else "failed"
 
 
 def _progress_bar(settings: LoggerSection, done: int, steps: int) -> Any:
@@ -152,17 +159,6 @@ def _progress_bar(settings: LoggerSection, done: int, steps: int) -> Any:
 
     hidden = not settings.progress_bar
     return tqdm(initial=done, total=steps, desc="train", unit="step", disable=hidden)
-
-
-def _board(folder: Path, steps_done: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingDependencyError(
-            "logger.tensorboard needs TensorBoard; pip install 'bdlora-megatron[train]', or set "
-            "logger.tensorboard=false"
-        ) from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)
 
 
 def _import_pyplot() -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.models import HFConfig, TensorFiles
-from bdlora_megatron.train.config import to_mapping
+from bdlora_megatron.train.config import flat, to_mapping
 from bdlora_megatron.train.examples import Example
 from bdlora_megatron.train.rag import RagOptions
 from bdlora_megatron.train.schema import TrainConfig
@@ -138,7 +138,7 @@ def check_resumable(saved: Mapping[str, Any], facts: Mapping[str, Any], path: st
     Raises:
         ConfigError: They differ; all differences are listed.
     """
-    before, now = (_SINCE_THEN | _flat(each["settings"]) for each in (saved, facts))
+    before, now = (_SINCE_THEN | flat(each["settings"]) for each in (saved, facts))
     problems = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -175,11 +175,3 @@ def _schedule_moves(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
         and now["scheduler.lr_decay_iters"] is None
         and now["scheduler.lr_decay_style"] != "constant"
     )
-
-
-def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        full = f"{where}{key}"
-        flat.update(_flat(value, f"{full}.") if isinstance(value, Mapping) else {full: value})
-    return flat

@@ -27,6 +27,7 @@ __all__ = [
     "ExportSection",
     "LoRASection",
     "LoggerSection",
+    "MlflowSection",
     "ModelSection",
     "OptimizerSection",
     "PeftSection",
@@ -35,6 +36,7 @@ __all__ = [
     "SchedulerSection",
     "TrainConfig",
     "TrainSection",
+    "WandbSection",
 ]
 
 
@@ -213,6 +215,29 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
+class WandbSection:
+    """A run of Weights & Biases; needs the extra ``wandb``."""
+
+    project: str
+    name: str | None = None
+    """The run's name; Weights & Biases makes one up by default."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """``offline`` writes into the run's folder, for ``wandb sync``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
+class MlflowSection:
+    """A run of MLflow; needs the extra ``mlflow``."""
+
+    tracking_uri: str
+    """Of a server, or of a store; a password belongs into MLflow's environment variables."""
+    experiment: str
+    """Its name; made if need be."""
+    run_name: str | None = None
+    """MLflow makes one up by default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)
 class LoggerSection:
     """What is shown and written down."""
 
@@ -221,6 +246,8 @@ class LoggerSection:
     progress_bar: Flag = True
     tensorboard: Flag = True
     """Write TensorBoard's events; needs the extra ``train``."""
+    wandb: WandbSection | None = None
+    mlflow: MlflowSection | None = None
     loss_curve: Flag = True
     """Draw ``loss.png`` at the end; needs the extra ``train``."""
 

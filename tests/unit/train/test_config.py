@@ -218,3 +218,16 @@ def test_an_adapter_to_start_from_goes_with_the_rest(changes, wanted):
 def test_the_best_step_needs_evaluations(changes, wanted):
     (problem,) = problems(changed(**changes))
     assert wanted in problem
+
+
+def test_sections_that_may_be_left_out_are_checked_like_others():
+    logger = {"wandb": {"projct": "p"}, "mlflow": {"experiment": "e", "tracking_uri": 3}}
+    assert sorted(problems(changed(logger=logger, peft__run_name="x"))) == [
+        "logger.mlflow.tracking_uri is 3; wanted text",
+        "logger.wandb.projct is unknown; did you mean logger.wandb.project?",
+        "logger.wandb.project is missing",
+        "peft.run_name is unknown; did you mean logger.mlflow.run_name?",
+    ]
+    config = from_mapping(changed(logger={"wandb": {"project": "p"}, "mlflow": None}))
+    assert (config.logger.wandb.mode, config.logger.mlflow) == ("online", None)
+    assert from_mapping(to_mapping(config)) == config
