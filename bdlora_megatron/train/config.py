@@ -124,7 +124,7 @@ def _contradictions(config: TrainConfig) -> list[str]:
     if optimizer.min_lr > optimizer.lr:
         problems.append(f"optimizer.min_lr is {optimizer.min_lr}; lr={optimizer.lr} is smaller")
     decay = config.scheduler.lr_decay_iters or train.train_iters
-    if config.scheduler.lr_warmup_iters >= decay:
+    if config.scheduler.lr_warmup_iters >= max(decay, 1):
         problems.append(
             f"scheduler.lr_warmup_iters is {config.scheduler.lr_warmup_iters}; it must be less "
             f"than the {decay} steps of the schedule"

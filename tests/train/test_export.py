@@ -6,20 +6,17 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import load_hf_model, read_adapter
 from bdlora_megatron.layers import LoadOptions, load_adapter
-from bdlora_megatron.train.checkpoint import checkpoints, load_checkpoint
+from bdlora_megatron.train.checkpoint import checkpoints
 from bdlora_megatron.train.loop import ADAPTER, DENSE_ADAPTER
-from bdlora_megatron.train.model import build_model
-from bdlora_megatron.train.step import Stepper
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.session import model_parallel
-from tests.train.runs import VOCAB, make_files, settings, train_rank
+from tests.train.logits import checkpoint_logits, megatron_logits, peft_logits
+from tests.train.runs import make_files, settings, train_rank
 from tests.unit.convert.random_adapters import assert_same
 
 SCHEMES = {
@@ -42,42 +39,11 @@ def root(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("export"))
 
 
-def _tokens():
-    return torch.randint(0, VOCAB, (2, 13), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def _peft_logits(base, adapter=None):
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.eval()(_tokens()).logits
-
-
-def _checkpoint_logits(rank, world_size, config):
-    """Logits of the last checkpoint, at another number of ranks than it was written on."""
-    with model_parallel(config.model.tensor_model_parallel_size):
-        stepper = Stepper(build_model(config)[0], config)
-        step, path = checkpoints(config.checkpoint.save)[-1]
-        assert load_checkpoint(path, stepper) == step == config.train.train_iters
-        return _megatron_logits(stepper.model.module)
-
-
-@torch.no_grad()
-def _megatron_logits(model):
-    ids = _tokens()
-    length = ids.size(1)
-    hidden = torch.ones(length, length).triu(1).bool().expand(len(ids), 1, -1, -1)
-    positions = torch.arange(length).expand(len(ids), -1)
-    model.eval()
-    return model(ids, positions, hidden, runtime_gather_output=True)[..., :VOCAB]
-
-
 def _loaded_logits(rank, world_size, base, adapter):
     with model_parallel(world_size):
         model = load_hf_model(base, dtype=torch.float32)
         load_adapter(model, read_adapter(adapter), LoadOptions(layout=Layout.BDLORA))
-        return _megatron_logits(model)
+        return megatron_logits(model)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -89,13 +55,13 @@ def test_trained_at_three_ranks_resumed_at_one_peft_computes_the_same(root, tmp_
     run_ranks(3, train_rank, first)
     second = settings(root, tmp_path, train__train_iters=5, **common, **export)
     run_ranks(1, train_rank, second)
-    (trained,) = run_ranks(1, _checkpoint_logits, second)
-    base = _peft_logits(root / "base")
+    (trained,) = run_ranks(1, checkpoint_logits, second)
+    base = peft_logits(root / "base")
     assert (trained - base).abs().max() > 0.05 * base.abs().max(), (
         "the adapter does next to nothing"
     )
     for name in (ADAPTER, DENSE_ADAPTER):
-        found = _peft_logits(root / "base", tmp_path / name)
+        found = peft_logits(root / "base", tmp_path / name)
         assert_close(found, trained, f"PEFT's logits of {name}", (1e-5, 1e-4))
     exported = read_adapter(tmp_path / ADAPTER)
     assert_same(read_adapter(checkpoints(tmp_path)[-1][1]), exported)
@@ -117,10 +83,10 @@ def test_begun_on_one_rank_and_ended_on_four_peft_computes_the_same(root, tmp_pa
     model = {"hf_path": str(root / "base"), "seq_length": 48, "sequence_parallel": True, **sizes}
     run_ranks(4, train_rank, settings(root, tmp_path, train__train_iters=4, model=model, **common))
     last = settings(root, tmp_path, train__train_iters=4, **common)
-    (trained,) = run_ranks(1, _checkpoint_logits, last)
-    base = _peft_logits(root / "base")
+    (trained,) = run_ranks(1, checkpoint_logits, last)
+    base = peft_logits(root / "base")
     assert (trained - base).abs().max() > 0.05 * base.abs().max()
-    found = _peft_logits(root / "base", tmp_path / ADAPTER)
+    found = peft_logits(root / "base", tmp_path / ADAPTER)
     assert_close(found, trained, "PEFT's logits", (1e-5, 1e-4))
 
 

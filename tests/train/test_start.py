@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from bdlora_megatron.convert import read_adapter, write_adapter
 from bdlora_megatron.convert.adapter.compare import compare_adapters
+from bdlora_megatron.convert.merge import merge_adapter
 from bdlora_megatron.convert.structure import Structure, restructure
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.train.checkpoint import checkpoints
+from bdlora_megatron.train.config import load_config
 from bdlora_megatron.train.launch import check_launch
-from bdlora_megatron.train.loop import ADAPTER
+from bdlora_megatron.train.loop import ADAPTER, BEST_ADAPTER
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
-from tests.train.runs import VOCAB, make_files, settings, train_each, train_rank
+from tests.train.logits import checkpoint_logits, peft_logits, tokens
+from tests.train.runs import make_files, settings, train_each, train_rank
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "train"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -43,60 +48,47 @@ def _train_in_peft(root, folder, **options):
     adam = torch.optim.Adam(factors, lr=0.05)
     for _ in range(3):
         adam.zero_grad()
-        model(input_ids=_tokens(), labels=_tokens()).loss.backward()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
         adam.step()
     model.save_pretrained(folder)
     return folder
-
-
-def _tokens():
-    return torch.randint(0, VOCAB, (2, 13), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def _logits(root, adapter=None):
-    model = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.eval()(_tokens()).logits
 
 
 def _start(root, save, init_from, peft, **changes):
     return settings(root, save, peft={"init_from": str(init_from), **peft}, **changes)
 
 
-def _started(root, save, init_from, peft, ranks=1, **changes):
-    """The adapter that a run of no steps exports."""
-    config = _start(root, save, init_from, peft, train__train_iters=0, **changes)
-    run_ranks(ranks, train_rank, config)
-    return save / ADAPTER
-
-
 BLOCKS = {"bdlora": {"num_blocks": 6, "rank": 24}}
-
-
-@pytest.mark.parametrize(
-    ("peft", "ranks", "changes"),
-    [
-        (BLOCKS, 3, {"model__tensor_model_parallel_size": 3}),
-        (BLOCKS, 2, {"model__pipeline_model_parallel_size": 2}),
-        ({"bdlora": {"num_blocks": 6, "rank": 36, "alpha": 54}}, 1, {}),
-        ({"scheme": "lora", "lora": {"rank": 4}}, 2, {"model__tensor_model_parallel_size": 2}),
-        ({"scheme": "slora", "lora": {"rank": 6}}, 2, {"model__tensor_model_parallel_size": 2}),
+TENSOR, STAGES = "model__tensor_model_parallel_size", "model__pipeline_model_parallel_size"
+#: What PEFT's vanilla LoRA of rank 4 becomes, and over which ranks, by their number.
+BECOMES = {
+    3: [(BLOCKS, {TENSOR: 3})],
+    2: [
+        (BLOCKS, {STAGES: 2}),
+        ({"bdlora": {"num_blocks": 6, "rank": 36, "alpha": 54}}, {TENSOR: 2}),
+        ({"scheme": "lora", "lora": {"rank": 4}}, {TENSOR: 2}),
+        ({"scheme": "slora", "lora": {"rank": 6}}, {TENSOR: 2}),
     ],
-    ids=["tp3", "pp2", "more-rank", "lora", "slora"],
-)
-def test_a_run_starts_with_the_function_of_pefts_adapter(
-    root, vanilla, tmp_path, peft, ranks, changes
-):
-    adapter = _started(root, tmp_path, vanilla, peft, ranks, **changes)
-    wanted, base = _logits(root, vanilla), _logits(root)
+}
+
+
+@pytest.mark.parametrize("ranks", BECOMES)
+def test_a_run_starts_with_the_function_of_pefts_adapter(root, vanilla, tmp_path, ranks):
+    configs = [
+        _start(root, tmp_path / str(number), vanilla, peft, train__train_iters=0, **changes)
+        for number, (peft, changes) in enumerate(BECOMES[ranks])
+    ]
+    run_ranks(ranks, train_each, configs)
+    wanted, base = peft_logits(root / "base", vanilla), peft_logits(root / "base")
     assert (wanted - base).abs().max() > 0.05 * base.abs().max()
-    assert_close(_logits(root, adapter), wanted, "PEFT's logits", (1e-5, 1e-4))
-    options = json.loads((adapter / "adapter_config.json").read_text())
-    section = peft.get("bdlora") or peft["lora"]
-    assert options["r"] == section["rank"]
-    assert options["lora_alpha"] == section.get("alpha", 2 * section["rank"])
+    for number, (peft, _) in enumerate(BECOMES[ranks]):
+        adapter = tmp_path / str(number) / ADAPTER
+        found = peft_logits(root / "base", adapter)
+        assert_close(found, wanted, f"PEFT's logits of {peft}", (1e-5, 1e-4))
+        options = json.loads((adapter / "adapter_config.json").read_text())
+        section = peft.get("bdlora") or peft["lora"]
+        assert options["r"] == section["rank"]
+        assert options["lora_alpha"] == section.get("alpha", 2 * section["rank"])
 
 
 def _told(*configs):
@@ -168,8 +160,8 @@ def test_what_the_adapter_lacks_starts_fresh_and_is_told(root, tmp_path):
     assert "2 modules have less rank than 24 (layers.0.mlp.down_proj, layers.1." in told
     assert "10 targets are not in the adapter and start fresh, with B at zero" in told
     assert_close(
-        _logits(root, tmp_path / "warm" / ADAPTER),
-        _logits(root, source),
+        peft_logits(root / "base", tmp_path / "warm" / ADAPTER),
+        peft_logits(root / "base", source),
         "PEFT's logits",
         (1e-5, 1e-4),
     )
@@ -239,3 +231,47 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_from_the_same_start(root,
     for key, factors in once.items():
         assert torch.equal(twice[key].A, factors.A), key
         assert torch.equal(twice[key].B, factors.B), key
+
+
+def test_from_peft_to_a_merged_model_the_logits_stay_at_every_hand_over(root, tmp_path):
+    """The example for a warm start: PEFT's LoRA, two tensor-parallel sizes, best step, merged."""
+    source = _train_in_peft(
+        root, tmp_path / "vanilla", r=8, lora_alpha=16, target_modules=ALL, lora_dropout=0.05
+    )
+
+    def config(save, tp, iters):
+        overrides = {
+            "model.hf_path": root / "base",
+            "model.seq_length": 48,
+            "model.tensor_model_parallel_size": tp,
+            "peft.init_from": source,
+            "dataset.train": root / "train.jsonl",
+            "dataset.validation": root / "validation.jsonl",
+            "dataset.too_long": "truncate",
+            "train.train_iters": iters,
+            "train.eval_interval": 1,
+            "optimizer.lr": 0.1,
+            "scheduler.lr_warmup_iters": 0,
+            "scheduler.lr_decay_style": "constant",
+            "checkpoint.save": tmp_path / save,
+            "logger.tensorboard": "false",
+        }
+        return load_config(
+            EXAMPLES / "warm_start.yaml", [f"{key}={value}" for key, value in overrides.items()]
+        )
+
+    base = root / "base"
+    run_ranks(1, train_each, [config("start", 1, 0), config("run", 1, 2)])
+    given = peft_logits(base, source)
+    started = peft_logits(base, tmp_path / "start" / ADAPTER)
+    assert_close(started, given, "PEFT's logits at the start", (1e-5, 1e-4))
+    last = config("run", 3, 10)
+    result, *_ = run_ranks(3, train_rank, last)
+    assert result.best_step < result.steps
+    for name, step in ((ADAPTER, result.steps), (BEST_ADAPTER, result.best_step)):
+        trained, *_ = run_ranks(3, checkpoint_logits, last, step)
+        found = peft_logits(base, tmp_path / "run" / name)
+        assert_close(found, trained, f"PEFT's logits of {name}", (1e-5, 1e-4))
+    assert (found - given).abs().max() > 0.02 * given.abs().max()
+    merge_adapter(base, read_adapter(tmp_path / "run" / BEST_ADAPTER), tmp_path / "merged")
+    assert_close(peft_logits(tmp_path / "merged"), found, "logits merged", (1e-5, 1e-4))
