@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from bdlora_megatron.settings import list_problems, read_settings
 from bdlora_megatron.train.rag import RagOptions, template_problems
 from bdlora_megatron.train.schema import TrainConfig
 
-__all__ = ["flat", "from_mapping", "load_config", "to_mapping"]
+__all__ = ["from_mapping", "in_steps", "load_config", "to_mapping"]
 
 _WHAT = "the training settings"
 
@@ -123,13 +123,44 @@ def _contradictions(config: TrainConfig) -> list[str]:
         )
     if optimizer.min_lr > optimizer.lr:
         problems.append(f"optimizer.min_lr is {optimizer.min_lr}; lr={optimizer.lr} is smaller")
-    decay = config.scheduler.lr_decay_iters or train.train_iters
-    if config.scheduler.lr_warmup_iters >= max(decay, 1):
-        problems.append(
-            f"scheduler.lr_warmup_iters is {config.scheduler.lr_warmup_iters}; it must be less "
-            f"than the {decay} steps of the schedule"
-        )
+    if (train.train_iters is None) == (train.epochs is None):
+        problems.append("one of train.train_iters and train.epochs says how long; set it alone")
+    problems += _about_schedule(config)
     return problems + _about_data(config) + _about_best(config)
+
+
+def in_steps(config: TrainConfig, rows: int) -> TrainConfig:
+    """The settings with a number of steps, where they say how many walks over the data.
+
+    Args:
+        config: The checked settings.
+        rows: Rows of the training data.
+
+    Returns:
+        The settings; their ``train_iters`` is set.
+
+    Raises:
+        ConfigError: The learning-rate schedule is shorter than its warm-up.
+    """
+    epochs, batch = config.train.epochs, config.train.global_batch_size
+    if epochs is not None:
+        steps = -(-rows * epochs // batch)
+        config = replace(config, train=replace(config.train, train_iters=steps, epochs=None))
+        if problems := _about_schedule(config):
+            raise ConfigError(list_problems(problems, _WHAT))
+        config = replace(config, train=replace(config.train, epochs=epochs))
+    return config
+
+
+def _about_schedule(config: TrainConfig) -> list[str]:
+    scheduler, steps = config.scheduler, config.train.train_iters
+    decay = scheduler.lr_decay_iters or steps
+    if decay is None or scheduler.lr_warmup_iters < max(decay, 1):
+        return []
+    return [
+        f"scheduler.lr_warmup_iters is {scheduler.lr_warmup_iters}; it must be less than the "
+        f"{decay} steps of the schedule"
+    ]
 
 
 def _about_best(config: TrainConfig) -> list[str]:

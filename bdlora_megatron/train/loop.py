@@ -28,6 +28,7 @@ from bdlora_megatron.train.checkpoint import (
     read_facts,
     save_checkpoint,
 )
+from bdlora_megatron.train.config import in_steps
 from bdlora_megatron.train.corpus import Corpus, Storage, read_examples
 from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch
 from bdlora_megatron.train.examples import Documents, load_tokenizer
@@ -104,6 +105,8 @@ class _Run:
         tokenizer = load_tokenizer(config.model.hf_path)
         vocab_size = read_hf_config(config.model.hf_path).vocab_size
         self.examples = _examples(config, tokenizer, config.dataset.train, vocab_size)
+        self.rows = _rows(config, self.examples, shuffled=True)
+        self.config = in_steps(config, len(self.rows))
         validation = _examples(config, tokenizer, config.dataset.validation, vocab_size)
         self.validation = _rows(config, validation, shuffled=False)
         self.model, self.hf = build_model(config)
@@ -137,7 +140,7 @@ class _Run:
             exported=exported,
             best_validation_loss=self.best.loss,
             best_step=None if self.best.loss is None else self.best.step,
-            stopped_early=self.steps_done < self.config.train.train_iters,
+            stopped_early=self.steps_done < self.config.steps,
         )
 
     def _evaluate_base(self) -> RunResult:
@@ -161,10 +164,10 @@ class _Run:
         check_resumable(saved, facts, str(path))
         self.steps_done = load_checkpoint(path, stepper)
         self._restore_best(Best.of_checkpoint(saved), dict(found))
-        if self.steps_done > self.config.train.train_iters:
+        if self.steps_done > self.config.steps:
             raise ConfigError(
                 f"{path} has {self.steps_done} steps behind it, more than train.train_iters="
-                f"{self.config.train.train_iters}; raise it, or name another folder"
+                f"{self.config.steps}; raise it, or name another folder"
             )
 
     def _restore_best(self, best: Best, found: dict[int, Path]) -> None:
@@ -202,9 +205,9 @@ class _Run:
 
     def _steps(self, stepper: Stepper, facts: dict[str, Any], stop: StopRequest) -> float | None:
         settings, checkpoint = self.config.train, self.config.checkpoint
-        rows = _rows(self.config, self.examples, shuffled=True)
+        rows, steps = self.rows, self.config.steps
         loss = None
-        for step in range(self.steps_done, settings.train_iters):
+        for step in range(self.steps_done, steps):
             if self.best.why_stop(settings):
                 break
             started = time.perf_counter()
@@ -213,7 +216,7 @@ class _Run:
                 for numbers in self.share.numbers(step)
             ]
             result = stepper.train_step(step, batches)
-            self.steps_done, last = step + 1, step + 1 == settings.train_iters
+            self.steps_done, last = step + 1, step + 1 == steps
             if self.report is not None:
                 tokens = settings.global_batch_size * self.config.model.seq_length
                 seconds = time.perf_counter() - started
@@ -236,9 +239,9 @@ class _Run:
             if stopping:
                 raise PreemptedError(
                     f"stopped by SIGTERM and saved after step {self.steps_done} of "
-                    f"{settings.train_iters}; the same command goes on from there"
+                    f"{steps}; the same command goes on from there"
                 )
-        if self.report is not None and self.steps_done < settings.train_iters:
+        if self.report is not None and self.steps_done < steps:
             self.report.say(f"stopped after step {self.steps_done}: {self.best.why_stop(settings)}")
         # A finished run that is started again tells its result again.
         return self._evaluate() if loss is None else loss

@@ -46,7 +46,7 @@ class Report:
             ConfigError: A logger refuses.
             MissingDependencyError: The package of a logger or of the loss curve is not installed.
         """
-        settings, steps = config.logger, config.train.train_iters
+        settings, steps = config.logger, config.steps
         self._folder, self._settings, self._steps = folder, settings, steps
         folder.mkdir(parents=True, exist_ok=True)
         if settings.loss_curve:

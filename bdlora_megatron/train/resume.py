@@ -36,6 +36,7 @@ _FREE = (
     "dataset.cache_dir",
     "dataset.num_proc",
     "train.train_iters",
+    "train.epochs",
     "train.micro_batch_size",
     "train.eval_interval",
     "train.eval_iters",

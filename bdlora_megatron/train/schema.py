@@ -154,8 +154,10 @@ class DatasetSection:
 class TrainSection:
     """How long, in what portions, and when to evaluate."""
 
-    train_iters: Natural
-    """Optimizer steps."""
+    train_iters: Natural | None = None
+    """Optimizer steps; this or ``epochs``."""
+    epochs: Count | None = None
+    """Walks over all rows of the training data, instead of a number of steps."""
     global_batch_size: Count = 8
     """Rows in a step, over all ranks."""
     micro_batch_size: Count = 1
@@ -288,6 +290,12 @@ class TrainConfig:
     logger: Annotated[LoggerSection, Section] = field(default_factory=LoggerSection)
     export: Annotated[ExportSection, Section] = field(default_factory=ExportSection)
     rng: Annotated[RngSection, Section] = field(default_factory=RngSection)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, once the data is read where ``epochs`` decide."""
+        assert self.train.train_iters is not None
+        return self.train.train_iters
 
     @property
     def model_parallel_size(self) -> int:

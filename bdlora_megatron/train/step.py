@@ -243,7 +243,7 @@ def _scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamScheduler:
         max_lr=config.optimizer.lr,
         min_lr=config.optimizer.min_lr,
         lr_warmup_steps=scheduler.lr_warmup_iters,
-        lr_decay_steps=scheduler.lr_decay_iters or max(config.train.train_iters, 1),
+        lr_decay_steps=scheduler.lr_decay_iters or max(config.steps, 1),
         lr_decay_style=scheduler.lr_decay_style,
         start_wd=decay,
         end_wd=decay,

@@ -8,6 +8,7 @@ import pytest
 
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.train import from_mapping, load_config, to_mapping
+from bdlora_megatron.train.config import in_steps
 
 GOOD = {
     "model": {"hf_path": "base"},
@@ -160,6 +161,21 @@ def test_files_and_arguments_that_are_no_settings(tmp_path):
     path.write_text(YAML.replace("base,", "'???',"))
     with pytest.raises(ConfigError, match=r"(?s)cannot be read as settings.*hf_path"):
         load_config(path)
+
+
+def test_epochs_are_steps_once_the_rows_are_known():
+    values = changed(train={"epochs": 3, "global_batch_size": 4}, scheduler__lr_warmup_iters=7)
+    config = from_mapping(values)
+    found = in_steps(config, 10)
+    # 30 rows in steps of four, the last of which begins a fourth walk.
+    assert (found.steps, found.train.epochs) == (8, 3)
+    assert from_mapping(to_mapping(found) | {"train": values["train"]}) == config
+    with pytest.raises(ConfigError, match="lr_warmup_iters is 7; it must be less than the 2 steps"):
+        in_steps(config, 2)
+    assert in_steps(from_mapping(GOOD), 10).steps == 10
+    for train in ({}, {"epochs": 1, "train_iters": 1}):
+        (problem,) = problems(changed(train=train))
+        assert problem == "one of train.train_iters and train.epochs says how long; set it alone"
 
 
 def test_how_chats_are_read():
