@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
 from torch import Tensor, nn
 
@@ -196,6 +195,7 @@ def _hybrid_model(
     scaling: Mapping[str, Any],
 ) -> Any:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
     stages = config.pipeline_model_parallel_size
     segment = "*-" * (hf.num_layers // stages)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -99,6 +98,7 @@ def family_model(
     ``spec`` is a stack's, or ``shipped`` for Megatron-Core's own of Transformer Engine's layers.
     """
     from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
     hybrid_kernels.install()
     if pattern is not None:

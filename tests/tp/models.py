@@ -8,7 +8,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from bdlora_megatron.models.build import hybrid_stack_spec
@@ -75,6 +74,7 @@ def tiny_model(
 
 def _hybrid_model(config: Any, spec: Any, settings: dict[str, Any], pattern: str | None) -> Any:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
     stages = config.pipeline_model_parallel_size
     segment = "*-" * (config.num_layers // 2 // stages)
