@@ -20,14 +20,7 @@ _PHASES = ("decode", "mixed", "prefill", "train")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser.
-
-    Args:
-        commands: What `add_subparsers` returned.
-
-    Returns:
-        The command's own parser.
-    """
+    """Add the command to the parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help="time the layouts on this machine",
@@ -80,14 +73,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, calibrate and report.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        The exit status.
-    """
+    """Measure, calibrate and report."""
     # Late: they import Megatron-Core, which takes seconds that other commands need not wait.
     from bdlora_megatron.bench.calibrate import least_squares
     from bdlora_megatron.bench.plot import figure_class

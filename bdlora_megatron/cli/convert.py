@@ -48,14 +48,7 @@ _DTYPES = {
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser.
-
-    Args:
-        commands: What `add_subparsers` returned.
-
-    Returns:
-        The command's own parser.
-    """
+    """Add the command to the parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "convert",
         help="convert adapters, or say what each structure would cost",
@@ -107,14 +100,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, or report.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        The exit status.
-    """
+    """Convert, or report."""
     sources = find_sources(arguments.sources)
     if arguments.for_tp is not None:
         return _report(arguments, sources)

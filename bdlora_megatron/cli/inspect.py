@@ -24,14 +24,7 @@ _COUNTED = ("rank", "num_blocks")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser.
-
-    Args:
-        commands: What `add_subparsers` returned.
-
-    Returns:
-        The command's own parser.
-    """
+    """Add the command to the parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "inspect",
         help="show an adapter's modules and what would be refused of it",
@@ -48,14 +41,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        The exit status.
-    """
+    """Print the table."""
     if holds_many(arguments.path):
         return _run_many(arguments)
     found = _inspected(arguments.path, arguments)

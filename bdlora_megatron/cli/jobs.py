@@ -86,14 +86,7 @@ class JobResult:
 
 
 def run_job(job: ConversionJob) -> JobResult:
-    """Convert one adapter, unless it is done. Never raises for what one adapter can cause.
-
-    Args:
-        job: What to do.
-
-    Returns:
-        How it went.
-    """
+    """Convert one adapter, unless it is done. Never raises for what one adapter can cause."""
     start = time.monotonic()
     causes: list[str] = []
     with _kept_warnings() as warnings:

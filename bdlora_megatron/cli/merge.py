@@ -16,14 +16,7 @@ __all__ = ["add_parser", "run"]
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser.
-
-    Args:
-        commands: What `add_subparsers` returned.
-
-    Returns:
-        The command's own parser.
-    """
+    """Add the command to the parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "merge",
         help="add an adapter to its base model's weights",
@@ -44,12 +37,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge and print what rounding cost.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        The exit status.
 
     Raises:
         ConfigError: The base model is not named.

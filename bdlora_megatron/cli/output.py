@@ -16,22 +16,12 @@ _NAMED = 4
 
 
 def result(text: str, data: Any, *, as_json: bool) -> None:
-    """Print a command's result.
-
-    Args:
-        text: For people.
-        data: For programs.
-        as_json: Print the latter.
-    """
+    """Print a command's result."""
     print(json.dumps(data, indent=2) if as_json else text)  # noqa: T201
 
 
 def note(text: str) -> None:
-    """Tell something on the way.
-
-    Args:
-        text: One or more lines.
-    """
+    """Tell something on the way."""
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
@@ -40,9 +30,6 @@ def cause_table(refused: Sequence[Sequence[str]]) -> str:
 
     Args:
         refused: The causes of every adapter that was refused.
-
-    Returns:
-        A table, the most frequent cause first.
     """
     counts = Counter(cause for causes in refused for cause in dict.fromkeys(causes))
     rows = [(cause, str(count)) for cause, count in counts.most_common()]
@@ -51,9 +38,6 @@ def cause_table(refused: Sequence[Sequence[str]]) -> str:
 
 def told_of(texts: Mapping[str, Sequence[str]]) -> list[str]:
     """What was said of adapters, each text once.
-
-    Args:
-        texts: What was said, by the adapter's name.
 
     Returns:
         Lines, each with the adapters that it holds for.

@@ -17,14 +17,7 @@ __all__ = ["add_parser", "run"]
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser.
-
-    Args:
-        commands: What `add_subparsers` returned.
-
-    Returns:
-        The command's own parser.
-    """
+    """Add the command to the parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
         help="predict memory and step times of a deployment, by layout",
@@ -72,14 +65,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        The exit status.
-    """
+    """Print the plan."""
     name, shape = _shape(arguments.model)
     asked = Deployment(
         model=name,

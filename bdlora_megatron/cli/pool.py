@@ -18,10 +18,6 @@ __all__ = ["run_jobs"]
 def run_jobs(jobs: Iterable[ConversionJob], *, workers: int) -> Iterator[JobResult]:
     """Run all jobs, in processes of their own if there is more than one worker.
 
-    Args:
-        jobs: What to do.
-        workers: How many at a time.
-
     Yields:
         Each job's result when it ends, in any order.
     """

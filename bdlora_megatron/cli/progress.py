@@ -12,15 +12,7 @@ __all__ = ["progress"]
 
 
 def progress(results: Iterable[JobResult], *, total: int) -> Iterator[JobResult]:
-    """Show each result as it comes, on stderr.
-
-    Args:
-        results: From the jobs.
-        total: How many will come.
-
-    Yields:
-        The same results.
-    """
+    """Show each result as it comes, on stderr."""
     if total > 1 and sys.stderr.isatty():
         try:
             from tqdm import tqdm

@@ -51,9 +51,6 @@ class Record:
     def holds_for(self, target: Path) -> bool:
         """Whether the folder is there, as it was made.
 
-        Args:
-            target: The folder.
-
         Returns:
             True if no file of it has changed since.
         """
@@ -67,9 +64,6 @@ def content_hash(folder: Path, *, stop: Event | None = None) -> str:
         folder: The adapter's folder.
         stop: Set by another thread when the hash is not wanted any more; what is returned then
             means nothing.
-
-    Returns:
-        SHA-256 in hexadecimal.
 
     Raises:
         AdapterFormatError: If the folder is no adapter.
@@ -99,9 +93,6 @@ def content_hash(folder: Path, *, stop: Event | None = None) -> str:
 def listing(folder: Path) -> dict[str, list[int]] | None:
     """Size and time of change of every file.
 
-    Args:
-        folder: Any folder.
-
     Returns:
         Both by the path in the folder; None if there is no folder.
     """
@@ -117,10 +108,6 @@ def listing(folder: Path) -> dict[str, list[int]] | None:
 
 def read_record(out: Path, name: str) -> Record | None:
     """The record of a result, if there is a readable one.
-
-    Args:
-        out: The folder of all results.
-        name: The result's.
 
     Returns:
         The record; None also where a file is there that is none.

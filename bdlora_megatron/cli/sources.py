@@ -37,11 +37,7 @@ class Source:
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says how adapters are read, the same for every command.
-
-    Args:
-        parser: The command's own parser.
-    """
+    """Add what says how adapters are read, the same for every command."""
     parser.add_argument(
         "--base",
         metavar="HF_DIR",
@@ -64,10 +60,6 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def opened(path: Path, arguments: argparse.Namespace) -> Iterator[Adapter]:
     """Open an adapter as the options say.
-
-    Args:
-        path: Its folder.
-        arguments: The parsed command line.
 
     Yields:
         The adapter, which fits the base model if one was given.
@@ -124,9 +116,6 @@ def find_sources(arguments: list[Path]) -> list[Source]:
 
 def holds_many(path: Path) -> bool:
     """Whether an argument means more than one adapter.
-
-    Args:
-        path: The argument.
 
     Returns:
         False also where it is no adapter at all.

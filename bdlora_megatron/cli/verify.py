@@ -24,14 +24,7 @@ _COLUMNS = ("adapter", "verdict", "largest difference", "why")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to the parser.
-
-    Args:
-        commands: What `add_subparsers` returned.
-
-    Returns:
-        The command's own parser.
-    """
+    """Add the command to the parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "verify",
         help="tell whether two adapters compute the same",
@@ -55,14 +48,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare and print the table.
-
-    Args:
-        arguments: The parsed command line.
-
-    Returns:
-        The exit status.
-    """
+    """Compare and print the table."""
     if holds_many(arguments.first) or holds_many(arguments.second):
         return _run_many(arguments)
     verdict = _compared(arguments.first, arguments.second, arguments)
