@@ -52,6 +52,7 @@ SLOW = (
     "tests/unit/cli",
     "tests/unit/convert/test_field_cases.py",
     "tests/unit/convert/test_fuzz.py",
+    "tests/unit/convert/test_merge.py",
     "tests/unit/convert/test_training_checkpoints.py",
     "tests/unit/ops",
 )
