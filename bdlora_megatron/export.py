@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from megatron.core import parallel_state
 from torch import nn
 
 from bdlora_megatron.convert import WriteOptions, write_adapter
@@ -135,7 +136,7 @@ def export_adapter(
 
     Every rank of the job calls it with the same path. An adapter that is there is replaced; the
     folder appears complete or not at all. In mixed precision it holds the optimizer's float32
-    copies, where a rank has them whole.
+    copies.
 
     Args:
         model: The model or the chunks of this pipeline stage, wrapped by the host or not.
@@ -229,22 +230,23 @@ def write_peft_folders(
 def main_weights(model: nn.Module) -> Iterator[None]:
     """Put the optimizer's float32 copies in the factors' places inside the ``with`` block.
 
-    A factor stays where there is no copy, or only this rank's share of one, as with Megatron's
-    distributed optimizer; it is then what the model computes with.
+    Of a copy that is split over data-parallel ranks, as by Megatron's distributed optimizer, all
+    parts are gathered. A factor without a copy stays; it is then what the optimizer steps.
 
     Args:
         model: The model, wrapped or not.
 
     Yields:
         Nothing.
+
+    Collectives: where copies are split, two all-gathers over data-parallel ranks.
     """
-    factors: list[Any] = list(model.parameters())
-    copies = [
-        (factor, factor.data, factor.main_param.data)
-        for factor in factors
-        if getattr(factor, "main_param", None) is not None
-        and not getattr(factor, "main_param_sharded", False)
-    ]
+    factors: list[Any] = [factor for factor in model.parameters() if factor.requires_grad]
+    split = [factor for factor in factors if getattr(factor, "main_param_sharded", False)]
+    whole = [factor for factor in factors if getattr(factor, "main_param", None) is not None]
+    mains = {factor: factor.main_param.data for factor in whole if factor not in set(split)}
+    mains |= _gather_main_weights(split)
+    copies = [(factor, factor.data, main) for factor, main in mains.items()]
     for factor, _, main in copies:
         factor.data = main
     try:
@@ -252,6 +254,32 @@ def main_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for factor, own, _ in copies:
             factor.data = own
+
+
+def _gather_main_weights(factors: Sequence[Any]) -> dict[Any, torch.Tensor]:
+    """The float32 copies of factors of which each data-parallel rank holds one stretch, or none."""
+    if not factors:
+        return {}
+    # The ranks over which one optimizer is split; their stretches follow one another.
+    group: Any = parallel_state.get_data_parallel_group(
+        with_context_parallel=True, partial_data_parallel=True
+    )
+    empty = torch.empty(0, device=factors[0].device)
+    own = [empty if f.main_param is None else f.main_param.data.flatten() for f in factors]
+    lengths = torch.tensor([part.numel() for part in own], device=empty.device)
+    every = [torch.empty_like(lengths) for _ in range(group.size())]
+    torch.distributed.all_gather(every, lengths, group=group)
+    sent = torch.zeros(int(torch.stack(every).sum(1).max()), device=empty.device)
+    sent[: int(lengths.sum())] = torch.cat(own)
+    received = [torch.empty_like(sent) for _ in every]
+    torch.distributed.all_gather(received, sent, group=group)
+    stretches = [
+        parts[: int(sizes.sum())].split(sizes.tolist())
+        for parts, sizes in zip(received, every, strict=True)
+    ]
+    copies = [torch.cat(parts) for parts in zip(*stretches, strict=True)]
+    # None at all: the optimizer keeps what bfloat16 loses in a form of its own.
+    return {f: copy.view(f.shape) for f, copy in zip(factors, copies, strict=True) if len(copy)}
 
 
 def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:

@@ -31,7 +31,8 @@ def optimizer_replacements() -> dict[Any, dict[str, Any]]:
             "__init__": _seeing_cuda_types(optimizer.Float16OptimizerWithFloat16Params.__init__)
         },
         distrib_optimizer.DistributedOptimizer: {
-            "__init__": _seeing_cuda_types(distrib_optimizer.DistributedOptimizer.__init__)
+            "__init__": _seeing_cuda_types(distrib_optimizer.DistributedOptimizer.__init__),
+            **_loads_into_torchs_adam(distrib_optimizer.DistributedOptimizer),
         },
         clip_grads: {"torch": _TorchOnCPU(), "l2_norm_impl": _l2_norm},
         # The number of tokens in a step: torch.zeros([], device="cuda").
@@ -90,6 +91,43 @@ def _cuda_type_names() -> Iterator[None]:
         yield
     finally:
         Tensor.type = asked  # type: ignore[method-assign]
+
+
+def _loads_into_torchs_adam(optimizer: Any) -> dict[str, Callable[..., Any]]:
+    """Let a distributed optimizer whose Adam is torch's load a checkpoint before its first step.
+
+    With Apex's or Transformer Engine's Adam it does. With torch's it asks an empty state for the
+    number of steps. Once there is a state, it hands all parameters one and the same tensor to count
+    in, keeps the dummy step that made the state counted, and looks for a count in the checkpoint's
+    tensors, where there is none.
+    """
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return {}
+    describe, load = optimizer.sharded_state_dict, optimizer.load_state_dict
+    put = optimizer._set_main_param_and_optimizer_states
+
+    def sharded_state_dict(
+        self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return describe(self, model_state, is_loading, *args, **kwargs)
+
+    def load_state_dict(self: Any, state: Any) -> None:
+        (steps,) = {float(group["step"]) for group in state["optimizer"]["param_groups"]}
+        load(self, state)
+        for entry in self.optimizer.state.values():
+            entry["step"] = torch.tensor(steps)
+
+    def put_states(self: Any, parameter: Tensor, tensors: dict[str, Any]) -> None:
+        kept = self._get_main_param_and_optimizer_states(parameter)
+        put(self, parameter, {"step": kept["step"], **tensors})
+
+    return {
+        "sharded_state_dict": sharded_state_dict,
+        "load_state_dict": load_state_dict,
+        "_set_main_param_and_optimizer_states": put_states,
+    }
 
 
 def _l2_norm(

@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing
 
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.export import adapter_state
-from bdlora_megatron.runtime.versions.checkpoint import save_distributed
+from bdlora_megatron.runtime.versions.checkpoint import optimizer_format, save_distributed
 from bdlora_megatron.train.step import Stepper
 
 __all__ = ["checkpoints", "load_checkpoint", "read_facts", "save_checkpoint"]
@@ -133,7 +133,9 @@ def load_checkpoint(path: Path, stepper: Stepper) -> int:
 
 def _sharded_state(stepper: Stepper, *, is_loading: bool) -> dict[str, Any]:
     adapter = adapter_state(stepper.model.module, _METADATA)
-    optimizer = stepper.optimizer.sharded_state_dict(adapter, is_loading=is_loading)
+    optimizer = stepper.optimizer.sharded_state_dict(
+        adapter, is_loading=is_loading, **optimizer_format(stepper.optimizer)
+    )
     return {
         "model": adapter,
         "optimizer": optimizer,

@@ -49,6 +49,7 @@ _FREE = (
 #: Settings that older checkpoints do not know, with what they then were.
 _SINCE_THEN = {
     "train.precision": "fp32",
+    "optimizer.use_distributed_optimizer": False,
     "dataset.train_on": "all",
     "dataset.ignore_keys": [],
     "dataset.rag.document": RagOptions().document,

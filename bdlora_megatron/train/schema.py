@@ -187,6 +187,8 @@ class OptimizerSection:
     adam_eps: Number = 1e-8
     clip_grad: Number = 1.0
     """Largest norm of all gradients together; 0 for no limit."""
+    use_distributed_optimizer: Flag = False
+    """Split Adam's moments, and the factors' float32 copies, over data-parallel ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)

@@ -20,7 +20,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -29,7 +29,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from bdlora_megatron.errors import BDLoRAError
+from bdlora_megatron.errors import BDLoRAError, MissingDependencyError
 from bdlora_megatron.runtime import device
 from bdlora_megatron.train.data import Batch
 from bdlora_megatron.train.loss import token_losses
@@ -78,7 +78,9 @@ class Stepper:
         self._config = config
         self.model = DistributedDataParallel(
             model.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=_is_split(config)
+            ),
             Float16Module(model.config, model) if config.train.precision == "bf16" else model,
         )
         self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self.model])
@@ -102,7 +104,9 @@ class Stepper:
             DivergedError: Loss or gradient is not finite; the factors were not updated.
 
         Collectives: those of the model, forward and backward; one all-reduce of all factors'
-            gradients over data-parallel ranks; a few of one number (tokens, norm, loss).
+            gradients over data-parallel ranks, in whose place the distributed optimizer has one
+            reduce-scatter of them and one all-gather of the factors; a few of one number (tokens,
+            norm, loss).
         """
         # Not a state to be saved: a resumed run draws what it would have drawn.
         model_parallel_cuda_manual_seed(self._config.rng.seed + step)
@@ -155,8 +159,8 @@ def forward_backward(
         The mean loss over all ranks' tokens to learn, and how many they are. Gradients, of that
         mean, are left in each parameter's ``main_grad``.
 
-    Collectives: those of the model; one all-reduce of the gradients over data-parallel ranks; some
-        of one or two numbers.
+    Collectives: those of the model; one all-reduce of the gradients over data-parallel ranks, or
+        one reduce-scatter with the distributed optimizer; some of one or two numbers.
     """
     where = device()
     outputs = get_forward_backward_func()(
@@ -232,7 +236,24 @@ def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
         clip_grad=optimizer.clip_grad,
         bf16=half,
         params_dtype=torch.bfloat16 if half else torch.float32,
+        use_distributed_optimizer=_is_split(config),
     )
+
+
+def _is_split(config: TrainConfig) -> bool:
+    """Whether data-parallel ranks share the optimizer's state.
+
+    Raises:
+        MissingDependencyError: On a GPU without Transformer Engine's or Apex's Adam.
+    """
+    split = config.optimizer.use_distributed_optimizer
+    if split and torch.cuda.is_available() and not distrib_optimizer.HAVE_APEX_OR_TE:
+        raise MissingDependencyError(
+            "optimizer.use_distributed_optimizer is true; on GPUs Megatron-Core loads its state "
+            "into Transformer Engine's or Apex's Adam only: pip install "
+            "'transformer-engine[pytorch]', or leave the setting out"
+        )
+    return split
 
 
 def _scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamScheduler:

@@ -16,14 +16,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def prepare() -> None:
     """Make Bridge importable and runnable; once, before Megatron-Core is imported."""
-    from tests.fakes import cuda_on_cpu, torch_adam, transformer_engine
+    from tests.fakes import cuda_on_cpu, transformer_engine
 
     transformer_engine.install()
     from bdlora_megatron import runtime
 
     runtime.enable_cpu()
     cuda_on_cpu.redirect()
-    torch_adam.install()
     setup = importlib.import_module("megatron.bridge.training.setup")
     setup.initialize_megatron = partial(setup.initialize_megatron, allow_no_cuda=True)
     setup.set_jit_fusion_options = _nothing

@@ -18,8 +18,9 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-__all__ = ["renumber_layers", "save_distributed"]
+__all__ = ["optimizer_format", "renumber_layers", "save_distributed"]
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
@@ -47,6 +48,22 @@ def renumber_layers(
         if found:
             number = numbers[int(found[1])]
             entry.key = f"{entry.key[: found.start(1)]}{number}{entry.key[found.end(1) :]}"
+
+
+def optimizer_format(optimizer: Any) -> dict[str, Any]:
+    """Arguments of an optimizer's ``sharded_state_dict`` that make it load at any parallel size.
+
+    Args:
+        optimizer: Megatron-Core's; only of a distributed one there are several formats.
+    """
+    split = DistributedOptimizer
+    if not any(isinstance(one, split) for one in getattr(optimizer, "chained_optimizers", [])):
+        if not isinstance(optimizer, split):
+            return {}
+    # Before 0.15 there is one such format; later releases no longer load its flattened tensors.
+    known = getattr(split, "checkpoint_fully_reshardable_formats", ())
+    name = "fully_reshardable" if "fully_reshardable" in known else "fully_sharded_model_space"
+    return {"metadata": {"distrib_optim_sharding_type": name}}
 
 
 def save_distributed(
