@@ -231,7 +231,8 @@ def main_weights(model: nn.Module) -> Iterator[None]:
     """Put the optimizer's float32 copies in the factors' places inside the ``with`` block.
 
     Of a copy that is split over data-parallel ranks, as by Megatron's distributed optimizer, all
-    parts are gathered. A factor without a copy stays; it is then what the optimizer steps.
+    parts are gathered, and get what was changed in the block. A factor without a copy stays; it is
+    then what the optimizer steps.
 
     Args:
         model: The model, wrapped or not.
@@ -245,7 +246,8 @@ def main_weights(model: nn.Module) -> Iterator[None]:
     split = [factor for factor in factors if getattr(factor, "main_param_sharded", False)]
     whole = [factor for factor in factors if getattr(factor, "main_param", None) is not None]
     mains = {factor: factor.main_param.data for factor in whole if factor not in set(split)}
-    mains |= _gather_main_weights(split)
+    parts = _gather_main_weights(split)
+    mains |= {factor: main for factor, (main, _) in parts.items()}
     copies = [(factor, factor.data, main) for factor, main in mains.items()]
     for factor, _, main in copies:
         factor.data = main
@@ -254,10 +256,18 @@ def main_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for factor, own, _ in copies:
             factor.data = own
+        for factor, (main, first) in parts.items():
+            if factor.main_param is not None:
+                flat = main.flatten()
+                factor.main_param.data.copy_(flat[first : first + factor.main_param.numel()])
 
 
-def _gather_main_weights(factors: Sequence[Any]) -> dict[Any, torch.Tensor]:
-    """The float32 copies of factors of which each data-parallel rank holds one stretch, or none."""
+def _gather_main_weights(factors: Sequence[Any]) -> dict[Any, tuple[torch.Tensor, int]]:
+    """Float32 copies of which each data-parallel rank holds one stretch, or none.
+
+    Returns:
+        Each copy, with where in it this rank's own stretch begins.
+    """
     if not factors:
         return {}
     # The ranks over which one optimizer is split; their stretches follow one another.
@@ -266,20 +276,25 @@ def _gather_main_weights(factors: Sequence[Any]) -> dict[Any, torch.Tensor]:
     )
     empty = torch.empty(0, device=factors[0].device)
     own = [empty if f.main_param is None else f.main_param.data.flatten() for f in factors]
-    lengths = torch.tensor([part.numel() for part in own], device=empty.device)
-    every = [torch.empty_like(lengths) for _ in range(group.size())]
-    torch.distributed.all_gather(every, lengths, group=group)
+    counts = torch.tensor([part.numel() for part in own], device=empty.device)
+    every = [torch.empty_like(counts) for _ in range(group.size())]
+    torch.distributed.all_gather(every, counts, group=group)
     sent = torch.zeros(int(torch.stack(every).sum(1).max()), device=empty.device)
-    sent[: int(lengths.sum())] = torch.cat(own)
+    sent[: int(counts.sum())] = torch.cat(own)
     received = [torch.empty_like(sent) for _ in every]
     torch.distributed.all_gather(received, sent, group=group)
     stretches = [
-        parts[: int(sizes.sum())].split(sizes.tolist())
-        for parts, sizes in zip(received, every, strict=True)
+        part[: int(sizes.sum())].split(sizes.tolist())
+        for part, sizes in zip(received, every, strict=True)
     ]
+    firsts = torch.stack(every)[: group.rank()].sum(0).tolist()
     copies = [torch.cat(parts) for parts in zip(*stretches, strict=True)]
     # None at all: the optimizer keeps what bfloat16 loses in a form of its own.
-    return {f: copy.view(f.shape) for f, copy in zip(factors, copies, strict=True) if len(copy)}
+    return {
+        factor: (copy.view(factor.shape), first)
+        for factor, copy, first in zip(factors, copies, firsts, strict=True)
+        if len(copy)
+    }
 
 
 def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:

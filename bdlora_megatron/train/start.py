@@ -129,9 +129,9 @@ def load_start(model: nn.Module, config: TrainConfig, hf: HFConfig) -> list[str]
             key, factors = item
             if key in places:
                 _load(*places[key], factors)
-    for factor in cast("Any", model.parameters()):
-        if getattr(factor, "main_param", None) is not None:
-            factor.data.copy_(factor.main_param)
+        filled = [(factor, factor.data) for factor in model.parameters() if factor.requires_grad]
+    for factor, main in filled:
+        factor.data.copy_(main)
     return told
 
 

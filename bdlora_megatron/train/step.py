@@ -29,7 +29,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from bdlora_megatron.errors import BDLoRAError, MissingDependencyError
+from bdlora_megatron.errors import BDLoRAError, ConfigError, MissingDependencyError
 from bdlora_megatron.runtime import device
 from bdlora_megatron.train.data import Batch
 from bdlora_megatron.train.loss import token_losses
@@ -74,12 +74,23 @@ class Stepper:
         Args:
             model: This rank's part; only adapters require gradients.
             config: The run's settings.
+
+        Raises:
+            ConfigError: The optimizer is to be distributed, and a pipeline stage has nothing to
+                train; raised on every rank.
+            MissingDependencyError: On a GPU it needs a library that is not installed.
+
+        Collectives:
+            With the distributed optimizer, one all-reduce of one number over all ranks.
         """
         self._config = config
+        if config.optimizer.use_distributed_optimizer:
+            _check_split(model)
         self.model = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=_is_split(config)
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
             ),
             Float16Module(model.config, model) if config.train.precision == "bf16" else model,
         )
@@ -236,24 +247,25 @@ def _optimizer_config(config: TrainConfig) -> OptimizerConfig:
         clip_grad=optimizer.clip_grad,
         bf16=half,
         params_dtype=torch.bfloat16 if half else torch.float32,
-        use_distributed_optimizer=_is_split(config),
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
     )
 
 
-def _is_split(config: TrainConfig) -> bool:
-    """Whether data-parallel ranks share the optimizer's state.
-
-    Raises:
-        MissingDependencyError: On a GPU without Transformer Engine's or Apex's Adam.
-    """
-    split = config.optimizer.use_distributed_optimizer
-    if split and torch.cuda.is_available() and not distrib_optimizer.HAVE_APEX_OR_TE:
+def _check_split(model: Any) -> None:
+    if torch.cuda.is_available() and not distrib_optimizer.HAVE_APEX_OR_TE:
         raise MissingDependencyError(
             "optimizer.use_distributed_optimizer is true; on GPUs Megatron-Core loads its state "
-            "into Transformer Engine's or Apex's Adam only: pip install "
-            "'transformer-engine[pytorch]', or leave the setting out"
+            "into Transformer Engine's or Apex's Adam only: pip install 'bdlora-megatron[te]', or "
+            "leave the setting out"
         )
-    return split
+    trains = torch.tensor(int(any(p.requires_grad for p in model.parameters())), device=device())
+    torch.distributed.all_reduce(trains, op=torch.distributed.ReduceOp.MIN)
+    if not trains:
+        raise ConfigError(
+            "optimizer.use_distributed_optimizer is true, and a pipeline stage has no adapter, for "
+            "which Megatron-Core saves no such optimizer; let target_modules reach every stage, or "
+            "leave the setting out"
+        )
 
 
 def _scheduler(optimizer: Any, config: TrainConfig) -> OptimizerParamScheduler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from safetensors.torch import load_file
 
+from bdlora_megatron.convert import read_adapter
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.export import main_weights
 from bdlora_megatron.runtime import record_collectives
@@ -23,6 +25,7 @@ from bdlora_megatron.train.step import Stepper
 from tests.harness import run_ranks
 from tests.tp.session import model_parallel
 from tests.train.runs import make_files, read_examples, settings, train_rank
+from tests.unit.convert.random_adapters import assert_same
 
 TP, DP, STEPS, HALF = 2, 2, 6, 3
 PRECISIONS = ("fp32", "bf16")
@@ -120,20 +123,18 @@ def test_at_another_size_it_goes_on_as_well(root, tmp_path, tp, dp):
         assert _losses(folder) == pytest.approx(wanted, abs=tolerance)
 
 
-def test_a_stage_without_an_adapter_takes_part(root, tmp_path):
-    """Save and resume where one of two pipeline stages has nothing to train."""
-    changes = {
-        "model": {
-            "hf_path": str(root / "base"),
-            "seq_length": 48,
-            "pipeline_model_parallel_size": 2,
-        },
-        "peft": {"bdlora": {"num_blocks": 6, "rank": 12, "target_modules": ["*.layers.1.*"]}},
-        "optimizer": {"lr": 0.02, "use_distributed_optimizer": True},
-    }
-    short = settings(root, tmp_path, **changes, train__train_iters=2)
-    run_ranks(4, _train_all, [short, settings(root, tmp_path, **changes, train__train_iters=4)])
-    assert len(_losses(tmp_path)) == 4
+def _stage_refused(rank, world_size, config):
+    with pytest.raises(ConfigError, match="a pipeline stage has no adapter"):
+        train_rank(rank, world_size, config)
+
+
+def test_a_stage_without_an_adapter_is_refused(root, tmp_path):
+    model = {"hf_path": str(root / "base"), "seq_length": 48, "pipeline_model_parallel_size": 2}
+    peft = {"bdlora": {"num_blocks": 6, "rank": 12, "target_modules": ["*.layers.1.*"]}}
+    config = settings(root, tmp_path, model=model, peft=peft)
+    split = replace(config.optimizer, use_distributed_optimizer=True)
+    run_ranks(2, _stage_refused, replace(config, optimizer=split))
+    assert checkpoints(tmp_path) == []
 
 
 def _copies(rank, world_size, config):
@@ -169,7 +170,23 @@ def test_exports_and_checkpoints_hold_the_float32_copies_whole(root):
     stored = load_tensors_metadata(str(checkpoints(folder)[-1][1]))
     state = {key: entry.dtype for key, entry in stored.items() if key.startswith("optimizer.state")}
     assert set(state.values()) == {torch.float32}
-    assert len(state) == 3 * 2 * 7 * 2, "three numbers of two factors, seven projections, two layers"
+    assert len(state) == 3 * 2 * 7 * 2, (
+        "three numbers of two factors, seven projections, two layers"
+    )
+
+
+def test_a_checkpoint_and_its_export_are_one_adapter_and_both_can_be_started_from(root, tmp_path):
+    folder, configs = root / "split-bf16", []
+    exported = read_adapter(folder / ADAPTER)
+    assert_same(read_adapter(checkpoints(folder)[-1][1]), exported, scale=True)
+    for name, source in (("run", checkpoints(folder)[-1][1]), ("peft", folder / ADAPTER)):
+        config = _config(root, tmp_path / name, "bf16", tp=1)
+        still = replace(config.optimizer, lr=0.0)
+        peft = replace(config.peft, init_from=str(source))
+        configs.append(replace(config, peft=peft, optimizer=still))
+    run_ranks(2, _train_all, configs)
+    for name in ("run", "peft"):
+        assert_same(read_adapter(tmp_path / name / ADAPTER), exported, scale=True)
 
 
 def _refused(rank, world_size, configs):

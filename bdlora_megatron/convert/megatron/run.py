@@ -24,7 +24,8 @@ __all__ = ["RUN_NAME", "is_training_state", "open_run", "own_settings", "with_ma
 RUN_NAME = "run.json"
 _LARGEST = 4 << 20
 _CHAINS = ("", "chained_0.", "chained_1.")
-_MAIN = "optimizer.state.fp32_param."
+#: Under which names the plain optimizer and the distributed one keep float32 copies.
+_MAINS = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 
 @contextmanager
@@ -76,10 +77,10 @@ def with_main_copies(tensors: DistTensors) -> DistTensors:
     """
     copies = {}
     for name, fact in tensors.facts.items():
-        for chain in _CHAINS:
-            main = tensors.facts.get(f"{chain}{_MAIN}{name}")
-            if main is not None and fact is not None and main.shape == fact.shape:
-                copies[name] = f"{chain}{_MAIN}{name}"
+        for main in (f"{chain}{kept}{name}" for chain in _CHAINS for kept in _MAINS):
+            copy = tensors.facts.get(main)
+            if copy is not None and fact is not None and copy.shape == fact.shape:
+                copies[name] = main
     return replace(
         tensors,
         facts={name: tensors.facts[copies.get(name, name)] for name in tensors.facts},
