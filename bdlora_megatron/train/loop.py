@@ -23,10 +23,10 @@ from bdlora_megatron.runtime import from_first_rank, model_parallel, refuse_toge
 from bdlora_megatron.train.best import BEST_ADAPTER, Best, write_best
 from bdlora_megatron.train.chats import ChatOptions
 from bdlora_megatron.train.checkpoint import (
+    Saver,
     checkpoints,
     load_checkpoint,
     read_facts,
-    save_checkpoint,
 )
 from bdlora_megatron.train.config import in_steps
 from bdlora_megatron.train.corpus import Corpus, Storage, read_examples
@@ -126,8 +126,8 @@ class _Run:
         if not self.steps_done:
             self.told = load_start(self.model, self.config, self.hf)
         with self._reporting():
-            with StopRequest() as stop:
-                loss = self._steps(stepper, facts, stop)
+            with StopRequest() as stop, self._saver() as saver:
+                loss = self._steps(stepper, facts, stop, saver)
             if self.report is not None:
                 self.report.draw()
             wanted = {ADAPTER: self.config.export.peft, DENSE_ADAPTER: self.config.export.dense}
@@ -203,7 +203,13 @@ class _Run:
             f"{len(self.examples)} examples{resumed}"
         )
 
-    def _steps(self, stepper: Stepper, facts: dict[str, Any], stop: StopRequest) -> float | None:
+    def _saver(self) -> Saver:
+        settings = self.config.checkpoint
+        return Saver(self.folder, keep=settings.keep, background=settings.async_save)
+
+    def _steps(
+        self, stepper: Stepper, facts: dict[str, Any], stop: StopRequest, saver: Saver
+    ) -> float | None:
         settings, checkpoint = self.config.train, self.config.checkpoint
         rows, steps = self.rows, self.config.steps
         loss = None
@@ -228,15 +234,12 @@ class _Run:
                 last = last or self.best.why_stop(settings) is not None
                 stopping = stop.agreed()
             if stopping or improved or _due(self.steps_done, checkpoint.save_interval, last=last):
-                save_checkpoint(
-                    self.folder,
-                    self.steps_done,
-                    stepper,
-                    {**facts, **self.best.facts()},
-                    keep=checkpoint.keep,
-                    spare=self.best.step if checkpoint.keep_best else None,
-                )
+                best = self.best.step if checkpoint.keep_best else None
+                saver.save(self.steps_done, stepper, {**facts, **self.best.facts()}, spare=best)
+            else:
+                saver.poll()
             if stopping:
+                saver.wait()
                 raise PreemptedError(
                     f"stopped by SIGTERM and saved after step {self.steps_done} of "
                     f"{steps}; the same command goes on from there"

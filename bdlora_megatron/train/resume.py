@@ -114,7 +114,7 @@ def run_facts(
         start: Of ``start_digest``.
 
     Returns:
-        Plain values for ``save_checkpoint``.
+        Plain values for ``Saver.save``.
     """
     digest = hashlib.sha256()
     for example in examples:

@@ -211,6 +211,8 @@ class CheckpointSection:
     """Steps between checkpoints; 0 saves at the end only."""
     keep: Count = 2
     """How many of the newest checkpoints stay."""
+    async_save: Flag = False
+    """Train on while a process of each rank's writes a checkpoint's files."""
     keep_best: Flag = False
     """Keep the checkpoint of the lowest validation loss beside them, and its adapter as
     ``adapter-best/``."""
