@@ -153,11 +153,11 @@ def check_resumable(saved: Mapping[str, Any], facts: Mapping[str, Any], path: st
             "scheduler.lr_decay_iters from the start to train longer than planned"
         )
     # Older checkpoints know nothing of the weights, and started from no adapter.
-    saved = {"weights": facts["weights"], "start": None, **saved}
+    saved = {"weights": facts.get("weights"), "start": None, **saved}
     problems += [
         f"{what} from the checkpoint's"
         for key, what in _COMPARED.items()
-        if _unordered(str(saved[key])) != _unordered(str(facts[key]))
+        if _unordered(str(saved[key])) != _unordered(str(facts.get(key)))
     ]
     if problems:
         raise ConfigError(
