@@ -145,10 +145,9 @@ def in_steps(config: TrainConfig, rows: int) -> TrainConfig:
     epochs, batch = config.train.epochs, config.train.global_batch_size
     if epochs is not None:
         steps = -(-rows * epochs // batch)
-        config = replace(config, train=replace(config.train, train_iters=steps, epochs=None))
+        config = replace(config, train=replace(config.train, train_iters=steps))
         if problems := _about_schedule(config):
             raise ConfigError(list_problems(problems, _WHAT))
-        config = replace(config, train=replace(config.train, epochs=epochs))
     return config
 
 

@@ -259,8 +259,9 @@ def _tokenize(
         raise
     if num_proc is None:
         num_proc = min(len(os.sched_getaffinity(0)), len(found) // _WORTH_A_PROCESS)
-    # A process that has started threads, or CUDA, must not be forked.
-    multiprocess.set_start_method("spawn", force=True)
+    if num_proc > 1:
+        # A process that has started threads, or CUDA, must not be forked.
+        multiprocess.set_start_method("spawn", force=True)
     made = found.map(
         documents.batch,
         batched=True,

@@ -21,6 +21,7 @@ from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
 from bdlora_megatron.convert.adapter.lazy import map_modules, module_facts
+from bdlora_megatron.convert.adapter.scale import fold_scale
 from bdlora_megatron.convert.pipeline import open_fitting
 from bdlora_megatron.convert.structure import Structure, StructureReport, restructure
 from bdlora_megatron.convert.structure.restructure import Restructured
@@ -164,7 +165,7 @@ def _modules(
         changed = _restructured(adapter, config, hf)
         for key in changed.adapter.modules:
             factors = reshard(changed.adapter.modules[key], lora.blocks)
-            yield key, _with_scale(factors, lora.scale)
+            yield key, fold_scale(factors, lora.scale)
         targets = target_modules(chosen_section(config.peft), hf)
         missing = [key for key in targets if key not in changed.adapter.modules]
         told += [
@@ -172,13 +173,6 @@ def _modules(
             *_told_of_scale(adapter, lora),
             *_told_of_rest(changed.adapter, lora, missing),
         ]
-
-
-def _with_scale(factors: BlockFactors, scale: float) -> BlockFactors:
-    if factors.scale == scale:
-        return factors
-    B = (factors.B.double() * (factors.scale / scale)).to(factors.dtype)
-    return replace(factors, B=B, scale=scale)
 
 
 def _restructured(adapter: Adapter, config: TrainConfig, hf: HFConfig) -> Restructured:

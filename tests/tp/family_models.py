@@ -24,6 +24,7 @@ from torch import Tensor
 from bdlora_megatron.models.build import hybrid_stack_spec
 from bdlora_megatron.runtime.versions.layers import hybrid_norms
 from tests.fakes import hybrid_kernels
+from tests.tp.models import PLAIN_FP64
 
 VOCAB, SEQUENCE, BATCH = 56, 16, 2
 #: A pattern of each family, with what it is like.
@@ -50,15 +51,7 @@ def family_config(family: str, tp: int, **changes: Any) -> TransformerConfig:
         "normalization": "RMSNorm",
         "layernorm_epsilon": 1e-6,
         "tensor_model_parallel_size": tp,
-        "params_dtype": torch.float64,
-        "pipeline_dtype": torch.float64,
-        "use_cpu_initialization": True,
-        "add_bias_linear": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "bias_activation_fusion": False,
-        "attention_softmax_in_fp32": False,
-        "apply_query_key_layer_scaling": False,
+        **PLAIN_FP64,
         "is_hybrid_model": True,
     }
     if family.startswith("deepseek"):

@@ -18,6 +18,20 @@ MODEL_CLASSES = ("gpt", "hybrid") if has_hybrid_model() else ("gpt",)
 VOCAB, SEQUENCE, BATCH = 56, 12, 2
 
 
+#: Settings of a model in fp64, without chance, fusions or biases.
+PLAIN_FP64 = {
+    "params_dtype": torch.float64,
+    "pipeline_dtype": torch.float64,
+    "use_cpu_initialization": True,
+    "add_bias_linear": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "bias_activation_fusion": False,
+    "attention_softmax_in_fp32": False,
+    "apply_query_key_layer_scaling": False,
+}
+
+
 def tiny_config(world_size: int, **changes: Any) -> TransformerConfig:
     settings: dict[str, Any] = {
         "num_layers": 2,
@@ -30,15 +44,7 @@ def tiny_config(world_size: int, **changes: Any) -> TransformerConfig:
         "activation_func": torch.nn.functional.silu,
         "normalization": "RMSNorm",
         "tensor_model_parallel_size": world_size,
-        "params_dtype": torch.float64,
-        "pipeline_dtype": torch.float64,
-        "use_cpu_initialization": True,
-        "add_bias_linear": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "bias_activation_fusion": False,
-        "attention_softmax_in_fp32": False,
-        "apply_query_key_layer_scaling": False,
+        **PLAIN_FP64,
     }
     if changes.pop("model_class", "gpt") == "hybrid":
         layers = changes.pop("num_layers", settings["num_layers"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -16,7 +17,8 @@ from bdlora_megatron import runtime
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.train import corpus
 from bdlora_megatron.train.config import from_mapping
-from bdlora_megatron.train.examples import Documents
+from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch
+from bdlora_megatron.train.examples import Documents, load_tokenizer
 from bdlora_megatron.train.loop import train
 from bdlora_megatron.train.schema import TrainConfig
 
@@ -55,6 +57,30 @@ def read_examples(paths: Any, tokenizer: Any, *, format: Any, **options: Any) ->
     storage = corpus.Storage(cache_dir=Path(paths[0]).parent / "kept")
     documents = Documents(tokenizer, format, **encoding)
     return corpus.read_examples(paths, documents, storage=storage, **options)
+
+
+def training_rows(config: TrainConfig) -> RowDataset:
+    """The rows of a run's training data, whose examples are packed."""
+    examples = read_examples(
+        config.dataset.train,
+        load_tokenizer(config.model.hf_path),
+        format="chat",
+        seq_length=config.model.seq_length,
+        too_long="truncate",
+    )
+    return RowDataset(examples, config.model.seq_length, packing=True, seed=3)
+
+
+def first_batches(config: TrainConfig, *, micro_batch_size: int) -> list[Batch]:
+    """This rank's micro-batches of a step over the first four rows."""
+    rows = training_rows(config)
+    share = ShareOfBatch(
+        global_batch_size=4,
+        micro_batch_size=micro_batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+    return [rows.batch(numbers) for numbers in share.numbers(0)]
 
 
 def make_base(path: Path, **changes: Any) -> Path:

@@ -10,20 +10,22 @@ from collections import Counter
 import psutil
 import pytest
 import torch
-from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from bdlora_megatron.runtime import record_collectives
 from bdlora_megatron.train.checkpoint import SaveError, Saver, checkpoints, load_checkpoint
-from bdlora_megatron.train.data import RowDataset, ShareOfBatch
-from bdlora_megatron.train.examples import load_tokenizer
 from bdlora_megatron.train.loop import ADAPTER
 from bdlora_megatron.train.metrics import read_metrics
 from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.step import Stepper
 from tests.harness import RankError, run_ranks
 from tests.tp.session import model_parallel
-from tests.train.runs import make_files, read_examples, settings, train_rank
+from tests.train.runs import (
+    first_batches,
+    make_files,
+    settings,
+    train_rank,
+)
 
 TP = 2
 
@@ -79,21 +81,7 @@ def test_a_run_saves_what_it_would_have_saved_while_it_waits(root, tmp_path):
 
 def _stepper(config):
     model, _ = build_model(config)
-    examples = read_examples(
-        config.dataset.train,
-        load_tokenizer(config.model.hf_path),
-        format="chat",
-        seq_length=config.model.seq_length,
-        too_long="truncate",
-    )
-    rows = RowDataset(examples, config.model.seq_length, packing=True, seed=3)
-    share = ShareOfBatch(
-        global_batch_size=4,
-        micro_batch_size=2,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-    )
-    return Stepper(model, config), [rows.batch(numbers) for numbers in share.numbers(0)]
+    return Stepper(model, config), first_batches(config, micro_batch_size=2)
 
 
 def _factors(stepper):

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from safetensors.torch import load_file
 
@@ -16,15 +15,18 @@ from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.export import main_weights
 from bdlora_megatron.runtime import record_collectives
 from bdlora_megatron.train.checkpoint import checkpoints, load_checkpoint
-from bdlora_megatron.train.data import RowDataset, ShareOfBatch
-from bdlora_megatron.train.examples import load_tokenizer
 from bdlora_megatron.train.loop import ADAPTER
 from bdlora_megatron.train.metrics import read_metrics
 from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.step import Stepper
 from tests.harness import run_ranks
 from tests.tp.session import model_parallel
-from tests.train.runs import make_files, read_examples, settings, train_rank
+from tests.train.runs import (
+    first_batches,
+    make_files,
+    settings,
+    train_rank,
+)
 from tests.unit.convert.random_adapters import assert_same
 
 TP, DP, STEPS, HALF = 2, 2, 6, 3
@@ -207,22 +209,9 @@ def _step_calls(rank, world_size, configs):
         with model_parallel(1):
             model, _ = build_model(config)
             stepper = Stepper(model, config)
-            examples = read_examples(
-                config.dataset.train,
-                load_tokenizer(config.model.hf_path),
-                format="chat",
-                seq_length=config.model.seq_length,
-                too_long="truncate",
-            )
-            rows = RowDataset(examples, config.model.seq_length, packing=True, seed=3)
-            share = ShareOfBatch(
-                global_batch_size=4,
-                micro_batch_size=1,
-                dp_rank=parallel_state.get_data_parallel_rank(),
-                dp_size=world_size,
-            )
+            batches = first_batches(config, micro_batch_size=1)
             with record_collectives() as log:
-                stepper.train_step(0, [rows.batch(numbers) for numbers in share.numbers(0)])
+                stepper.train_step(0, batches)
             factors = sum(p.numel() for p in model.parameters() if p.requires_grad)
             sent = defaultdict(list)
             for call in log.calls:

@@ -6,15 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import WriteOptions, read_peft, write_adapter
 from bdlora_megatron.layers import LoadOptions, collect_adapter, load_adapter, lora_layers
-from bdlora_megatron.train.data import RowDataset, ShareOfBatch
-from bdlora_megatron.train.examples import load_tokenizer
 from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.step import Stepper, forward_backward, mean_loss
 from benchmarks.step_collectives import measure_step
@@ -22,7 +19,7 @@ from tests.harness import run_ranks
 from tests.tolerances import MODEL_GRADIENTS, assert_close
 from tests.tp.models import randomize_adapters
 from tests.tp.session import model_parallel
-from tests.train.runs import make_files, read_examples, settings
+from tests.train.runs import first_batches, make_files, settings, training_rows
 
 SCHEMES = {
     "bdlora": {"scheme": "bdlora", "bdlora": {"num_blocks": 6, "rank": 12}},
@@ -65,19 +62,6 @@ def _config(root, scheme, **model):
     )
 
 
-def _batch(config, rows):
-    """The given rows of the training data, whose examples are packed."""
-    examples = read_examples(
-        config.dataset.train,
-        load_tokenizer(config.model.hf_path),
-        format="chat",
-        seq_length=config.model.seq_length,
-        too_long="truncate",
-    )
-    dataset = RowDataset(examples, config.model.seq_length, packing=True, seed=3)
-    return dataset.batch(rows)
-
-
 def _write(rank, world_size, config):
     with model_parallel(1):
         model, _ = build_model(config)
@@ -95,7 +79,7 @@ def _reference(root, scheme):
     config = _config(root, scheme)
     base = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float64)
     model = PeftModel.from_pretrained(base, root / scheme, is_trainable=True).double()
-    batch = _batch(config, [0, 1, 2, 3])
+    batch = training_rows(config).batch([0, 1, 2, 3])
     assert len(batch.starts) - 1 > 4, "no row holds two examples"
     learnt = torch.zeros(batch.labels.shape).index_fill_(0, batch.learnt, 1.0)
     total = torch.zeros((), dtype=torch.float64)
@@ -121,13 +105,7 @@ def _load(model, config):
 
 
 def _share(config):
-    share = ShareOfBatch(
-        global_batch_size=4,
-        micro_batch_size=1,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-    )
-    return [_batch(config, rows) for rows in share.numbers(0)]
+    return first_batches(config, micro_batch_size=1)
 
 
 def _gradients(rank, world_size, config):

@@ -12,7 +12,14 @@ from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.convert.adapter.lazy import map_modules, module_facts
 from bdlora_megatron.convert.adapter.neutral import Adapter, ModuleKey
 
-__all__ = ["choose_alphas", "nearest_alpha", "peft_scale", "warn_inexact", "with_one_scale"]
+__all__ = [
+    "choose_alphas",
+    "fold_scale",
+    "nearest_alpha",
+    "peft_scale",
+    "warn_inexact",
+    "with_one_scale",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +78,14 @@ def warn_inexact(name: str, missed: Sequence[object]) -> None:
         )
 
 
+def fold_scale(factors: BlockFactors, scale: float) -> BlockFactors:
+    """The same update at another scale, whose B holds the difference, rounded once."""
+    if factors.scale == scale:
+        return factors
+    B = (factors.B.double() * (factors.scale / scale)).to(factors.B.dtype)
+    return replace(factors, B=B, scale=scale)
+
+
 def with_one_scale(adapter: Adapter) -> Adapter:
     """The same function with one scale for all modules, for formats that hold one.
 
@@ -85,10 +100,7 @@ def with_one_scale(adapter: Adapter) -> Adapter:
     scale = max((s for s in counts if s), key=lambda s: counts[s])
 
     def change(_: ModuleKey, factors: BlockFactors) -> BlockFactors:
-        if factors.scale == scale:
-            return factors
-        B = (factors.B.double() * (factors.scale / scale)).to(factors.B.dtype)
-        return replace(factors, B=B, scale=scale)
+        return fold_scale(factors, scale)
 
     others = [key for key, factors in facts.items() if factors.scale != scale]
     logger.warning(
