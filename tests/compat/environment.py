@@ -110,12 +110,13 @@ def _install(release: Release, folder: Path) -> str:
     return str(python)
 
 
-def _interpreter(oldest: tuple[int, int]) -> str | None:
-    """This interpreter where it is new enough, else a newer one on the PATH that starts."""
-    if sys.version_info[:2] >= oldest:
+def _interpreter(wanted: tuple[int, int]) -> str | None:
+    """An interpreter of this version that starts, if there is one."""
+    if sys.version_info[:2] == wanted:
         return sys.executable
-    for minor in range(oldest[1], oldest[1] + 3):
-        found = shutil.which(f"python{oldest[0]}.{minor}")
+    name = f"python{wanted[0]}.{wanted[1]}"
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        found = shutil.which(name, path=folder)
         # A version manager's shim is there for every version it knows, chosen or not.
         if found and subprocess.run([found, "--version"], capture_output=True).returncode == 0:
             return found

@@ -23,19 +23,20 @@ CORE = (
 class Release:
     """One release of Megatron-Core.
 
-    `python` is the oldest that it says it supports; where none is found, an older one is tried all
-    the same. `extra` are requirements beside the ones in constraints-dev.txt, which they override.
-    `note` goes into the table.
+    `python` is the interpreter that it is tried on, which its users have: for 0.14 to 0.16 the one
+    of their time, for newer ones the oldest that they support. Where it is not found, this one is
+    taken all the same. `extra` are requirements beside the ones in constraints-dev.txt, which they
+    override. `note` goes into the table.
     """
 
     version: str
-    python: tuple[int, int] = (3, 10)
+    python: tuple[int, int] = (3, 11)
     extra: tuple[str, ...] = ()
     note: str = ""
 
 
 #: What still takes it.
-_NUMPY_1 = ("numpy<2", "scipy<1.16", "pandas<3")
+_NUMPY_1 = ("numpy<2", "scipy<1.16", "pandas<3", "pyarrow<22")
 
 RELEASES = (
     Release(version="0.14.0", extra=_NUMPY_1, note="requires numpy below 2"),

@@ -179,6 +179,7 @@ def test_a_broken_flash_attn_4_is_named(tmp_path):
     assert "AttributeError: dsl" in done.stderr
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to serve from")
 @pytest.mark.parametrize("command", ["serve", "generate"])
 def test_a_server_without_gpu_or_cpu_says_so(tmp_path, capsys, command):

@@ -74,6 +74,7 @@ def _serve(rank, world, model_class):
         return dict(cuda_graphs.COUNTS)
 
 
+@pytest.mark.engine
 def test_replayed_steps_give_the_tokens_of_steps_that_are_not():
     (counts,) = run_ranks(1, _serve, MODEL_CLASSES[-1])
     # Of each size: four linear layers of two decoder layers, each with two launches. Until 0.18
@@ -142,6 +143,7 @@ def _same_logprobs(choice, other):
         assert [token for token, _ in choice.top] == [token for token, _ in other.top]
 
 
+@pytest.mark.engine
 def test_every_request_option_goes_with_captured_steps():
     """A prompt's log-probabilities once ended all ranks, from Megatron-Core 0.18 on."""
     assert set(OPTIONS) == {field.name for field in dataclasses.fields(Sampling)}
