@@ -9,7 +9,6 @@ import torch
 from megatron.core.transformer import attention
 
 from bdlora_megatron import runtime
-from bdlora_megatron.ops import paged_attention
 from bdlora_megatron.runtime.attention import Attention, use_attention
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from tests.harness import run_ranks
@@ -22,6 +21,8 @@ pytestmark = [
         importlib.util.find_spec("triton") is None, reason="needs triton's interpreter"
     ),
 ]
+if importlib.util.find_spec("triton") is not None:
+    from bdlora_megatron.ops import paged_attention
 
 
 def _run(world):
