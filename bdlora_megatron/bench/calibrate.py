@@ -260,7 +260,7 @@ def least_squares() -> Any:
         from scipy import optimize
     except ImportError as error:
         raise MissingDependencyError(
-            "fitting the cost model needs scipy, which is not installed; "
+            f"fitting the cost model needs scipy ({error}); "
             "install the extra: pip install 'bdlora-megatron[bench]'"
         ) from error
     return optimize.least_squares

@@ -28,7 +28,7 @@ def figure_class() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            "drawing needs matplotlib, which is not installed; "
+            f"drawing needs matplotlib ({error}); "
             "install the extra: pip install 'bdlora-megatron[bench]', or leave --out away"
         ) from error
     return Figure

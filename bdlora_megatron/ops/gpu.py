@@ -25,7 +25,7 @@ try:
     from bdlora_megatron.ops import kernels
 except ImportError as error:
     raise MissingDependencyError(
-        "the grouped product on a GPU needs triton, which is not installed: pip install triton, "
+        f"the grouped product on a GPU needs triton ({error}): pip install triton, "
         "or pass implementation='reference'"
     ) from error
 

@@ -35,7 +35,7 @@ try:
     from bdlora_megatron.ops.gpu import dot_type, interpreted, on_device_of
 except ImportError as error:
     raise MissingDependencyError(
-        "attention over a cache in blocks on a GPU needs triton, which is not installed: "
+        f"attention over a cache in blocks on a GPU needs triton ({error}): "
         "pip install triton, or install flash-attn for Megatron-Core to use"
     ) from error
 

@@ -15,7 +15,7 @@ from typing import Any
 from bdlora_megatron.errors import ConfigError, MissingDependencyError
 from bdlora_megatron.settings import list_problems, read_settings
 from bdlora_megatron.train.rag import RagOptions, template_problems
-from bdlora_megatron.train.schema import TrainConfig
+from bdlora_megatron.train.schema import ModelSection, TrainConfig
 
 __all__ = ["from_mapping", "in_steps", "load_config", "to_mapping"]
 
@@ -43,7 +43,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         from yaml import YAMLError
     except ImportError as error:
         raise MissingDependencyError(
-            "reading a training config needs OmegaConf; pip install 'bdlora-megatron[train]'"
+            f"reading a training config needs OmegaConf ({error}); "
+            "pip install 'bdlora-megatron[train]'"
         ) from error
     bad = [text for text in overrides if "=" not in text or text.startswith("=")]
     if bad:
@@ -111,6 +112,7 @@ def _contradictions(config: TrainConfig) -> list[str]:
             f"model.seq_length is {model.seq_length}; with sequence_parallel it must be a multiple "
             f"of tensor_model_parallel_size={model.tensor_model_parallel_size}"
         )
+    problems += _about_parallelism(model)
     if train.global_batch_size % train.micro_batch_size:
         problems.append(
             f"train.global_batch_size is {train.global_batch_size}; it must be a multiple of "
@@ -127,6 +129,26 @@ def _contradictions(config: TrainConfig) -> list[str]:
         problems.append("one of train.train_iters and train.epochs says how long; set it alone")
     problems += _about_schedule(config)
     return problems + _about_data(config) + _about_best(config)
+
+
+def _about_parallelism(model: ModelSection) -> list[str]:
+    """What NeMo's and Bridge's settings can ask for and this trainer cannot do."""
+    problems = []
+    if model.context_parallel_size > 1:
+        problems.append(
+            f"model.context_parallel_size is {model.context_parallel_size}; rows are not split "
+            "over context-parallel ranks here: set 1, and for long rows a larger "
+            "tensor_model_parallel_size with sequence_parallel: true, or recompute_granularity: "
+            "full"
+        )
+    if (model.virtual_pipeline_model_parallel_size or 1) > 1:
+        problems.append(
+            "model.virtual_pipeline_model_parallel_size is "
+            f"{model.virtual_pipeline_model_parallel_size}; stages are not interleaved here: leave "
+            "it out, and set train.global_batch_size to several times "
+            "pipeline_model_parallel_size x micro_batch_size to keep the stages busy"
+        )
+    return problems
 
 
 def in_steps(config: TrainConfig, rows: int) -> TrainConfig:

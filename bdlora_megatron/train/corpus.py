@@ -12,10 +12,12 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -37,9 +39,12 @@ TooLong = Literal["error", "truncate", "drop"]
 logger = logging.getLogger(__name__)
 
 _SHOWN = 8
+_RECORDS = "records"
 _NOTHING = "{} hold no example with a token to learn"
 #: Records that are worth a process of their own.
 _WORTH_A_PROCESS = 20_000
+#: Records that are read and written at once: so many bytes of them, and at most so many.
+_BATCH_BYTES, _BATCH_RECORDS = 2**24, 1000
 _FEATURES = {
     "file": "int32",
     "line": "int64",
@@ -171,7 +176,7 @@ def _cache(storage: Storage) -> Path:
         import datasets
     except ImportError as error:
         raise MissingDependencyError(
-            "reading training data needs datasets; pip install 'bdlora-megatron[train]'"
+            f"reading training data needs datasets ({error}); pip install 'bdlora-megatron[train]'"
         ) from error
     return Path(storage.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "bdlora")
 
@@ -220,6 +225,8 @@ def _tokenized(folder: Path, paths: Sequence[str], documents: Documents, storage
             unfinished = done.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(files))
             unfinished.replace(done)
+            # The tokens are all that is read from now on; an interrupted call needs the records.
+            shutil.rmtree(folder / _RECORDS, ignore_errors=True)
     parts = [
         datasets.Dataset.from_file(str(folder / name)) for name in json.loads(done.read_text())
     ]
@@ -249,9 +256,10 @@ def _tokenize(
         found = datasets.Dataset.from_generator(
             records,
             features=datasets.Features({n: datasets.Value(kind) for n, kind in raw.items()}),
-            cache_dir=str(folder / "records"),
+            cache_dir=str(folder / _RECORDS),
             gen_kwargs={"paths": list(paths)},
             fingerprint=folder.name,
+            writer_batch_size=_at_once(len(r["record"]) for r in islice(records(paths), 100)),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, ConfigError):
@@ -262,9 +270,12 @@ def _tokenize(
     if num_proc > 1:
         # A process that has started threads, or CUDA, must not be forked.
         multiprocess.set_start_method("spawn", force=True)
+    at_once = _at_once([found.data.nbytes // len(found)])
     made = found.map(
         documents.batch,
         batched=True,
+        batch_size=at_once,
+        writer_batch_size=at_once,
         remove_columns=list(raw),
         features=datasets.Features(columns),
         cache_file_name=str(folder / "tokens.arrow"),
@@ -273,6 +284,12 @@ def _tokenize(
         desc="Tokenizing",
     )
     return [Path(file["filename"]).name for file in made.cache_files]
+
+
+def _at_once(sizes: Iterable[int]) -> int:
+    """How many records of such sizes are read, tokenized and written in one batch."""
+    size = statistics.fmean(sizes)
+    return max(1, min(_BATCH_RECORDS, int(_BATCH_BYTES // max(size, 1))))
 
 
 def _fitted(table: Any, paths: Sequence[str], documents: Documents, fit: _Fit) -> Corpus:
@@ -287,7 +304,11 @@ def _fitted(table: Any, paths: Sequence[str], documents: Documents, fit: _Fit) -
     made = table.column("made").to_numpy()
     refused = made & (lengths > seq_length) & (fit.too_long == "error") & (not cut)
     _refuse(table, paths, f"format {documents.format!r}", np.where(refused, lengths, 0), seq_length)
-    notes = Counter(chain.from_iterable(n for n in table.column("notes").to_pylist() if n))
+    notes = Counter(
+        chain.from_iterable(
+            noted for chunk in table.column("notes").chunks for noted in chunk.to_pylist() if noted
+        )
+    )
     for note, count in notes.items():
         logger.warning("%s: %s (%d times)", ", ".join(paths), note, count)
     dropped = made & (lengths <= 0)

@@ -67,7 +67,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingDependencyError(
-            "tokenizing needs transformers; pip install 'bdlora-megatron[train]'"
+            f"tokenizing needs transformers ({error}); pip install 'bdlora-megatron[train]'"
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)

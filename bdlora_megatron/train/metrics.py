@@ -166,8 +166,8 @@ def _import_pyplot() -> Any:
         import matplotlib as mpl
     except ImportError as error:
         raise MissingDependencyError(
-            "logger.loss_curve needs matplotlib; pip install 'bdlora-megatron[train]', or set "
-            "logger.loss_curve=false"
+            f"logger.loss_curve needs matplotlib ({error}); pip install "
+            "'bdlora-megatron[train]', or set logger.loss_curve=false"
         ) from error
     mpl.use("Agg")
     from matplotlib import pyplot

@@ -29,6 +29,8 @@ _FREE = (
     "model.model_class",
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.context_parallel_size",
     "model.sequence_parallel",
     "model.recompute_granularity",
     "dataset.train",

@@ -54,6 +54,10 @@ class ModelSection:
     """Tokens in a row of a batch."""
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
+    virtual_pipeline_model_parallel_size: Count | None = None
+    """Only None or 1: interleaved pipelines are refused."""
+    context_parallel_size: Count = 1
+    """Only 1: context parallelism is refused."""
     sequence_parallel: Flag = False
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """What is computed again in backward instead of being kept."""

@@ -28,7 +28,7 @@ def plot_choices(choices: Choices, path: str | Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            "drawing needs matplotlib, which is not installed; "
+            f"drawing needs matplotlib ({error}); "
             "install the extra: pip install 'bdlora-megatron[plot]'"
         ) from error
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")

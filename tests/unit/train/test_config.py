@@ -125,6 +125,14 @@ def test_a_key_in_the_wrong_section_is_found_where_it_belongs():
             },
             "seq_length is 33; with sequence_parallel it must be a multiple",
         ),
+        (
+            {"model__context_parallel_size": 2},
+            "context_parallel_size is 2; rows are not split over context-parallel ranks here",
+        ),
+        (
+            {"model__virtual_pipeline_model_parallel_size": 2},
+            "virtual_pipeline_model_parallel_size is 2; stages are not interleaved here",
+        ),
         ({"scheduler__lr_warmup_iters": 10}, "it must be less than the 10 steps of the schedule"),
         ({"peft__scheme": "none"}, "dataset.validation is empty; scheme none only evaluates"),
         ({"dataset__train": []}, "dataset.train is empty"),
@@ -137,6 +145,14 @@ def test_what_cannot_be_is_refused(changes, wanted):
     found = problems(changed(**changes))
     assert len(found) == 1
     assert wanted in found[0]
+
+
+def test_what_others_write_for_no_such_parallelism_is_taken():
+    sizes = {
+        "model__context_parallel_size": 1,
+        "model__virtual_pipeline_model_parallel_size": None,
+    }
+    assert from_mapping(changed(**sizes)) == from_mapping(changed())
 
 
 def test_yaml_null_means_the_scheme_none():
