@@ -14,9 +14,9 @@ so by its division.
 | slora | ``[R/P, I]``, ``[O/P, R]`` | ``[R, I/P]``, ``[O/P, R]`` | all-gather / all-reduce of K | reduce-scatter / all-reduce of K |
 | half_sharded | ``[R, I]``, ``[O/P, R]`` | ``[R, I/P]``, ``[O, R]`` | none | all-reduce of the replicated factor's gradient |
 
-Every product runs on whole local matrices: the block-diagonal factor is laid out with zeros, which
-costs nothing where a rank holds one block (N = P), and which lets the output-sized addition ride in
-the matrix product's epilogue instead of being a pass of its own.
+A column layer multiplies each block of B by itself, straight into the base product's memory; where
+query groups interleave the projections' rows on a rank, and in a row layer's A, the blocks are laid
+out on a diagonal of zeros for one product.
 """  # noqa: E501
 
 from bdlora_megatron.layers.adapters.base import Adapter, AdapterOptions, ProjectionPlan

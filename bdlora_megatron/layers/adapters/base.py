@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from bdlora_megatron.errors import ShapeError
+from bdlora_megatron.layers.adapters.products import add_dense
 from bdlora_megatron.layers.factors import (
     Factor,
     FactorPair,
@@ -235,14 +236,15 @@ class Adapter(nn.Module):
             base: The base product ``[S, b, O_local]``.
 
         Returns:
-            ``base + s * z B^T``, in the type of ``base``.
+            ``base + s * z B^T``, in the type of ``base`` and, where autograd allows it, its memory.
         """
         z = self.exchange(z.flatten(0, -2))
         return self.add_product(base.flatten(0, -2), z).view_as(base)
 
     def add_product(self, base: Tensor, z: Tensor) -> Tensor:
         """``base + s * z B^T`` on ``[T, O_local]`` and ``[T, K]``."""
-        return _addmm(base, z, self.expand_weight(), 1.0 if self.scale is None else self.scale)
+        scale = 1.0 if self.scale is None else self.scale
+        return add_dense(base, z, self.expand_weight(), scale)
 
     def whole_weights(self) -> tuple[Tensor, Tensor]:
         """The A and B whose product is the update of the local base weight."""
@@ -271,13 +273,6 @@ class Adapter(nn.Module):
                 key = f"{prefix}{name}."
                 sharded.update(module.sharded_state_dict(key, sharded_offsets, metadata))
         return sharded
-
-
-def _addmm(base: Tensor, z: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """``base + scale * z weight^T``; in one product where the types agree."""
-    if base.dtype == z.dtype:
-        return torch.addmm(base, z, weight.t(), alpha=scale)
-    return base + (torch.mm(z, weight.t()) * scale).to(base.dtype)
 
 
 def block_diagonal(packed: Tensor, blocks: int) -> Tensor:

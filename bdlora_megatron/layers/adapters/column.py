@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from bdlora_megatron.layers.adapters.base import (
     tied_replica,
 )
 from bdlora_megatron.layers.adapters.checks import check_blocks, check_divides, check_layout
+from bdlora_megatron.layers.adapters.products import Block, add_blocks
 from bdlora_megatron.layers.factors import FactorShape
 from bdlora_megatron.layers.geometry import LayerGeometry
 
@@ -73,12 +74,44 @@ class ColumnAdapter(Adapter):
 
     def lay_out_b(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
         """A local B with its local blocks on the diagonal: ``[O / P, R / P]``."""
-        blocks = plan.num_blocks // self.tp_size
+        blocks = self.local_blocks(plan)
         if blocks == 1:
             return weight
         _, shape = self.factor_shapes(plan)
         stretches = shape.stretches(weight, share=self.tp_size)
         return torch.cat([block_diagonal(rows, blocks) for rows in stretches])
+
+    def local_blocks(self, plan: ProjectionPlan) -> int:
+        """Diagonal blocks of a projection's local B."""
+        return plan.num_blocks // self.tp_size
+
+    def add_product(self, base: Tensor, z: Tensor) -> Tensor:
+        """``base + s * z B^T`` on ``[T, O / P]`` and ``[T, K / P]``, block by block."""
+        # Interleaved by several groups, a projection's rows are too many blocks.
+        if self.geometry.local_groups(self.tp_size) > 1:
+            return super().add_product(base, z)
+        return add_blocks(base, self.by_projection(z), list(self._blocks()))
+
+    def by_projection(self, z: Tensor) -> Tensor:
+        """Columns of the rank, one projection's after another's."""
+        return z
+
+    def _blocks(self) -> Iterator[Block]:
+        """Every block of the local B's, with its place in the layer's rows and in the rank."""
+        tops, top = {}, 0
+        for projection in self.geometry.projections:
+            tops[projection.name] = top
+            top += projection.out_features // self.tp_size
+        left = 0
+        for plan in self.plans:
+            weight: Tensor = self.factors(plan)[1]()
+            _, shape = self.factor_shapes(plan)
+            count, top = self.local_blocks(plan), tops[plan.projection.name]
+            for stretch in shape.stretches(weight, share=self.tp_size):
+                for number, rows in enumerate(stretch.chunk(count)):
+                    yield Block(top, left + number * weight.size(1), plan.scale, rows)
+                    top += len(rows)
+            left += count * weight.size(1)
 
     def scaled(self, weight: Tensor, plan: ProjectionPlan) -> Tensor:
         """Fold the projection's scale into its B, unless one scale serves the whole layer."""
@@ -139,14 +172,22 @@ class SLoRAColumnAdapter(ColumnAdapter):
             ),
         )
 
-    def lay_out_b(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
+    def local_blocks(self, plan: ProjectionPlan) -> int:
         """Local B has no blocks: ``[O / P, R]``."""
         del plan
-        return weight
+        return 1
 
     def rank_chunks(self) -> int:
         """The gather puts the ranks' columns side by side."""
         return self.tp_size
+
+    def by_projection(self, z: Tensor) -> Tensor:
+        """Each rank's columns hold a part of every projection's."""
+        if len(self.plans) == 1:
+            return z
+        widths = [plan.rank // self.tp_size for plan in self.plans]
+        parts = z.unflatten(1, (self.tp_size, -1)).split(widths, dim=2)
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def exchange(self, z: Tensor) -> Tensor:
         """All-gather of ``[T, K / P]`` to ``[T, K]``."""
@@ -185,10 +226,10 @@ class HalfShardedColumnAdapter(ColumnAdapter):
         """All projections' whole A: ``[K, I]``."""
         return tied_replica(super().shrink_weight(), self.tp_group)
 
-    def lay_out_b(self, plan: ProjectionPlan, weight: Tensor) -> Tensor:
+    def local_blocks(self, plan: ProjectionPlan) -> int:
         """Local B has no blocks: ``[O / P, R]``."""
         del plan
-        return weight
+        return 1
 
 
 _LAYOUTS = {
