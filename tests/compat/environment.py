@@ -30,6 +30,7 @@ _TOOLS = (
     "psutil",
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "pyyaml",
     "safetensors",
     "schemathesis",
@@ -136,7 +137,17 @@ def _run_core(python: str, folder: Path, result: Result, pytest_args: list[str])
     started = time.monotonic()
     with (folder / "pytest.log").open("wb") as log:
         subprocess.run(
-            [python, "-m", "pytest", "-q", f"--junitxml={report}", *CORE, *pytest_args],
+            [
+                python,
+                "-m",
+                "pytest",
+                "-q",
+                "-n2",
+                "--dist=loadfile",
+                f"--junitxml={report}",
+                *CORE,
+                *pytest_args,
+            ],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=log,

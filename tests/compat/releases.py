@@ -36,7 +36,7 @@ class Release:
 
 
 #: What still takes it.
-_NUMPY_1 = ("numpy<2", "scipy<1.16", "pandas<3", "pyarrow<22")
+_NUMPY_1 = ("numpy<2", "scipy<1.16", "pandas<3", "pyarrow<25")
 
 RELEASES = (
     Release(version="0.14.0", extra=_NUMPY_1, note="requires numpy below 2"),
