@@ -3,8 +3,9 @@
     python -m examples.nemo.prepare --folder /tmp/run
     torchrun --nproc-per-node 2 -m examples.nemo.finetune --folder /tmp/run [key=value ...]
 
-All processes share one model. Started again with more ``--steps``, it goes on where it ended.
-``--cpu`` runs without a GPU.
+All processes share one model, by tensor parallelism within each of ``--pipeline-parallel`` stages.
+Started again with more ``--steps``, at these or other sizes, it goes on where it ended. ``--cpu``
+runs without a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def main() -> None:
     parser.add_argument("--name", default="adapter", help="the run's folder below it")
     parser.add_argument("--steps", type=int, default=8, help="in all, those of earlier starts too")
     parser.add_argument("--precision", default="32", help="such as bf16-mixed")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="stages")
+    parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("overrides", nargs="*", help="such as peft.bdlora.rank=16")
     args = parser.parse_args()
@@ -38,14 +41,27 @@ def main() -> None:
     from bdlora_megatron.nemo import build_peft
 
     settings = OmegaConf.merge(OmegaConf.load(YAML), OmegaConf.from_dotlist(args.overrides))
-    llm.finetune(
-        **pieces(args.folder, args.name, steps=args.steps, cpu=args.cpu, precision=args.precision),
-        peft=build_peft(settings),
+    parts = pieces(
+        args.folder,
+        args.name,
+        steps=args.steps,
+        cpu=args.cpu,
+        precision=args.precision,
+        stages=args.pipeline_parallel,
+        sequence_parallel=args.sequence_parallel,
     )
+    llm.finetune(**parts, peft=build_peft(settings))
 
 
 def pieces(
-    folder: Path, name: str, *, steps: int, cpu: bool, precision: str = "32"
+    folder: Path,
+    name: str,
+    *,
+    steps: int,
+    cpu: bool,
+    precision: str = "32",
+    stages: int = 1,
+    sequence_parallel: bool = False,
 ) -> dict[str, Any]:
     """The arguments of ``llm.finetune`` that are the same for every method."""
     from megatron.core.optimizer import OptimizerConfig
@@ -61,7 +77,11 @@ def pieces(
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         strategy=nl.MegatronStrategy(
-            tensor_model_parallel_size=ranks, ddp="megatron", ckpt_async_save=False
+            tensor_model_parallel_size=ranks // stages,
+            pipeline_model_parallel_size=stages,
+            sequence_parallel=sequence_parallel,
+            ddp="megatron",
+            ckpt_async_save=False,
         ),
         plugins=precision_plugin(precision),
     )

@@ -9,17 +9,39 @@ from typing import Any
 
 import torch
 
+from tests.hosts.logits import pipeline_logits
+
 TOKENS = (7, 21, 30, 9, 44, 13, 5, 77)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """How the adapter is trained on two ranks; the base model is float32 on the same."""
+    """How the adapter is trained; the base model is made in float32 at the same parallel sizes.
+
+    ``chunks`` is how many parts of the model a pipeline stage has, ``micro_batch`` the rows of a
+    product: by default those that make a step of two rows one micro-batch on two ranks.
+    """
 
     tensor_parallel: int = 2
+    sequence_parallel: bool = False
+    pipeline_parallel: int = 1
+    chunks: int = 1
+    layers: int = 2
+    rows: int = 2
+    micro_batch: int | None = None
     precision: str | None = None
     distributed: bool = False
     hybrid: bool = False
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return (
+            f"model.tensor_model_parallel_size={self.tensor_parallel}",
+            f"model.sequence_parallel={self.sequence_parallel}",
+            f"model.pipeline_model_parallel_size={self.pipeline_parallel}",
+            f"train.global_batch_size={self.rows}",
+            f"train.micro_batch_size={self.micro_batch or self.tensor_parallel}",
+        )
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -40,7 +62,7 @@ def on_cpu():
     prepare()
 
 
-def make_hf_base(folder):
+def make_hf_base(folder, layers=2):
     """A random Llama of the example's sizes, in Hugging Face's format."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +71,7 @@ def make_hf_base(folder):
         vocab_size=96,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -132,8 +154,8 @@ def hybrid_layers_on_cpu(config=None):
     return hybrid_stack_spec(get_gpt_layer_local_spec(normalization="RMSNorm"))
 
 
-def _as_hybrid(model):
-    """A provider of the same model as attention and MLP in turn."""
+def _as_hybrid(model, stages):
+    """A provider of the same model as attention and MLP in turn, in pipeline stages of a size."""
     from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 
     known = {field.name for field in fields(HybridModelProvider) if field.init}
@@ -144,7 +166,7 @@ def _as_hybrid(model):
     }
     changes = {
         "num_layers": None,
-        "hybrid_layer_pattern": "*-" * model.num_layers,
+        "hybrid_layer_pattern": "|".join(["*-" * (model.num_layers // stages)] * stages),
         "hybrid_stack_spec": hybrid_layers_on_cpu,
         "apply_rope_fusion": False,
         "is_hybrid_model": True,
@@ -157,25 +179,28 @@ def _config(folder, case, overrides):
     from examples.bridge.finetune import YAML, tiny_config
 
     config = tiny_config(Path(folder), cpu=True)
+    config.model.num_layers = case.layers
+    if case.pipeline_parallel > 1:
+        config.model.pipeline_dtype = torch.float32
+    if case.chunks > 1:
+        config.model.virtual_pipeline_model_parallel_size = case.chunks
     if case.hybrid:
-        config.model = _as_hybrid(config.model)
-    sizes = [
-        f"model.tensor_model_parallel_size={case.tensor_parallel}",
-        # Two sequences a step, on two data-parallel ranks or on one.
-        f"train.micro_batch_size={case.tensor_parallel}",
-    ]
-    return apply_settings(config, YAML, [*sizes, *overrides])
+        config.model = _as_hybrid(config.model, case.pipeline_parallel)
+    return apply_settings(config, YAML, [*case.sizes, *overrides])
 
 
 def _pretrain(config, callbacks):
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
+    from megatron.bridge.training.utils import checkpoint_utils
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     # Bridge makes them once for each process; several runs share this one.
     destroy_num_microbatches_calculator()
     parallel_state.destroy_model_parallel()
+    # Bridge keeps the state that it read from a file, and a run changes it.
+    checkpoint_utils.read_train_state.cache_clear()
     pretrain(config, forward_step, callbacks=callbacks)
 
 
@@ -184,39 +209,46 @@ def _watch(keep_after) -> Any:
 
     class Watch(Callback):
         def __init__(self):
-            self.seen = {"losses": []}
+            self.seen = {"losses": [], "norms": []}
 
         def on_train_start(self, context):
             self.seen["start"] = _state(context)
 
         def on_train_step_end(self, context):
-            self.seen["losses"].append(float(context.loss_dict["lm loss"]))
-            if len(self.seen["losses"]) == keep_after:
+            self.seen["norms"].append(context.grad_norm)
+            if context.loss_dict:  # known to the last pipeline stage
+                self.seen["losses"].append(float(context.loss_dict["lm loss"]))
+            if len(self.seen["norms"]) == keep_after:
                 self.seen["kept"] = _state(context)
 
         def on_train_end(self, context):
-            self.seen |= {"end": _state(context), "logits": _logits(context)}
+            logits = pipeline_logits(list(_chunks(context)), TOKENS)
+            self.seen |= {"end": _state(context), "logits": logits}
 
     return Watch()
 
 
-def _model(context):
-    """Megatron-Core's model, without what Bridge wraps round it."""
+def _chunks(context):
+    """Megatron-Core's models of this pipeline stage, without what Bridge wraps round them."""
     from megatron.core.utils import unwrap_model
 
-    (chunk,) = unwrap_model(context.model)
-    return chunk
+    return torch.nn.ModuleList(unwrap_model(context.model))
 
 
 def _state(context):
-    """Everything on this rank: parameters, trained or frozen, and what the optimizer keeps."""
-    from bdlora_megatron.layers import lora_layers
+    """Everything on this rank: parameters, trained or frozen, and what the optimizer keeps.
 
-    parameters = dict(_model(context).named_parameters())
+    And the adapter of all ranks together.
+    """
+    from bdlora_megatron.layers import collect_adapter, lora_layers
+
+    chunks = _chunks(context)
+    parameters = dict(chunks.named_parameters())
     optimizers = getattr(context.optimizer, "chained_optimizers", [context.optimizer])
     kept = [entry for each in optimizers for entry in each.optimizer.state.values()]
     return {
-        "layers": len(list(lora_layers(_model(context)))),
+        "layers": len(list(lora_layers(chunks))),
+        "adapter": collect_adapter(chunks, "seen").modules,
         "trained": {n: p.detach().clone() for n, p in parameters.items() if p.requires_grad},
         "frozen": {n: p.detach().clone() for n, p in parameters.items() if not p.requires_grad},
         "copies": {
@@ -226,22 +258,3 @@ def _state(context):
         },
         "moments": [entry[kind].clone() for entry in kept for kind in sorted(entry)],
     }
-
-
-@torch.no_grad()
-def _logits(context):
-    model = _model(context).eval()
-    places = torch.arange(len(TOKENS))[None]
-    return model(torch.tensor([TOKENS]), places, None, runtime_gather_output=True).float()
-
-
-@torch.no_grad()
-def peft_logits(base, adapter):
-    """What transformers computes for the base model, with an adapter in PEFT if there is one."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.eval()(torch.tensor([TOKENS])).logits

@@ -1,10 +1,13 @@
 """A run of ``examples.nemo.finetune`` that writes down what it did; started by torchrun.
 
-torchrun --nproc-per-node 2 -m tests.hosts.nemo_run FOLDER NAME STEPS PRECISION [key=value ...]
+torchrun --nproc-per-node 2 -m tests.hosts.nemo_run FOLDER NAME SETTINGS [key=value ...]
+
+SETTINGS are those of ``examples.nemo.finetune.pieces``, in JSON.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +15,8 @@ TOKENS = (7, 21, 300, 9, 44, 130, 5, 77)
 
 
 def main() -> None:
-    folder, name, steps, precision, *overrides = sys.argv[1:]
+    folder, name, settings, *overrides = sys.argv[1:]
+    settings = json.loads(settings)
     from tests.fakes.nemo_on_cpu import prepare
 
     prepare()
@@ -21,12 +25,14 @@ def main() -> None:
     from nemo.collections import llm
     from omegaconf import OmegaConf
 
+    from bdlora_megatron.layers import collect_adapter
     from bdlora_megatron.nemo import build_peft
     from examples.nemo.finetune import YAML, pieces
+    from tests.hosts.logits import pipeline_logits
 
     class Watch(Callback):
         def __init__(self):
-            self.seen = {"losses": []}
+            self.seen = {"losses": [], "norms": []}
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             # NeMo puts the adapter in, and loads it, only after on_train_start.
@@ -34,27 +40,26 @@ def main() -> None:
                 return
             self.seen["step"] = trainer.global_step
             self.seen["start"] = _parameters(trainer)
+            self.seen["adapter"] = collect_adapter(_model(trainer), "seen").modules
             self.seen["moments"] = _moments(trainer)
             self.seen["copies"] = _copies(trainer)
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             self.seen["losses"].append(float(trainer.callback_metrics["reduced_train_loss"]))
+            self.seen["norms"].append(float(trainer.callback_metrics["grad_norm"]))
 
         def on_train_end(self, trainer, pl_module):
             self.seen |= {"end": _parameters(trainer), "end_moments": _moments(trainer)}
             self.seen["end_copies"] = _copies(trainer)
-            ids = torch.tensor([TOKENS])
-            model = _model(trainer).eval()
-            with torch.no_grad():
-                places = torch.arange(len(TOKENS))[None]
-                self.seen["logits"] = model(ids, places, None, runtime_gather_output=True).float()
+            self.seen["end_adapter"] = collect_adapter(_model(trainer), "seen").modules
+            self.seen["logits"] = pipeline_logits([_model(trainer)], TOKENS)
             rank = torch.distributed.get_rank()
-            torch.save(self.seen, Path(folder) / f"{name}-{steps}-{rank}.pt")
+            torch.save(self.seen, Path(folder) / f"{name}-{settings['steps']}-{rank}.pt")
 
-    parts = pieces(Path(folder), name, steps=int(steps), cpu=True, precision=precision)
+    parts = pieces(Path(folder), name, cpu=True, **settings)
     parts["trainer"].callbacks.append(Watch())
-    settings = OmegaConf.merge(OmegaConf.load(YAML), OmegaConf.from_dotlist(overrides))
-    llm.finetune(**parts, peft=build_peft(settings))
+    peft = OmegaConf.merge(OmegaConf.load(YAML), OmegaConf.from_dotlist(overrides))
+    llm.finetune(**parts, peft=build_peft(peft))
 
 
 def _model(trainer):

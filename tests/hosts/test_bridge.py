@@ -15,16 +15,17 @@ from bdlora_megatron.config import DEFAULT_TARGETS
 from bdlora_megatron.convert import read_adapter
 from tests.harness import run_ranks
 from tests.hosts.bridge_runs import (
+    TOKENS,
     Case,
     has_hybrid_models,
     make_bridge_base,
     make_hf_base,
     on_cpu,
-    peft_logits,
     reads_hf_bases,
     refused_export,
     train,
 )
+from tests.hosts.logits import peft_logits
 from tests.tolerances import MODEL_BFLOAT16, assert_close
 
 
@@ -132,12 +133,12 @@ def _assert_same_state(found, wanted):
 
 def _assert_exported(folder, hf, logits, precision):
     """PEFT, with either form of the export, computes what Bridge computed."""
-    base = peft_logits(hf, None)
+    base = peft_logits(hf, None, TOKENS)
     assert (logits - base).abs().max() > 0.2 * base.abs().max()
     tolerance = MODEL_BFLOAT16 if precision else (1e-5, 1e-4)
     names = ("hf_adapter", "hf_adapter-dense")
     for name in names:
-        found = peft_logits(hf, folder / "whole" / name)
+        found = peft_logits(hf, folder / "whole" / name, TOKENS)
         assert_close(found, logits, name, tolerance)
     blocks, dense = (read_adapter(folder / "whole" / name) for name in names)
     assert len(blocks.modules) == len(dense.modules) == 14

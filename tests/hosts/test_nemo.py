@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from bdlora_megatron.convert import read_adapter
+from tests.hosts.logits import TRAINED, assert_same_adapter, peft_logits
 from tests.hosts.nemo_run import TOKENS
 from tests.tolerances import MODEL_BFLOAT16, assert_close
 
@@ -49,13 +51,13 @@ def call(*command):
     return done.stdout
 
 
-def train(folder, name, ranks, steps, precision, *overrides):
+def train(folder, name, ranks, *overrides, **settings):
     call(
         *("torch.distributed.run", "--standalone", "--nproc-per-node", ranks),
-        *("-m", "tests.hosts.nemo_run", folder, name, steps, precision, *overrides),
+        *("-m", "tests.hosts.nemo_run", folder, name, json.dumps(settings), *overrides),
     )
     return [
-        torch.load(folder / f"{name}-{steps}-{rank}.pt", weights_only=False)
+        torch.load(folder / f"{name}-{settings['steps']}-{rank}.pt", weights_only=False)
         for rank in range(ranks)
     ]
 
@@ -63,17 +65,6 @@ def train(folder, name, ranks, steps, precision, *overrides):
 def last_checkpoint(folder, name):
     (found,) = (folder / name / "checkpoints").glob("*-last")
     return found
-
-
-@torch.no_grad()
-def peft_logits(base, adapter):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, torch_dtype=torch.float32)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.eval()(torch.tensor([TOKENS])).logits
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +84,7 @@ def test_finetune_ends_goes_on_and_peft_computes_the_same(folder, ranks, precisi
     name = f"tp{ranks}-{precision}"
     dense = "peft.bdlora.export_dense=true"
     mixed = precision != "32"
-    first = train(folder, name, ranks, 6, precision, dense)
+    first = train(folder, name, ranks, dense, steps=6, precision=precision)
     for seen in first:
         assert len(seen["losses"]) == 6
         assert seen["losses"][-1] < seen["losses"][0] - 0.3
@@ -116,7 +107,7 @@ def test_finetune_ends_goes_on_and_peft_computes_the_same(folder, ranks, precisi
     assert len(weights) > 0
     assert all(".adapter." in key for key in weights)
 
-    second = train(folder, name, ranks, 9, precision, dense)
+    second = train(folder, name, ranks, dense, steps=9, precision=precision)
     for before, seen in zip(first, second, strict=True):
         assert seen["step"] == 6
         assert len(seen["losses"]) == 3
@@ -128,12 +119,13 @@ def test_finetune_ends_goes_on_and_peft_computes_the_same(folder, ranks, precisi
         assert all(map(torch.equal, seen["moments"], before["end_moments"]))
 
     found = last_checkpoint(folder, name)
-    base = peft_logits(folder / "hf", None)
+    base = peft_logits(folder / "hf", None, TOKENS)
     logits = second[0]["logits"]
     assert (logits - base).abs().max() > 0.05 * base.abs().max()
     for export in ("hf_adapter", "hf_adapter-dense"):
         tolerance = MODEL_BFLOAT16 if mixed else (1e-5, 1e-4)
-        assert_close(peft_logits(folder / "hf", found / export), logits, export, tolerance)
+        computed = peft_logits(folder / "hf", found / export, TOKENS)
+        assert_close(computed, logits, export, tolerance)
     if mixed:
         copies = torch.cat([c.flatten() for seen in second for c in seen["end_copies"].values()])
         exported = torch.cat(exported_factors(found / "hf_adapter"))
@@ -142,6 +134,57 @@ def test_finetune_ends_goes_on_and_peft_computes_the_same(folder, ranks, precisi
     assert config["use_bdlora"]["nblocks"] == 2
     config = json.loads((found / "hf_adapter-dense" / "adapter_config.json").read_text("utf-8"))
     assert not config.get("use_bdlora")
+
+
+LAYOUTS = {
+    "tp2-sp": (2, {"sequence_parallel": True}),
+    "pp2": (2, {"stages": 2}),
+    "tp2-pp2": (4, {"stages": 2}),
+    "tp2-pp2-sp": (4, {"stages": 2, "sequence_parallel": True}),
+}
+#: Steps at which one rank's run ends and goes on; layouts train from the first to the second.
+SAVED, LAID_OUT, STEPS = 4, 8, 10
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What one rank saw in the three parts of its run, the first of which stays for others."""
+    seen = {}
+    for steps in (SAVED, LAID_OUT, STEPS):
+        (seen[steps],) = train(folder, "alone", 1, steps=steps)
+        if steps == SAVED:
+            shutil.copytree(folder / "alone", folder / "first")
+    return seen
+
+
+def _assert_went_on(seen, wanted):
+    assert seen["step"] == wanted["step"]
+    assert seen["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    assert seen["norms"] == pytest.approx(wanted["norms"], rel=1e-4)
+    for (key, trains), before in seen["start"].items():
+        assert torch.equal(before, seen["end"][key, trains]) is not trains
+    assert_same_adapter(seen["end_adapter"], wanted["end_adapter"], TRAINED)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_as_one_rank_does_and_goes_on_there(name, folder, alone):
+    ranks, settings = LAYOUTS[name]
+    stages = settings.get("stages", 1)
+    shutil.copytree(folder / "first", folder / name)
+    seen = train(folder, name, ranks, steps=LAID_OUT, **settings)
+    found = peft_logits(folder / "hf", last_checkpoint(folder, name) / "hf_adapter", TOKENS)
+    logits = [own["logits"] for own in seen if own["logits"] is not None]
+    assert len(logits) == ranks // stages
+    for computed in logits:
+        assert_close(found, computed, name, (1e-5, 1e-4))
+    saved = read_adapter(last_checkpoint(folder, name)).modules
+    for own in seen:
+        assert_same_adapter(own["adapter"], alone[SAVED]["end_adapter"])
+        _assert_went_on(own, alone[LAID_OUT])
+        assert_same_adapter(saved, own["end_adapter"])
+    (back,) = train(folder, name, 1, steps=STEPS)
+    assert_same_adapter(back["adapter"], seen[0]["end_adapter"])
+    _assert_went_on(back, alone[STEPS])
 
 
 def test_importing_registers_the_scheme():
