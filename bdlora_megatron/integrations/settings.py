@@ -12,7 +12,7 @@ from torch import nn
 from bdlora_megatron.blocks import ModuleShape, matching_rank
 from bdlora_megatron.config import DEFAULT_TARGETS, LoRAConfig, resolve
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.layers.anatomy import named_modules_global
+from bdlora_megatron.layers.anatomy import from_all_stages, named_modules_global
 from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.targets import TargetMatcher
 
@@ -96,6 +96,9 @@ class BlockDiagonalSettings:
 
         Raises:
             ConfigError: A value is out of range, values disagree, or no rank matches.
+
+        Collectives: with ``match_params_of_lora_rank``, one small all-gather over pipeline stages,
+        if there are several.
         """
         self.__post_init__()
         assert self.num_blocks is not None
@@ -124,17 +127,14 @@ class BlockDiagonalSettings:
         )
 
     def _shapes(self, chunks: Sequence[nn.Module]) -> list[ModuleShape]:
-        """Every adapted projection of this stage; stages of unequal layers may match other ranks.
-
-        Decoder layers are alike, so in practice every stage finds the same rank.
-        """
+        """Every adapted projection of the whole pipeline, so that all stages find one rank."""
         matcher = TargetMatcher(tuple(self.target_modules), tuple(self.exclude_modules))
         shapes = []
         for chunk in chunks:
             for name, module in named_modules_global(chunk):
                 if isinstance(module, LINEAR_CLASSES) and matcher.matches(name):
                     shapes += self._layer_shapes(name, module)
-        return shapes
+        return [shape for stage in from_all_stages(shapes) for shape in stage]
 
     def _layer_shapes(self, name: str, module: Any) -> list[ModuleShape]:
         layer = lora_layer(module)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from megatron.core import parallel_state
 from torch import nn
 
 from bdlora_megatron.convert.adapter.neutral import ModuleKey, ModuleName
@@ -32,6 +34,7 @@ __all__ = [
     "check_split",
     "decoder_keys",
     "decoder_layer",
+    "from_all_stages",
     "hybrid_numbers",
     "is_whole",
     "known_numbering",
@@ -42,6 +45,7 @@ __all__ = [
     "number_layers",
 ]
 
+T = TypeVar("T")
 #: Of MLA: every rank holds them whole, or gathers their output.
 _DOWN_PROJECTIONS = ("linear_q_down_proj", "linear_kv_down_proj", "linear_qkv_down_proj")
 _NUMBERING = "bdlora_numbering"
@@ -212,6 +216,27 @@ def num_decoder_layers(model: nn.Module) -> int:
         if isinstance(layers, int):
             return layers
     raise TargetError("the model has no TransformerConfig to tell its number of layers")
+
+
+def from_all_stages(own: T) -> list[T]:
+    """What every pipeline stage has, in order, on every stage.
+
+    Args:
+        own: This stage's; it must pickle.
+
+    Returns:
+        One entry per stage; this rank's alone where there are no process groups.
+
+    Collectives: one small all-gather over pipeline stages, if there are several.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return [own]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return [own]
+    stages: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(stages, own, group=group)
+    return stages
 
 
 def decoder_layer(full_name: str) -> tuple[int, str] | None:

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from bdlora_megatron.errors import ConfigError, TargetError, UnsupportedError
 from bdlora_megatron.layers.anatomy import (
     check_place,
     check_split,
+    from_all_stages,
     is_whole,
     layer_numbering,
     named_modules_global,
@@ -169,13 +169,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _unused_on_every_stage(unused: Sequence[str]) -> list[str]:
-    if not parallel_state.model_parallel_is_initialized():
-        return list(unused)
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if group.size() == 1:
-        return list(unused)
-    answers: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(answers, list(unused), group=group)
+    answers = from_all_stages(list(unused))
     return [name for name in unused if all(name in answer for answer in answers)]
 
 

@@ -5,10 +5,7 @@ Letters in shapes: P tensor-parallel ranks.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from bdlora_megatron.blocks import BlockFactors
@@ -16,7 +13,12 @@ from bdlora_megatron.convert.adapter.neutral import Adapter, BaseShape, ModuleKe
 from bdlora_megatron.convert.adapter.rows import in_file_order
 from bdlora_megatron.decoder import Numbering
 from bdlora_megatron.errors import TargetError, UnsupportedError
-from bdlora_megatron.layers.anatomy import check_place, layer_numbering, model_class
+from bdlora_megatron.layers.anatomy import (
+    check_place,
+    from_all_stages,
+    layer_numbering,
+    model_class,
+)
 from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.factors import Factor
 
@@ -99,11 +101,4 @@ def _whole(factor: Factor) -> Tensor:
 
 
 def _from_all_stages(modules: dict[ModuleKey, BlockFactors]) -> dict[ModuleKey, BlockFactors]:
-    if not parallel_state.model_parallel_is_initialized():
-        return modules
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if group.size() == 1:
-        return modules
-    stages: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(stages, modules, group=group)
-    return {key: factors for stage in stages for key, factors in stage.items()}
+    return {key: factors for stage in from_all_stages(modules) for key, factors in stage.items()}

@@ -184,6 +184,8 @@ def _config(folder, case, overrides):
         config.model.pipeline_dtype = torch.float32
     if case.chunks > 1:
         config.model.virtual_pipeline_model_parallel_size = case.chunks
+        # Bridge trains on without this, but two stages then take each other's tensors for others.
+        config.model.overlap_p2p_comm, config.model.batch_p2p_comm = True, False
     if case.hybrid:
         config.model = _as_hybrid(config.model, case.pipeline_parallel)
     return apply_settings(config, YAML, [*case.sizes, *overrides])

@@ -34,10 +34,12 @@ pytestmark = [
     pytest.mark.timeout(1800),
 ]
 
+_ALONE = Case(tensor_parallel=1, layers=4, rows=4, micro_batch=1)
 #: On one rank, or on several that each compute their own rows.
 ALONE = {
-    "gpt": Case(tensor_parallel=1, layers=4, rows=4, micro_batch=1),
-    "hybrid": Case(tensor_parallel=1, layers=4, rows=4, micro_batch=1, hybrid=True),
+    "gpt": _ALONE,
+    "hybrid": replace(_ALONE, hybrid=True),
+    "distributed": replace(_ALONE, distributed=True),
 }
 LAYOUTS = {
     "tp2-sp": {"sequence_parallel": True},
@@ -46,12 +48,17 @@ LAYOUTS = {
     "tp2-pp2-sp": {"pipeline_parallel": 2, "sequence_parallel": True},
     "tp2-pp2-sp-interleaved": {"pipeline_parallel": 2, "sequence_parallel": True, "chunks": 2},
 }
-RUNS = {
-    (kind, name): replace(alone, **{"tensor_parallel": 2, **sizes})
-    for kind, alone in ALONE.items()
-    for name, sizes in LAYOUTS.items()
+TRIED = {
+    "gpt": LAYOUTS,
     # Bridge refuses several chunks of a HybridModel.
-    if not (alone.hybrid and "chunks" in sizes)
+    "hybrid": ("pp2", "tp2-pp2", "tp2-pp2-sp"),
+    # Where two ranks share an optimizer, of one stage or of two.
+    "distributed": ("tp2-sp", "pp2"),
+}
+RUNS = {
+    (kind, name): replace(ALONE[kind], **{"tensor_parallel": 2, **LAYOUTS[name]})
+    for kind, names in TRIED.items()
+    for name in names
 }
 RANKS = 4
 #: All runs end after the last step, on rows that depend on it. Layouts begin at one rank's
@@ -73,10 +80,16 @@ def _alone(rank, world_size, root):
 
 
 def _train(folder, name, case, resume=None):
-    every = f"checkpoint.save_interval={SAVED}"
+    saves = (
+        f"checkpoint.save_interval={SAVED}",
+        # Of a distributed optimizer; others always are.
+        "checkpoint.dist_ckpt_optim_fully_reshardable=true",
+    )
     resume = resume and (folder / resume[0], resume[1])
     kept = LAID_OUT - (resume[1] if resume else 0)
-    return train(folder / name, folder / "base", case, STEPS, every, resume=resume, keep_after=kept)
+    return train(
+        folder / name, folder / "base", case, STEPS, *saves, resume=resume, keep_after=kept
+    )
 
 
 def _laid_out(rank, world_size, root):

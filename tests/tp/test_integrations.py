@@ -49,3 +49,26 @@ def test_the_matching_rank_is_the_largest_with_no_more_parameters(choice, projec
     budget = sum(LORA_RANK * (wide + high) for wide, high in projections)
     for matched, larger in run_ranks(world_size, _parameters, 2, LORA_RANK, choice):
         assert matched <= budget < larger
+
+
+def _matching_ranks(rank, world_size, choices):
+    """Of every choice, with each rank a pipeline stage."""
+    with model_parallel(1, pp=world_size):
+        model = tiny_model(tiny_config(1, pipeline_model_parallel_size=world_size))
+        matched = {"match_params_of_lora_rank": LORA_RANK, "num_blocks": 2}
+        return [
+            BlockDiagonalSettings(**matched, **choice).lora_config([model]).rank
+            for choice in choices
+        ]
+
+
+def test_pipeline_stages_of_other_layers_match_the_same_rank():
+    # On one stage nothing, or what would match another rank.
+    uneven = [
+        {"target_modules": ["*.layers.1.mlp.*"]},
+        {"target_modules": ["*.layers.0.*.linear_qkv", "*.layers.1.*.linear_fc2"]},
+    ]
+    (wanted,) = run_ranks(1, _matching_ranks, uneven)
+    assert run_ranks(2, _matching_ranks, uneven) == [wanted, wanted]
+    alone = [{"target_modules": [name]} for name in uneven[1]["target_modules"]]
+    assert len({*run_ranks(1, _matching_ranks, alone)[0], wanted[1]}) == 3
