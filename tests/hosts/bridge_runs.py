@@ -32,6 +32,8 @@ class Case:
     precision: str | None = None
     distributed: bool = False
     hybrid: bool = False
+    tied: bool = False
+    targets: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -49,6 +51,7 @@ class Case:
             f"ddp.use_distributed_optimizer={self.distributed}",
             f"optimizer.use_distributed_optimizer={self.distributed}",
             *([f"mixed_precision={self.precision}"] if self.precision else []),
+            *([f"peft.bdlora.target_modules=[{','.join(self.targets)}]"] if self.targets else []),
         )
 
 
@@ -62,7 +65,7 @@ def on_cpu():
     prepare()
 
 
-def make_hf_base(folder, layers=2):
+def make_hf_base(folder, layers=2, tied=False):
     """A random Llama of the example's sizes, in Hugging Face's format."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -76,7 +79,7 @@ def make_hf_base(folder, layers=2):
         num_key_value_heads=2,
         max_position_embeddings=64,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -180,6 +183,7 @@ def _config(folder, case, overrides):
 
     config = tiny_config(Path(folder), cpu=True)
     config.model.num_layers = case.layers
+    config.model.share_embeddings_and_output_weights = case.tied
     if case.pipeline_parallel > 1:
         config.model.pipeline_dtype = torch.float32
     if case.chunks > 1:
