@@ -15,7 +15,7 @@ from torch import nn
 from bdlora_megatron.errors import ConfigError, MissingDependencyError, UnsupportedError
 from bdlora_megatron.export import export_asked_for
 from bdlora_megatron.integrations import BlockDiagonalSettings, export_adapter, make_peft
-from bdlora_megatron.layers import apply_lora, lora_layers
+from bdlora_megatron.layers import lora_layers
 
 try:
     from megatron.bridge.peft.base import PEFT
@@ -67,7 +67,7 @@ class BDLoRA(BlockDiagonalSettings, PEFT):
         """
         chunks = model if isinstance(model, list) else [model]
         self.freeze_model(model, training=training)
-        apply_lora(chunks, self.lora_config(chunks))
+        self.put_into(chunks)
         if not training:
             self.freeze_model(model, training=False)
         for chunk in chunks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,16 @@ from torch import nn
 from bdlora_megatron.blocks import ModuleShape, matching_rank
 from bdlora_megatron.config import DEFAULT_TARGETS, LoRAConfig, resolve
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.layers.anatomy import from_all_stages, named_modules_global
+from bdlora_megatron.layers.anatomy import (
+    decoder_layer,
+    from_all_stages,
+    named_modules_global,
+    num_decoder_layers,
+)
+from bdlora_megatron.layers.apply import apply_lora, lora_layers
 from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
 from bdlora_megatron.layers.targets import TargetMatcher
+from bdlora_megatron.runtime.versions.layers import decoder_classes
 
 __all__ = ["BlockDiagonalSettings"]
 
@@ -111,6 +119,23 @@ class BlockDiagonalSettings:
         )
         return self._config(rank)
 
+    def put_into(self, chunks: Sequence[nn.Module]) -> None:
+        """Put fresh adapters into a model, as `apply_lora` does, for the host to train and save.
+
+        Args:
+            chunks: The model chunks of this pipeline stage, their base weights loaded.
+
+        Raises:
+            ConfigError: Settings are wrong, or the model is wrapped or has adapters already.
+            TargetError: A target pattern matches no layer on any pipeline stage.
+            UnsupportedError: A matched layer cannot carry an adapter.
+
+        Collectives: those of `apply_lora` and `lora_config`, and one small all-gather over pipeline
+        stages, if there are several.
+        """
+        apply_lora(chunks, self.lora_config(chunks))
+        _save_layers_apart(chunks)
+
     def _config(self, dim: int | None) -> LoRAConfig:
         rank, alpha = resolve(rank=dim, alpha=self.alpha, num_blocks=self.num_blocks)
         return LoRAConfig(
@@ -147,3 +172,25 @@ class BlockDiagonalSettings:
             )
             for projection in geometry.projections
         ]
+
+
+def _save_layers_apart(chunks: Sequence[nn.Module]) -> None:
+    """Give each layer tensors of its own in checkpoints if not all layers have the same adapters.
+
+    Megatron-Core otherwise stacks all layers' factors in one tensor, and can neither save nor load
+    one in which layers are missing.
+    """
+    own = [
+        decoder_layer(name)
+        for chunk in chunks
+        for name, layer in lora_layers(chunk)
+        if layer.adapter is not None
+    ]
+    adapted: dict[int, set[str]] = {layer: set() for layer in range(num_decoder_layers(chunks[0]))}
+    for number, place in filter(None, itertools.chain.from_iterable(from_all_stages(own))):
+        adapted.setdefault(number, set()).add(place)
+    if len(set(map(frozenset, adapted.values()))) > 1:
+        for module in itertools.chain.from_iterable(chunk.modules() for chunk in chunks):
+            if isinstance(module, decoder_classes()):
+                config: Any = module.config
+                config.hetereogenous_dist_checkpoint = True

@@ -16,7 +16,6 @@ from torch import nn
 from bdlora_megatron.errors import UnsupportedError
 from bdlora_megatron.export import export_asked_for
 from bdlora_megatron.integrations import BlockDiagonalSettings, make_peft
-from bdlora_megatron.layers import apply_lora
 
 __all__ = ["BDLoRA", "BDLoRAAdapterIO", "build_peft"]
 
@@ -57,7 +56,7 @@ class BDLoRA(BlockDiagonalSettings, PEFT):
         """
         self.freeze_model(model)
         chunks = list(model) if isinstance(model, nn.ModuleList) else [model]
-        apply_lora(chunks, self.lora_config(chunks))
+        self.put_into(chunks)
         # For the export. Weak: NeMo keeps and copies this object, the model is not to come along.
         self._model = weakref.ref(model)
         if is_trainer_attached(model) and model.trainer.state.fn != TrainerFn.FITTING:

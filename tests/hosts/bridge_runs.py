@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Case:
             f"ddp.use_distributed_optimizer={self.distributed}",
             f"optimizer.use_distributed_optimizer={self.distributed}",
             *([f"mixed_precision={self.precision}"] if self.precision else []),
-            *([f"peft.bdlora.target_modules=[{','.join(self.targets)}]"] if self.targets else []),
+            *([f"peft.bdlora.target_modules={json.dumps(self.targets)}"] if self.targets else []),
         )
 
 

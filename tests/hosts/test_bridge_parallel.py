@@ -40,6 +40,9 @@ ALONE = {
     "gpt": _ALONE,
     "hybrid": replace(_ALONE, hybrid=True),
     "distributed": replace(_ALONE, distributed=True),
+    "tied": replace(_ALONE, tied=True),
+    # Megatron-Core stacks the layers of a checkpoint, where all have the same adapters.
+    "uneven": replace(_ALONE, targets=("*.layers.0.*", "*.layers.3.*.linear_fc1")),
 }
 LAYOUTS = {
     "tp2-sp": {"sequence_parallel": True},
@@ -54,6 +57,9 @@ TRIED = {
     "hybrid": ("pp2", "tp2-pp2", "tp2-pp2-sp"),
     # Where two ranks share an optimizer, of one stage or of two.
     "distributed": ("tp2-sp", "pp2"),
+    # The embedding stands on both stages.
+    "tied": ("tp2-pp2",),
+    "uneven": ("tp2-pp2-sp",),
 }
 RUNS = {
     (kind, name): replace(ALONE[kind], **{"tensor_parallel": 2, **LAYOUTS[name]})
@@ -70,11 +76,15 @@ def _kinds():
     return [kind for kind, alone in ALONE.items() if has_hybrid_models() or not alone.hybrid]
 
 
+def _hf(root, case):
+    return Path(root, "hf-tied" if case.tied else "hf")
+
+
 def _alone(rank, world_size, root):
     on_cpu()
     found = {}
     for kind in _kinds():
-        make_bridge_base(Path(root, "hf"), Path(root, kind, "base"), ALONE[kind])
+        make_bridge_base(_hf(root, ALONE[kind]), Path(root, kind, "base"), ALONE[kind])
         found[kind] = _train(Path(root, kind), "alone", ALONE[kind])
     return found
 
@@ -109,7 +119,8 @@ def _laid_out(rank, world_size, root):
 def runs(tmp_path_factory):
     """Where the runs are, what one rank saw in its run, and what each of four did in theirs."""
     root = tmp_path_factory.mktemp("layouts")
-    make_hf_base(root / "hf", layers=4)
+    for case in (ALONE["gpt"], ALONE["tied"]):
+        make_hf_base(_hf(root, case), case.layers, case.tied)
     (alone,) = run_ranks(1, _alone, str(root), timeout_s=600)
     return root, alone, run_ranks(RANKS, _laid_out, str(root), timeout_s=1500)
 
@@ -134,9 +145,10 @@ def test_a_layout_trains_as_one_rank_does_and_goes_on_there(kind, name, runs):
     assert alone["losses"][-1] < alone["losses"][0] - 0.3
     start = read_adapter(root / kind / "alone" / f"iter_{SAVED:07}").modules
     own = read_adapter(root / kind / name / f"iter_{LAID_OUT:07}").modules
-    assert len(own) == 7 * case.layers
+    assert len(own) == (7 + 2 if case.targets else 7 * case.layers)
     for here, back in (seen[kind, name] for seen in ranks):
-        assert here["start"]["layers"] == 4 * case.layers // case.pipeline_parallel
+        if not case.targets:
+            assert here["start"]["layers"] == 4 * case.layers // case.pipeline_parallel
         assert_same_adapter(here["start"]["adapter"], start)
         _assert_went_on(here, alone, SAVED)
         assert_same_adapter(here["kept"]["adapter"], alone["kept"]["adapter"], TRAINED)
@@ -153,11 +165,12 @@ def test_peft_computes_from_a_layouts_export_what_the_layout_does(kind, name, ru
     root, every_alone, ranks = runs
     if kind not in every_alone:
         pytest.skip("this Bridge provides no HybridModel")
+    hf = _hf(root, RUNS[kind, name])
     logits = [seen[kind, name][0]["logits"] for seen in ranks]
     last = [found for found in logits if found is not None]
     assert len(last) == RANKS // RUNS[kind, name].pipeline_parallel
-    base = peft_logits(root / "hf", None, TOKENS)
-    found = peft_logits(root / "hf", root / kind / name / "hf_adapter", TOKENS)
+    base = peft_logits(hf, None, TOKENS)
+    found = peft_logits(hf, root / kind / name / "hf_adapter", TOKENS)
     for wanted in last:
         assert (wanted - base).abs().max() > 0.1 * base.abs().max()
         assert_close(found, wanted, name, (1e-5, 1e-4))

@@ -159,7 +159,9 @@ def alone(folder):
 
 def _assert_went_on(seen, wanted):
     assert seen["step"] == wanted["step"]
-    assert seen["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    # NeMo sends it from the last pipeline stage to some of the first one's ranks.
+    if seen["logits"] is not None or any(seen["losses"]):
+        assert seen["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
     assert seen["norms"] == pytest.approx(wanted["norms"], rel=1e-4)
     for (key, trains), before in seen["start"].items():
         assert torch.equal(before, seen["end"][key, trains]) is not trains
