@@ -72,3 +72,25 @@ def test_pipeline_stages_of_other_layers_match_the_same_rank():
     assert run_ranks(2, _matching_ranks, uneven) == [wanted, wanted]
     alone = [{"target_modules": [name]} for name in uneven[1]["target_modules"]]
     assert len({*run_ranks(1, _matching_ranks, alone)[0], wanted[1]}) == 3
+
+
+def _layers_apart(rank, world_size, choices):
+    """Whether layers' factors would be saved apart, with each rank a pipeline stage."""
+    found = []
+    with model_parallel(1, pp=world_size):
+        for choice in choices:
+            model = tiny_model(tiny_config(1, pipeline_model_parallel_size=world_size))
+            BlockDiagonalSettings(num_blocks=2, **choice).put_into([model])
+            state = model.sharded_state_dict()
+            keys = {value.key for key, value in state.items() if ".adapter." in key}
+            found.append({".layers." in key and key.split(".")[2].isdigit() for key in keys})
+    return found
+
+
+def test_layers_are_saved_apart_where_not_all_have_the_same_adapters():
+    choices = [{}, {"exclude_modules": ["linear_fc2"]}, {"target_modules": ["*.layers.1.mlp.*"]}]
+    assert run_ranks(1, _layers_apart, choices) == [[{False}, {False}, {True}]]
+    first, last = run_ranks(2, _layers_apart, choices)
+    # The first stage adapts nothing of the last choice.
+    assert first == [{False}, {False}, set()]
+    assert last == [{False}, {False}, {True}]
