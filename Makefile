@@ -56,9 +56,9 @@ format: .venv/installed.stamp ## format, and mend what lint can mend
 	$(BIN)/ruff format
 
 test-bridge: .venv-bridge/installed.stamp ## the tests of the integration with Megatron-Bridge 0.3
-	.venv-bridge/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_bridge_parallel.py tests/hosts/test_tutorials.py
+	.venv-bridge/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_tutorials.py
 
-test-bridge-new: .venv-bridge-new/installed.stamp ## the same in Megatron-Bridge 0.6, on Python 3.12
+test-bridge-new: .venv-bridge-new/installed.stamp ## the same in Megatron-Bridge 0.6, on Python 3.12, and its parallelisms
 	.venv-bridge-new/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_bridge_parallel.py tests/hosts/test_tutorials.py
 
 test-nemo: .venv-nemo/installed.stamp ## the tests of the integration with NeMo
