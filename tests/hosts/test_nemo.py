@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(
         not has_nemo(), reason="nemo-toolkit is not installed; make test-nemo installs it"
     ),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 
@@ -43,7 +43,7 @@ def call(*command):
         [sys.executable, "-m", *map(str, command)],
         cwd=ROOT,
         env=env,
-        timeout=280,
+        timeout=900,
         capture_output=True,
         text=True,
     )
