@@ -23,7 +23,7 @@ import psutil
 
 from bdlora_megatron.bench.report import machine
 
-SIZES_GB = (0.125, 0.5, 2.0)
+SIZES_GB = (0.25, 2.0)
 RECORD_BYTES = 4000
 SEQ_LENGTH = 1024
 PROCESSES = 2

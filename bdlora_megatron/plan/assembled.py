@@ -1,8 +1,9 @@
-"""One adapter as training multiplies it, kernel by kernel: its factors laid out as one matrix.
+"""One adapter as training multiplies it, kernel by kernel.
 
-A layer of `layers.adapters` holds a pair of factors for each of its projections. Before each step
-it puts them together: the A one below the other, the B in the layer's own row order with zeros
-where other projections' columns stand. The zeros are multiplied too. Serving from slots does
+A layer of `layers.adapters` holds a pair of factors for each of its projections. In each step it
+puts the A one below the other, and multiplies each B by itself. Where a rank's rows alternate
+between projections, it lays the B out in one matrix instead, in the layer's own row order with
+zeros where other projections' columns stand, and multiplies the zeros too. Serving from slots does
 neither (see ``work``). `bdlora bench` and training run what is counted here.
 
 Letters: T tokens, I and O the layer's local sizes, K the rank over all projections, as wide as
@@ -31,7 +32,6 @@ class Assembled:
         projections: Rows and columns of each A, then of each B, as stored.
         interleaved: The layer's rows alternate between its projections, head by head.
         in_local: I.
-        out_local: Of the base product.
         shrunk: Rows of all A on this rank.
         rank: K.
         size: Bytes of an element.
@@ -42,7 +42,6 @@ class Assembled:
     projections: tuple[tuple[int, int, int, int], ...]
     interleaved: bool
     in_local: int
-    out_local: int
     shrunk: int
     rank: int
     size: int
@@ -66,38 +65,41 @@ class Assembled:
         if self.layout is Layout.SLORA and self.column:
             # The transpose that is gathered.
             yield traverse(2 * T * self.shrunk, size)
-        if many:
-            for _, _, b_rows, b_columns in self.projections:
-                yield traverse(b_rows * (b_columns + K), size)
-            yield traverse(2 * O * K, size)
-        yield multiply(T, K, O, size, adds=True)
-        if self.layout is Layout.SLORA and not self.column:
-            # Into its slice of the base product.
-            yield traverse(2 * T * O, size)
+        if self.interleaved:
+            if many:
+                for _, _, b_rows, b_columns in self.projections:
+                    yield traverse(b_rows * (b_columns + K), size)
+                yield traverse(2 * O * K, size)
+            yield multiply(T, K, O, size, adds=True)
+            return
+        if self.layout is Layout.SLORA and many:
+            # The ranks' columns, one projection's after another's.
+            for _, _, _, b_columns in self.projections:
+                yield traverse(2 * T * b_columns, size)
+            yield traverse(2 * T * K, size)
+        for _, _, b_rows, b_columns in self.projections:
+            yield multiply(T, b_columns, b_rows, size, adds=True)
 
     def backward(self, tokens: int) -> Iterator[Product]:
         """Kernels of the gradients of X, A and B."""
         T, K, O, size = tokens, self.rank, self.expanded, self.size
-        if self.layout is Layout.SLORA and not self.column:
-            yield from self._slice_backward(T)
-        yield multiply(T, O, K, size)
-        yield multiply(O, T, K, size)
-        if len(self.projections) > 1:
+        many = len(self.projections) > 1
+        # The gradient at the rank, to which every B adds.
+        yield traverse(T * K, size)
+        blocks = [(O, K)] if self.interleaved else [sizes[2:] for sizes in self.projections]
+        for b_rows, b_columns in blocks:
+            yield multiply(T, b_rows, b_columns, size, adds=True)
+            yield multiply(b_rows, T, b_columns, size)
+        if self.interleaved and many:
             for _, _, b_rows, b_columns in self.projections:
-                if self.interleaved:
-                    yield traverse(2 * b_rows * K, size)
+                yield traverse(2 * b_rows * K, size)
                 yield traverse(b_rows * (K + b_columns), size)
+        elif self.layout is Layout.SLORA and many:
+            yield traverse(2 * T * K, size)
         yield multiply(self.shrunk, T, self.in_local, size)
         yield multiply(T, self.shrunk, self.in_local, size)
         # The base product's gradient of X and the adapter's.
         yield traverse(3 * T * self.in_local, size)
-
-    def _slice_backward(self, tokens: int) -> Iterator[Product]:
-        """Autograd's copies of a gradient whose slice was written in place."""
-        whole, own, size = tokens * self.out_local, tokens * self.expanded, self.size
-        for elements in (whole, 2 * whole, 2 * whole, 2 * own, own, 2 * own, own + whole):
-            yield traverse(elements, size)
-        yield traverse(3 * whole, size)
 
     def parameters(self) -> Iterator[int]:
         """Elements of each factor on this rank."""
@@ -123,7 +125,7 @@ def assemble(
     """
     factors = local_factors(linear, load, tp)
     column = linear.blocked == "B"
-    in_local, out_local = linear.local_sizes(tp)
+    in_local, _ = linear.local_sizes(tp)
     rank = sum(b_columns for _, _, _, b_columns in factors) if column else factors[0][3]
     return Assembled(
         layout=load.layout,
@@ -132,7 +134,6 @@ def assemble(
         # One group of heads on a rank stands as its projections do, one after the other.
         interleaved=linear.name == "linear_qkv" and shape.num_kv_heads > tp,
         in_local=in_local,
-        out_local=out_local,
         shrunk=sum(rows for rows, _, _, _ in factors),
         rank=rank,
         size=size,

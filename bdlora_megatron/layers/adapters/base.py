@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from bdlora_megatron.errors import ShapeError
-from bdlora_megatron.layers.adapters.products import add_dense
+from bdlora_megatron.layers.adapters.products import Block, add_blocks
 from bdlora_megatron.layers.factors import (
     Factor,
     FactorPair,
@@ -238,13 +238,12 @@ class Adapter(nn.Module):
         Returns:
             ``base + s * z B^T``, in the type of ``base`` and, where autograd allows it, its memory.
         """
-        z = self.exchange(z.flatten(0, -2))
-        return self.add_product(base.flatten(0, -2), z).view_as(base)
+        return self.add_product(base, self.exchange(z.flatten(0, -2)))
 
     def add_product(self, base: Tensor, z: Tensor) -> Tensor:
-        """``base + s * z B^T`` on ``[T, O_local]`` and ``[T, K]``."""
+        """``base + s * z B^T`` on ``[S, b, O_local]`` and ``[T, K]``."""
         scale = 1.0 if self.scale is None else self.scale
-        return add_dense(base, z, self.expand_weight(), scale)
+        return add_blocks(base, z, [Block(0, 0, scale, self.expand_weight())])
 
     def whole_weights(self) -> tuple[Tensor, Tensor]:
         """The A and B whose product is the update of the local base weight."""

@@ -86,7 +86,7 @@ class ColumnAdapter(Adapter):
         return plan.num_blocks // self.tp_size
 
     def add_product(self, base: Tensor, z: Tensor) -> Tensor:
-        """``base + s * z B^T`` on ``[T, O / P]`` and ``[T, K / P]``, block by block."""
+        """``base + s * z B^T`` on ``[S, b, O / P]`` and ``[T, K / P]``, block by block."""
         # Interleaved by several groups, a projection's rows are too many blocks.
         if self.geometry.local_groups(self.tp_size) > 1:
             return super().add_product(base, z)
@@ -107,8 +107,10 @@ class ColumnAdapter(Adapter):
             weight: Tensor = self.factors(plan)[1]()
             _, shape = self.factor_shapes(plan)
             count, top = self.local_blocks(plan), tops[plan.projection.name]
-            for stretch in shape.stretches(weight, share=self.tp_size):
-                for number, rows in enumerate(stretch.chunk(count)):
+            # Autograd would copy what a single piece is cut from.
+            whole = (weight,)
+            for stretch in shape.stretches(weight, share=self.tp_size) if shape.parts else whole:
+                for number, rows in enumerate(stretch.chunk(count) if count > 1 else (stretch,)):
                     yield Block(top, left + number * weight.size(1), plan.scale, rows)
                     top += len(rows)
             left += count * weight.size(1)
@@ -186,8 +188,9 @@ class SLoRAColumnAdapter(ColumnAdapter):
         if len(self.plans) == 1:
             return z
         widths = [plan.rank // self.tp_size for plan in self.plans]
-        parts = z.unflatten(1, (self.tp_size, -1)).split(widths, dim=2)
-        return torch.cat([part.flatten(1) for part in parts], dim=1)
+        # As rows, in which form it was gathered.
+        parts = z.t().unflatten(0, (self.tp_size, -1)).split(widths, dim=1)
+        return torch.cat([part.flatten(0, 1) for part in parts]).t()
 
     def exchange(self, z: Tensor) -> Tensor:
         """All-gather of ``[T, K / P]`` to ``[T, K]``."""

@@ -1,7 +1,8 @@
-"""Adding a low-rank product to a base product, block by block and in place.
+"""Adding low-rank products to a base product, block by block and in its memory.
 
-A block-diagonal B laid out with zeros costs as many operations as a dense one. Where each block's
-rows stand together, its product is taken by itself. Letters in shapes: T tokens, O output, K rank.
+A block-diagonal B laid out with zeros costs as many operations as a dense one. Where a block's rows
+stand together, its product is taken by itself. Letters in shapes: S sequence, b batch, T = S b, O
+output, K rank.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Block", "add_blocks", "add_dense"]
+__all__ = ["Block", "add_blocks"]
 
 
 class Block(NamedTuple):
-    """A block of B: the output's rows that it makes and the columns of the rank that it reads.
+    """A part of B that is not zero.
 
     Attributes:
         top: Its first row of O.
@@ -32,49 +33,33 @@ class Block(NamedTuple):
     weight: Tensor
 
 
-def add_dense(base: Tensor, z: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """``base + scale * z weight^T``, in one product where the types agree.
-
-    Args:
-        base: ``[T, O]``, written to where autograd allows it.
-        z: ``[T, K]``.
-        weight: ``[O, K]``.
-        scale: s.
-
-    Returns:
-        ``[T, O]``, in the type of ``base``.
-    """
-    if base.dtype == z.dtype:
-        return _writable(base).addmm_(z, weight.to(z.dtype).t(), alpha=scale)
-    return base + (torch.mm(z, weight.t()) * scale).to(base.dtype)
-
-
 def add_blocks(base: Tensor, z: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """The same where the weight is zero but for some blocks.
+    """``base + s * z B^T``, where B is zero but for some blocks.
 
     Args:
-        base: ``[T, O]``, written to where autograd allows it.
+        base: ``[S, b, O]``; overwritten where autograd allows it.
         z: ``[T, K]``.
-        blocks: No two of them share a row.
+        blocks: The parts of B; no two of them share a row.
 
     Returns:
-        ``[T, O]``, in the type of ``base``.
+        ``[S, b, O]``, in the type of ``base``.
     """
     places = [block[:3] for block in blocks]
-    # Autocast has chosen the type of z; in-place products are not on its list.
+    # Autocast has chosen the type of z; products in place are not on its list.
     weights = [block.weight.to(z.dtype) for block in blocks]
     added: Tensor = _AddBlocks.apply(_writable(base), z, places, *weights)  # type: ignore[no-untyped-call]
     return added
 
 
 def _writable(base: Tensor) -> Tensor:
-    """The tensor itself, or a copy where writing to it would be an error of autograd's."""
-    # Transformer Engine returns views from its autograd functions.
-    return base.clone() if base.requires_grad and (base.is_leaf or base._is_view()) else base
+    """The tensor itself, or a copy where it cannot be written to row by row."""
+    # Transformer Engine's functions return views, which autograd lets nobody write to.
+    refused = base.requires_grad and (base.is_leaf or base._is_view())
+    return base.clone() if refused else base.contiguous()
 
 
 class _AddBlocks(torch.autograd.Function):
-    """See ``add_blocks``. Slices of one tensor written in turn would be copied by autograd."""
+    """See ``add_blocks``. Autograd itself would copy a tensor whose slices are written in turn."""
 
     @staticmethod
     def forward(
@@ -87,8 +72,9 @@ class _AddBlocks(torch.autograd.Function):
         ctx.mark_dirty(base)
         ctx.save_for_backward(z, *weights)
         ctx.places = places
+        whole = base.view(-1, base.size(-1))
         for (top, left, scale), weight in zip(places, weights, strict=True):
-            rows, columns = base.narrow(1, top, len(weight)), z.narrow(1, left, weight.size(1))
+            rows, columns = whole.narrow(1, top, len(weight)), z.narrow(1, left, weight.size(1))
             if base.dtype == z.dtype:
                 rows.addmm_(columns, weight.t(), alpha=scale)
             else:
@@ -99,17 +85,16 @@ class _AddBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, *weights = ctx.saved_tensors
-        wide = grad.to(z.dtype)
-        # Not every column need be read by a block.
+        whole = grad.flatten(0, -2).to(z.dtype)
+        # Parts of a projection may read the same columns.
         dz = torch.zeros_like(z) if ctx.needs_input_grad[1] else None
         d_weights: list[Tensor | None] = []
-        for number, ((top, left, scale), weight) in enumerate(
-            zip(ctx.places, weights, strict=True)
+        for (top, left, scale), weight, wanted in zip(
+            ctx.places, weights, ctx.needs_input_grad[3:], strict=True
         ):
-            rows = wide.narrow(1, top, len(weight))
+            rows, columns = whole.narrow(1, top, len(weight)), (1, left, weight.size(1))
             if dz is not None:
-                dz.narrow(1, left, weight.size(1)).addmm_(rows, weight, alpha=scale)
-            wanted = ctx.needs_input_grad[3 + number]
-            columns = z.narrow(1, left, weight.size(1))
-            d_weights.append(torch.mm(rows.t(), columns).mul_(scale) if wanted else None)
+                dz.narrow(*columns).addmm_(rows, weight, alpha=scale)
+            d_weight = torch.mm(rows.t(), z.narrow(*columns)) if wanted else None
+            d_weights.append(d_weight if scale == 1.0 or d_weight is None else d_weight.mul_(scale))
         return grad, dz, None, *d_weights

@@ -22,6 +22,7 @@ from bdlora_megatron.layers.adapters.base import (
     tied_replica,
 )
 from bdlora_megatron.layers.adapters.checks import check_blocks, check_divides, check_layout
+from bdlora_megatron.layers.adapters.products import Block, add_blocks
 from bdlora_megatron.layers.factors import FactorShape
 
 __all__ = ["HalfShardedRowAdapter", "RowAdapter", "SLoRARowAdapter", "row_adapter"]
@@ -108,11 +109,9 @@ class SLoRARowAdapter(RowAdapter):
 
     def add_product(self, base: Tensor, z: Tensor) -> Tensor:
         """Add this rank's slice of the product to its own slice of the partial sum."""
-        width = self.out_features // self.tp_size
-        own = base.narrow(1, self.tp_group.rank() * width, width)
-        # In place: a slice of the output is not worth a copy of the whole.
-        own.copy_(super().add_product(own, z))
-        return base
+        top = self.tp_group.rank() * (self.out_features // self.tp_size)
+        scale = 1.0 if self.scale is None else self.scale
+        return add_blocks(base, z, [Block(top, 0, scale, self.expand_weight())])
 
     def whole_weights(self) -> tuple[Tensor, Tensor]:
         """Local A, and all ranks' B."""
