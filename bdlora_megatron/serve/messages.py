@@ -148,12 +148,14 @@ class Submit:
         prompt: Token ids, at least one.
         sampling: How to go on.
         adapter: Its name; None for the base model.
+        cache_salt: Blocks of its prompt are shared with requests of the same salt alone.
     """
 
     request_id: int
     prompt: tuple[int, ...]
     sampling: Sampling
     adapter: str | None = None
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +228,14 @@ class Token:
         choice: The token.
         finish: Why it was the last, if it was.
         prompt: With the first token, if it was asked for: the prompt's tokens from the second on.
+        cached: With the first token: how many tokens of the prompt were in the prefix cache.
     """
 
     request_id: int
     choice: Choice
     finish: FinishReason | None = None
     prompt: tuple[Choice, ...] = ()
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +273,9 @@ class Snapshot:
     running: int = 0
     queued: int = 0
     used_blocks: int = 0
+    cached_blocks: int = 0
+    """Blocks of prompts that no request uses, kept until others need the room."""
+
     num_blocks: int = 0
     slots_in_use: int = 0
     num_slots: int = 0
@@ -280,6 +287,12 @@ class Snapshot:
 
     preemptions: int = 0
     """Requests whose cache was given to others, to be computed again; since the start."""
+
+    prefix_cache_queries: int = 0
+    """Tokens of prompts that were looked up in the prefix cache; since the start."""
+
+    prefix_cache_hits: int = 0
+    """Those that were found, and not computed."""
 
     steps: int = 0
     host_bytes: int = 0

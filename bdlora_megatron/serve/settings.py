@@ -146,6 +146,10 @@ class ServeSettings:
     block_size: Count = 256
     """Positions of a block of the cache."""
 
+    enable_prefix_caching: Flag | None = None
+    """Keep whole blocks of prompts for requests of the same adapter that begin alike; on when
+    unset, where Megatron-Core has it (0.17 and later)."""
+
     max_queue: Natural = 256
     """Requests that may wait beside those that run; further ones get status 429."""
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from megatron.core.inference import inference_request
 from megatron.core.inference.contexts import dynamic_context
-from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines import dynamic_engine
 from megatron.core.inference.text_generation_controllers import text_generation_controller
 from torch import Tensor
+
+from bdlora_megatron.runtime.versions.prefix import PrefixContext, prefix_settings
 
 try:
     # Since 0.17, it holds what the constructors of context, wrapper and engine took before.
@@ -41,11 +42,10 @@ __all__ = [
 _CAPTURED_LOGITS = "_bdlora_captured_logits"
 
 
-class SeamedContext(DynamicInferenceContext):
+class SeamedContext(PrefixContext):
     """A dynamic context with the same seams on every release."""
 
     chunked_prefill_request_id: int
-    paused_request_count: int
     total_request_count: int
 
     def add_columns(self) -> None:
@@ -158,6 +158,7 @@ def context_arguments(
     max_tokens: int,
     block_size: int,
     kv_cache_memory_bytes: int,
+    prefix_caching: bool,
     cuda_graphs: int | None = None,
 ) -> dict[str, Any]:
     """What the constructor of a context takes.
@@ -169,6 +170,7 @@ def context_arguments(
         max_tokens: Tokens of one step, at most.
         block_size: Positions of a block of the cache.
         kv_cache_memory_bytes: Memory of the cache.
+        prefix_caching: Keep blocks for prompts that begin alike; since 0.17.
         cuda_graphs: For how many numbers of requests a decoding step is captured; None for none.
     """
     sizes = {
@@ -196,8 +198,7 @@ def context_arguments(
     settings = InferenceConfig(
         **sizes,
         enable_chunked_prefill=True,
-        # Keys and values depend on the adapter, and the cache knows blocks by their tokens alone.
-        enable_prefix_caching=False,
+        **prefix_settings(enabled=prefix_caching),
     )
     return {"model_config": config, "inference_config": settings}
 

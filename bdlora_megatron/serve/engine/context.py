@@ -18,6 +18,7 @@ from bdlora_megatron.errors import CapacityError
 from bdlora_megatron.layers.anatomy import attention_positions
 from bdlora_megatron.runtime import cpu_is_enabled
 from bdlora_megatron.runtime.versions.engine import SeamedContext, context_arguments
+from bdlora_megatron.runtime.versions.known import prefix_caching
 from bdlora_megatron.serve.engine.options import EngineOptions
 from bdlora_megatron.serve.engine.prompts import Span
 
@@ -87,8 +88,8 @@ class AdapterContext(SeamedContext):
 
     @property
     def used_blocks(self) -> int:
-        """Blocks of the cache that requests hold."""
-        return int(self.blocks.get_total_used())
+        """Blocks of the cache that requests hold; those that are only kept do not count."""
+        return int(self.blocks.get_total_used()) - self.cached_blocks
 
     @property
     def num_blocks(self) -> int:
@@ -162,6 +163,7 @@ def make_context(
 
     Raises:
         CapacityError: It does not hold one request of ``max_model_len``.
+        UnsupportedError: A prefix cache was asked for, and Megatron-Core has none.
     """
     kind = UnpaddedContext if cpu_is_enabled() else AdapterContext
     config: Any = model.config
@@ -180,6 +182,7 @@ def make_context(
             max_tokens=kind.round_up_tokens(options.max_num_batched_tokens),
             block_size=options.block_size,
             kv_cache_memory_bytes=options.kv_cache_memory_bytes,
+            prefix_caching=prefix_caching(options.enable_prefix_caching),
             cuda_graphs=_GRAPHS if options.cuda_graphs else None,
         ),
     )

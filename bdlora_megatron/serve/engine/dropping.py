@@ -1,8 +1,8 @@
-"""Megatron-Core's dynamic engine, with the ends and the drops that it does not know."""
+"""Megatron-Core's dynamic engine, with the ends, the drops and the names that it does not know."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
@@ -15,10 +15,41 @@ class DroppingEngine(DynamicInferenceEngine):
     """Ends requests at any of several tokens, and drops them between steps.
 
     Attributes:
+        hashes_of: Names the blocks of a request's prompt, given its tokens.
         finished: Requests that ended in the last step.
     """
 
     finished: frozenset[int] = frozenset()
+
+    def __init__(
+        self, *args: Any, hashes_of: Callable[[int, list[int]], list[int]], **kwargs: Any
+    ) -> None:
+        """Make an engine without requests.
+
+        Args:
+            *args: As for ``DynamicInferenceEngine``.
+            hashes_of: See above.
+            **kwargs: As for ``DynamicInferenceEngine``.
+        """
+        self.hashes_of = hashes_of
+        super().__init__(*args, **kwargs)
+
+    def add_request(self, request_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Add a request, as Megatron-Core does, and name its blocks."""
+        future = super().add_request(request_id, *args, **kwargs)
+        self._name_blocks([request_id])
+        return future
+
+    def _name_blocks(self, request_ids: Iterable[int]) -> None:
+        """Name blocks after who uses them; Megatron-Core's own names tell tokens alone.
+
+        A request that begins again has the tokens that it said in its prompt, and no names.
+        """
+        if self.context.shares_blocks:
+            for request_id in request_ids:
+                request = self.get_request(request_id)
+                tokens = request.prompt_tokens.tolist()
+                request.precomputed_block_hashes = self.hashes_of(request_id, tokens)
 
     def drop(self, request_ids: Collection[int]) -> None:
         """Forget requests and free their cache at once.
@@ -57,17 +88,20 @@ class DroppingEngine(DynamicInferenceEngine):
             self.evicted_request_count += 1
 
     def post_process_requests(
-        self, request_ids: Tensor, finished_request_ids: Tensor, *args: Any, **kwargs: Any
+        self, request_ids: Tensor, finished: Tensor, evicted: Tensor | None, *args: Any, **more: Any
     ) -> Any:
         """Note which requests have ended, then go on as Megatron-Core does."""
-        self.finished = frozenset(finished_request_ids.tolist())
-        return super().post_process_requests(request_ids, finished_request_ids, *args, **kwargs)
+        self.finished = frozenset(finished.tolist())
+        done = super().post_process_requests(request_ids, finished, evicted, *args, **more)
+        self._name_blocks([] if evicted is None else evicted.tolist())
+        return done
 
     def _take_out(self, request_ids: Collection[int]) -> None:
         """Remove rows; requests that would then never wake up are started again."""
         stranded = self.context.remove_requests(request_ids)
         for request_id in stranded:
             self.requests[request_id].record.checkpoint()
+        self._name_blocks(stranded)
         self.evicted_request_count += len(stranded)
         self.waiting_request_ids.extendleft(reversed(stranded))
 

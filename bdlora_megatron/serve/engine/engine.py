@@ -6,9 +6,11 @@ requests wait here until theirs is in a slot, keep the slot while they run, and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.inference.sampling_params import SamplingParams
 from torch import nn
 
@@ -20,6 +22,7 @@ from bdlora_megatron.serve.engine.context import make_context
 from bdlora_megatron.serve.engine.controller import AdapterController, AdapterGPT
 from bdlora_megatron.serve.engine.dropping import DroppingEngine
 from bdlora_megatron.serve.engine.options import EngineOptions
+from bdlora_megatron.serve.engine.prefix import block_hashes, seed_of
 from bdlora_megatron.serve.engine.prompts import PromptScores
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import Failed, FinishReason, Snapshot, Submit, Token
@@ -27,6 +30,8 @@ from bdlora_megatron.serve.store import AdapterStore
 from bdlora_megatron.serve.store_types import AdapterKey
 
 __all__ = ["ServingEngine"]
+
+logger = logging.getLogger(__name__)
 
 
 class ServingEngine:
@@ -54,7 +59,8 @@ class ServingEngine:
 
         Raises:
             CapacityError: ``kv_cache_memory_bytes`` does not hold one request of ``max_model_len``.
-            UnsupportedError: The installed Megatron-Core's engine is not known here.
+            UnsupportedError: The installed Megatron-Core's engine is not known here, or has no
+                prefix cache and ``enable_prefix_caching`` asks for one.
         """
         require_engine()
         self.options = options or EngineOptions()
@@ -69,6 +75,11 @@ class ServingEngine:
         self._waiting: dict[int, Submit] = {}
         # The version that each running request holds; None for the base model.
         self._running: dict[int, AdapterKey | None] = {}
+        # Where the names of each one's blocks begin, and its prompt's length until its first token;
+        # of those that may use the prefix cache.
+        self._seeds: dict[int, bytes] = {}
+        self._unanswered: dict[int, int] = {}
+        self._prefix_queries = self._prefix_hits = 0
         self._context = make_context(model, self.options, self._slot_of)
         slots = None if store is None else store.slots
         wrapped = AdapterGPT(
@@ -79,7 +90,15 @@ class ServingEngine:
         )
         wrapped.prep_model_for_inference()
         self._controller = AdapterController(wrapped, self._sampler)
-        self._engine = DroppingEngine(self._controller, self._context, **engine_arguments())
+        self._engine = DroppingEngine(
+            self._controller, self._context, hashes_of=self._hashes_of, **engine_arguments()
+        )
+        unset = self.options.enable_prefix_caching is None
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        if unset and first and not self._context.shares_blocks:
+            logger.warning(
+                "no prefix cache: every prompt is computed whole; Megatron-Core has one since 0.17"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -152,7 +171,8 @@ class ServingEngine:
             self._engine.step_modern()
         for request_id, choice in self._controller.choices.items():
             finish = self._finish(request_id, choice.token)
-            events.append(Token(request_id, choice, finish, self._scores.take(request_id)))
+            prompt, cached = self._scores.take(request_id), self._cached(request_id)
+            events.append(Token(request_id, choice, finish, prompt, cached))
             if finish is not None:
                 self._end(request_id)
         return events
@@ -178,7 +198,10 @@ class ServingEngine:
             running=len(self._running),
             queued=len(self._waiting),
             used_blocks=self._context.used_blocks,
+            cached_blocks=self._context.cached_blocks,
             num_blocks=self._context.num_blocks,
+            prefix_cache_queries=self._prefix_queries,
+            prefix_cache_hits=self._prefix_hits,
             preemptions=self._engine.evicted_request_count,
             steps=steps_run(self._engine),
             running_adapters=_names(key.name for key in self._running.values() if key is not None),
@@ -233,12 +256,30 @@ class ServingEngine:
         if request.sampling.prompt_logprobs:
             count = request.sampling.logprobs or 0
             self._scores.add(request.request_id, request.prompt, count)
+        elif self._context.shares_blocks:
+            # Who asks about every token of a prompt needs every one computed.
+            self._seeds[request.request_id] = seed_of(key, request.cache_salt)
+            self._unanswered[request.request_id] = len(request.prompt)
         self._engine.add_request(
             request.request_id,
             list(request.prompt),
             # Tokens are chosen by the controller's sampler; Megatron only counts them.
             SamplingParams(num_tokens_to_generate=request.sampling.max_tokens, termination_id=-1),
         )
+
+    def _hashes_of(self, request_id: int, tokens: list[int]) -> list[int]:
+        seed = self._seeds.get(request_id)
+        return [] if seed is None else block_hashes(tokens, self.options.block_size, seed)
+
+    def _cached(self, request_id: int) -> int:
+        """With a request's first token, how many of its prompt's tokens were in the cache."""
+        length = self._unanswered.pop(request_id, None)
+        if length is None:
+            return 0
+        found = self._context.reused[request_id]
+        self._prefix_queries += length
+        self._prefix_hits += found
+        return found
 
     def _slot_of(self, request_id: int) -> int:
         key = self._running[request_id]
@@ -256,6 +297,8 @@ class ServingEngine:
         key = self._running.pop(request_id)
         self._sampler.remove(request_id)
         self._scores.remove(request_id)
+        for kept in (self._seeds, self._unanswered, self._context.reused):
+            kept.pop(request_id, None)
         self.admission.finished(None if key is None else key.name)
         if key is not None and self.store is not None:
             self.store.release(key)

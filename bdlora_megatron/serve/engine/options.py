@@ -28,6 +28,10 @@ class EngineOptions:
     block_size: int = 256
     """Positions of a block of the cache; flash-attention wants a multiple of 256."""
 
+    enable_prefix_caching: bool | None = None
+    """Keep the cache of prompts for requests of the same adapter that begin alike. When unset, where
+    Megatron-Core has it: since 0.17."""
+
     patience_steps: int = 64
     """Steps that a request waits before it closes an adapter to get its slot."""
 
