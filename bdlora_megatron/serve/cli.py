@@ -14,7 +14,7 @@ from typing import Any
 
 from bdlora_megatron.errors import ConfigError, MissingDependencyError
 from bdlora_megatron.runtime.launch import INTERFACE_HELP, cuda_is_present
-from bdlora_megatron.runtime.versions.known import require_engine
+from bdlora_megatron.runtime.versions.known import prefix_caching, require_engine
 from bdlora_megatron.serve import torchrun
 from bdlora_megatron.serve.logs import configure_logging
 from bdlora_megatron.serve.ranks import prepare_ranks
@@ -107,11 +107,13 @@ def settings_of(arguments: argparse.Namespace) -> ServeSettings:
 
 
 def check_device(settings: ServeSettings) -> None:
-    """See that there is something to run on, before anything is loaded.
+    """See that there is what the settings want to run on, before anything is loaded.
 
     Raises:
         ConfigError: There is no GPU, and the CPU was not asked for.
+        UnsupportedError: Megatron-Core has no prefix cache, and one was asked for.
     """
+    prefix_caching(settings.enable_prefix_caching)
     if not (settings.cpu or cuda_is_present()):
         raise ConfigError("no CUDA device is present; add --cpu to run on this machine's CPU")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -98,7 +99,12 @@ def wide_model(world: int, model_class: str = "gpt") -> Any:
     return serving_model(world, **wide, model_class=model_class).double()
 
 
-def run(engine: ServingEngine, arrivals: dict[int, list[Submit]], cancels: dict[int, list[int]]):
+def run(
+    engine: ServingEngine,
+    arrivals: dict[int, list[Submit]],
+    cancels: dict[int, list[int]],
+    after_step: Callable[[list[Any]], None] = lambda events: None,
+):
     """Drive the engine; returns each request's tokens and finish reason.
 
     Where a prompt's log-probabilities are asked for, its tokens from the second on come first.
@@ -113,7 +119,9 @@ def run(engine: ServingEngine, arrivals: dict[int, list[Submit]], cancels: dict[
             engine.cancel(request_id)
         if not (arrivals or cancels or engine.has_work):
             return got, ends
-        for event in engine.step(wait_s=0.05):
+        events = engine.step(wait_s=0.05)
+        after_step(events)
+        for event in events:
             assert isinstance(event, Token), event
             assert event.request_id not in ends
             assert not (event.prompt and got[event.request_id])

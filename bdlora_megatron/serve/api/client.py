@@ -120,9 +120,19 @@ class EngineClient:
         return len(self._streams)
 
     async def stream(
-        self, prompt: tuple[int, ...], sampling: Sampling, adapter: str | None
+        self,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        adapter: str | None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Token, None]:
         """Have a prompt answered. Leaving the iteration early cancels the request.
+
+        Args:
+            prompt: Token ids.
+            sampling: How to go on.
+            adapter: Its name; None for the base model.
+            cache_salt: As in ``Submit``.
 
         Yields:
             The tokens; the last one says why it is the last.
@@ -138,7 +148,13 @@ class EngineClient:
         over = False
         try:
             self._send(
-                Submit(request_id=request_id, prompt=prompt, sampling=sampling, adapter=adapter)
+                Submit(
+                    request_id=request_id,
+                    prompt=prompt,
+                    sampling=sampling,
+                    adapter=adapter,
+                    cache_salt=cache_salt,
+                )
             )
             while not over:
                 event = await stream.get()

@@ -65,9 +65,8 @@ _CHANGE: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 #: Fields that ask for something beside the answer, with the values that ask for nothing. Without
-#: tools there is nothing to call in parallel; without a prefix cache there is nothing to salt.
+#: tools there is nothing to call in parallel.
 _BESIDE: Mapping[str, tuple[Any, ...]] = {
-    "cache_salt": (),
     "metadata": (),
     "parallel_tool_calls": (True, False),
     "prediction": (),

@@ -47,6 +47,7 @@ class Job:
         sampling: How; each answer gets a seed of its own.
         stop: Texts that end an answer.
         tokenizer: What its prompts were read by; the adapter may go, or change, meanwhile.
+        cache_salt: Its prompts share blocks with those of the same salt alone.
     """
 
     adapter: str | None
@@ -56,6 +57,7 @@ class Job:
     sampling: Sampling
     stop: tuple[str, ...]
     tokenizer: Tokenizer
+    cache_salt: str | None = None
     arrived_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -88,6 +90,11 @@ class Answer:
     def tokens(self) -> int:
         """How many tokens it has."""
         return sum(len(delta.choices) for delta in self.deltas)
+
+    @property
+    def cached(self) -> int:
+        """How many tokens of its prompt were in the prefix cache."""
+        return sum(delta.cached for delta in self.deltas)
 
 
 def plan(
@@ -155,6 +162,7 @@ def plan(
         sampling=sampling,
         stop=fields.stop_texts,
         tokenizer=tokenizer,
+        cache_salt=fields.cache_salt,
     )
 
 
@@ -243,7 +251,8 @@ async def _pieces(api: APIServer, job: Job, index: int) -> AsyncGenerator[TextDe
     text = TextStream(job.tokenizer, prompt.ids, job.stop, min_tokens=job.sampling.min_tokens)
     # The same seed for every prompt of a request, another for each answer to it.
     sampling = replace(job.sampling, seed=job.sampling.seed + index % job.count)
-    async with aclosing(api.client.stream(prompt.ids, sampling, job.adapter)) as tokens:
+    given = api.client.stream(prompt.ids, sampling, job.adapter, job.cache_salt)
+    async with aclosing(given) as tokens:
         async for token in tokens:
             delta = text.push(token)
             if delta is None:

@@ -24,6 +24,7 @@ _GAUGES = {
     "running": "Requests that run",
     "queued": "Requests that wait for a slot or for room",
     "used_blocks": "Blocks of the key-value cache in use",
+    "cached_blocks": "Blocks of prompts that no request uses, kept until others need the room",
     "num_blocks": "Blocks of the key-value cache",
     "slots_in_use": "Adapter slots that requests use",
     "num_slots": "Adapter slots",
@@ -32,6 +33,8 @@ _GAUGES = {
 _COUNTERS = {
     "steps": "Steps of the engine",
     "preemptions": "Requests that gave their cache to others and began again",
+    "prefix_cache_queries": "Tokens of prompts that were looked up in the prefix cache",
+    "prefix_cache_hits": "Tokens of prompts that were found in the prefix cache",
     "slot_hits": "Requests whose adapter was in a slot already",
     "slot_loads": "Adapters copied into a slot",
     "slot_evictions": "Adapters that left a slot for another",
@@ -124,6 +127,10 @@ class Metrics:
             gauge = GaugeMetricFamily(f"vllm:{name}", help_text, labels=["model_name"])
             gauge.add_metric([self._base], value)
             yield gauge
+        for name in ("prefix_cache_queries", "prefix_cache_hits"):
+            counter = CounterMetricFamily(f"vllm:{name}", _COUNTERS[name], labels=["model_name"])
+            counter.add_metric([self._base], getattr(snapshot, name))
+            yield counter
         adapters = {
             "max_lora": str(self._settings.max_loras),
             "running_lora_adapters": ",".join(snapshot.running_adapters),

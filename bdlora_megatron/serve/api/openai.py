@@ -256,6 +256,7 @@ async def _events(
             item: tuple[int, TextDelta] | None = first
             while item is not None:
                 tokens += len(item[1].choices)
+                reply.found(item[0], item[1].cached)
                 yield chunk(reply.delta(*item))
                 item = await anext(deltas, None)
     except Exception as error:

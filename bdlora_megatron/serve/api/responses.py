@@ -29,6 +29,7 @@ class ResponseBody:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.ignored: tuple[str, ...] = ()
+        self._cached = 0
         self._tokenizer = job.tokenizer
         self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -37,19 +38,30 @@ class ResponseBody:
         """The body of an answer that is not streamed."""
         choices = [self.choice(index, made) for index, made in enumerate(answers)]
         total = sum(made.tokens for made in answers)
+        for index, made in enumerate(answers):
+            self.found(index, made.cached)
         return {**self._head(self.kind), "choices": choices, "usage": self.usage(total)}
 
     def chunk(self, choices: list[dict[str, Any]], **usage: Any) -> dict[str, Any]:
         """One event of a stream; with ``usage``, where that was asked for."""
         return {**self._head(self.chunk_kind), "choices": choices, **usage}
 
-    def usage(self, tokens: int) -> dict[str, int]:
+    def found(self, index: int, cached: int) -> None:
+        """Note how many tokens of an answer's prompt were in the cache when it began.
+
+        A prompt counts once, as its first answer found it.
+        """
+        if index % self.job.count == 0:
+            self._cached += cached
+
+    def usage(self, tokens: int) -> dict[str, Any]:
         """What the answers cost."""
         prompt = self.job.prompt_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": tokens,
             "total_tokens": prompt + tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached},
         }
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -94,7 +106,7 @@ class CompletionResponse(ResponseBody):
         # Where each answer's next token begins in its text.
         self._offsets = [0 if self._scored else len(self._before(i)) for i in range(job.answers)]
 
-    def usage(self, tokens: int) -> dict[str, int]:
+    def usage(self, tokens: int) -> dict[str, Any]:
         """What the answers cost."""
         return super().usage(0 if self._silent else tokens)
 

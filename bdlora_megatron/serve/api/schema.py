@@ -64,8 +64,8 @@ class StreamOptions(_Body):
 class GenerationFields(_Body):
     """What both kinds of request have.
 
-    ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos`` and
-    ``stop_token_ids`` are vLLM's.
+    ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos``,
+    ``stop_token_ids`` and ``cache_salt`` are vLLM's.
     """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -85,6 +85,7 @@ class GenerationFields(_Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod

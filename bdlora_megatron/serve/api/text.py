@@ -246,12 +246,14 @@ class TextDelta:
         choices: The tokens.
         finish: Why this is the last piece, if it is.
         prompt: In the first piece, if it was asked for: the prompt's tokens from the second on.
+        cached: In the first piece: how many tokens of the prompt were in the prefix cache.
     """
 
     text: str
     choices: tuple[Choice, ...]
     finish: FinishReason | None = None
     prompt: tuple[Choice, ...] = ()
+    cached: int = 0
 
 
 class TextStream:
@@ -287,6 +289,7 @@ class TextStream:
         self._held = ""
         self._choices: list[Choice] = []
         self._prompt: tuple[Choice, ...] = ()
+        self._cached = 0
 
     def push(self, token: Token) -> TextDelta | None:
         """Take a token.
@@ -298,6 +301,7 @@ class TextStream:
         self._ids.append(token.choice.token)
         self._choices.append(token.choice)
         self._prompt += token.prompt
+        self._cached += token.cached
         self._held += self._new_text(last=token.finish is not None)
         if self._early > 0:
             self._early, self._exempt = self._early - 1, len(self._held)
@@ -337,4 +341,5 @@ class TextStream:
         self._exempt = max(self._exempt - len(text), 0)
         choices, self._choices = tuple(self._choices), []
         prompt, self._prompt = self._prompt, ()
-        return TextDelta(text, choices, finish, prompt)
+        cached, self._cached = self._cached, 0
+        return TextDelta(text, choices, finish, prompt, cached)
