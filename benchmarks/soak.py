@@ -1,5 +1,7 @@
 """Ten thousand requests at TP=2 while adapters come and go; exits with 1 if one answer is wrong.
 
+Prompts begin alike, and the prefix cache is on: blocks of one adapter must not serve another.
+
     python -m benchmarks.soak
 
 Writes benchmarks/results/soak.json. The suite runs the same with 400 requests
@@ -46,7 +48,9 @@ def main() -> int:
             seconds = time.monotonic() - begun_s
             metrics = http.get("/metrics").text
             status = server.stop()
-    engine = dict(re.findall(r"^bdlora_(slot_\w+|host_\w+|preemptions)_total (\S+)", metrics, re.M))
+    counters = r"^bdlora_(slot_\w+|host_\w+|preemptions|prefix_cache_\w+)_total (\S+)"
+    engine = {name: int(float(value)) for name, value in re.findall(counters, metrics, re.M)}
+    looked_up = engine["prefix_cache_queries"]
     found = {
         "command": shlex.join(["python", "-m", "benchmarks.soak", *sys.argv[1:]]),
         "machine": machine(),
@@ -55,7 +59,8 @@ def main() -> int:
         **counts,
         "seconds": round(seconds, 1),
         "exit_status": status,
-        "engine": {name: int(float(value)) for name, value in engine.items()},
+        "prefix_cache_hit_rate": round(engine["prefix_cache_hits"] / max(looked_up, 1), 3),
+        "engine": engine,
     }
     args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(json.dumps(found, indent=1))

@@ -37,6 +37,8 @@ def main() -> None:
         max_num_seqs=64,
         max_model_len=512,
         block_size=16,
+        # Nor has vLLM's; prompts come again in every round.
+        enable_prefix_caching=False,
     )
     ranks = Ranks(settings)
     loop = asyncio.new_event_loop()

@@ -100,14 +100,42 @@ def test_the_command_line_refuses_before_it_imports_anything(tmp_path, release, 
     else:
         (tmp_path / "megatron").mkdir()
         (tmp_path / "megatron/__init__.py").write_text("")
+    told = _refused_command(tmp_path, [*command, "--model", "m"])
+    assert "bdlora: error: the inference engine of the installed release is not known" in told
+    assert "pip install 'megatron-core" in told
+
+
+@pytest.mark.parametrize("command", [["serve"], ["generate", "in", "out"]], ids=lambda c: c[0])
+def test_a_prefix_cache_is_refused_where_there_is_none(tmp_path, command):
+    """A release as old as 0.16, by its files; without the setting it would do."""
+    (tmp_path / "megatron/core/inference/contexts").mkdir(parents=True)
+    (tmp_path / "megatron/core/__init__.py").write_text("raise AssertionError('imported')")
+    (tmp_path / "megatron/core/inference/batch_dimensions_utils.py").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    told = _refused_command(
+        tmp_path,
+        [*command, "--model", str(tmp_path / "model"), "--set", "enable_prefix_caching=true"],
+    )
+    assert "enable_prefix_caching=true wants megatron-core 0.17 or later: found" in told
+    assert "pip install 'megatron-core>=0.17', or leave enable_prefix_caching out" in told
+
+
+def _refused_command(before, arguments):
+    """What a command says that ends with status 2 and without importing Megatron-Core.
+
+    Args:
+        before: A folder of packages to find first.
+        arguments: Of the command.
+    """
     code = (
         "import sys\n"
         "from bdlora_megatron.cli.main import main\n"
-        f"status = main({[*command, '--model', 'm']!r})\n"
+        f"status = main({arguments!r})\n"
         "assert 'megatron.core' not in sys.modules\n"
         "sys.exit(status)"
     )
-    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(before), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path},
@@ -117,7 +145,4 @@ def test_the_command_line_refuses_before_it_imports_anything(tmp_path, release, 
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert (
-        "bdlora: error: the inference engine of the installed release is not known" in done.stderr
-    )
-    assert "pip install 'megatron-core" in done.stderr
+    return done.stderr

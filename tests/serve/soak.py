@@ -12,6 +12,8 @@ from tests.serve import models
 
 #: What the name ``swap`` stands for, in turn.
 SOURCES = ("vanilla", "attention")
+#: Every model is asked the same; they begin alike, over more than one block of the cache.
+PROMPTS = tuple(f"Here is one fox, and there are more. {said}" for said in ("Why?", "Where to go?"))
 
 
 def load(http: Any, name: str, path: Path, **more: Any) -> Any:
@@ -41,7 +43,9 @@ def soak(http: Any, folder: Path, count: int) -> dict[str, int]:
     """Names are loaded with other weights and unloaded under load; every answer is one of its own.
 
     The weights of ``swap`` alternate between two adapters, so that a request that began before a
-    change and one that began after may answer differently, but never as a third.
+    change and one that began after may answer differently, but never as a third. All prompts begin
+    alike, so that whatever a cache of prefixes confuses would be told as an answer; the right ones
+    are asked for with a salt of their own, which keeps them out of it.
 
     Args:
         http: A client of the server, whose adapters are ``models.ADAPTERS``.
@@ -53,7 +57,12 @@ def soak(http: Any, folder: Path, count: int) -> dict[str, int]:
         how many ``loads`` and ``unloads`` there were meanwhile.
     """
     swap = folder / "adapters" / "swap"
-    expected = {name: text(ask(http, name)) for name in ("model", *models.ADAPTERS)}
+    names = ("model", *models.ADAPTERS)
+    expected = {
+        (name, prompt): text(ask(http, name, prompt, cache_salt=f"{name} {prompt}"))
+        for name in names
+        for prompt in PROMPTS
+    }
     assert len(set(expected.values())) == len(expected)
     stop = threading.Event()
     counts = {"right": 0, "wrong": 0, "gone": 0, "loads": 0, "unloads": 0}
@@ -69,11 +78,11 @@ def soak(http: Any, folder: Path, count: int) -> dict[str, int]:
                 counts["unloads"] += 1
 
     def request(i: int) -> str:
-        name = ["swap", "model", *models.ADAPTERS][i % 5]
-        answer = ask(http, name)
+        name, prompt = ("swap", *names)[i % 5], PROMPTS[i // 5 % len(PROMPTS)]
+        answer = ask(http, name, prompt)
         if answer.status_code == 200:
             wanted = SOURCES if name == "swap" else (name,)
-            return "right" if text(answer) in {expected[w] for w in wanted} else "wrong"
+            return "right" if text(answer) in {expected[w, prompt] for w in wanted} else "wrong"
         # Unloaded meanwhile, or its files are being replaced at this moment.
         assert name == "swap"
         assert answer.status_code in {404, 500}

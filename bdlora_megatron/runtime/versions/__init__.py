@@ -16,6 +16,7 @@ benchmark; ``engine`` by serving.
 | 0.16 | the inference engine keeps metadata of every request | ``known.require_engine`` |
 | 0.17 | threads write a checkpoint's files, not forks of the process | ``checkpoint`` |
 | 0.17 | the inference engine has one configuration, and other names | ``engine`` |
+| 0.17 | the inference engine has a prefix cache | ``prefix``, ``known.prefix_caching`` |
 | 0.18 | a layer specification builds its MLP by a ``partial``, not by a ``ModuleSpec`` | \
 ``layers.nested_submodules`` |
 | 0.18 | the engine keeps rows and tokens on the host, logits in the controller | ``engine`` |

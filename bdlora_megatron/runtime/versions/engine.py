@@ -18,7 +18,7 @@ from megatron.core.inference.engines import dynamic_engine
 from megatron.core.inference.text_generation_controllers import text_generation_controller
 from torch import Tensor
 
-from bdlora_megatron.runtime.versions.prefix import PrefixContext, prefix_settings
+from bdlora_megatron.runtime.versions.prefix import PrefixContext
 
 try:
     # Since 0.17, it holds what the constructors of context, wrapper and engine took before.
@@ -158,7 +158,6 @@ def context_arguments(
     max_tokens: int,
     block_size: int,
     kv_cache_memory_bytes: int,
-    prefix_caching: bool,
     cuda_graphs: int | None = None,
 ) -> dict[str, Any]:
     """What the constructor of a context takes.
@@ -170,7 +169,6 @@ def context_arguments(
         max_tokens: Tokens of one step, at most.
         block_size: Positions of a block of the cache.
         kv_cache_memory_bytes: Memory of the cache.
-        prefix_caching: Keep blocks for prompts that begin alike; since 0.17.
         cuda_graphs: For how many numbers of requests a decoding step is captured; None for none.
     """
     sizes = {
@@ -195,15 +193,11 @@ def context_arguments(
     ranks = config.tensor_model_parallel_size
     # A number of rows that the ranks do not divide is refused.
     sizes["max_requests"] = -(-max_num_seqs // ranks) * ranks
-    settings = InferenceConfig(
-        **sizes,
-        enable_chunked_prefill=True,
-        **prefix_settings(enabled=prefix_caching),
-    )
+    settings = InferenceConfig(**sizes, enable_chunked_prefill=True)
     return {"model_config": config, "inference_config": settings}
 
 
-def wrapper_arguments(model: Any, context: DynamicInferenceContext) -> tuple[Any, ...]:
+def wrapper_arguments(model: Any, context: SeamedContext) -> tuple[Any, ...]:
     """What the constructor of ``GPTInferenceWrapper`` takes."""
     if InferenceConfig is not None:
         return model, context

@@ -4,28 +4,26 @@ A block of the key-value cache that holds whole a stretch of a prompt has a name
 prompt up to its end. A request whose prompt begins alike takes such blocks over and reads on behind
 them. Blocks that nobody uses any more keep their names until others need the room.
 
-What releases do wrong, and what is done about it here:
+What releases do wrong, and where that is mended here:
 
-| release | fault | here |
-|---|---|---|
-| 0.17 to 0.19 | blocks that only wait to be used again count as taken when a paused request wants one | \
-``resume_paused_requests`` |
-| 0.17, 0.18 | blocks about to be shared may be evicted for the very request that shares them | \
-``_pinned`` |
-| 0.17, 0.18 | of requests that end in one step, a common block is given back once | \
-``release_memory_blocks_from_request_indexes`` |
-| 0.17, 0.18 | a parent may be evicted before its child, whose lookup then fails | \
-``_find_kv_match_count`` |
-| 0.17 to 0.19 | where all of a chunk is known, its last block is shared and written again | \
-``_find_kv_match_count`` |
-| 0.17 to 0.19 | a second block may take a name away from the first, whose children stay | \
-``_name`` |
+- 0.17 to 0.19: blocks that are only kept count as taken when a paused request wants one, until no
+  request can go on (``resume_paused_requests``).
+- 0.17 to 0.19: where all of a chunk is known, its last block is shared and written again
+  (``_find_kv_match_count``).
+- 0.17 to 0.19: a second block takes the name away from the first, whose children stay (``_name``).
+- 0.17, 0.18: blocks about to be shared may be evicted for the very request that shares them
+  (``_pinned``).
+- 0.17, 0.18: a parent may be evicted before its child, whose lookup then fails
+  (``_find_kv_match_count``).
+- 0.17, 0.18: of requests that end in one step, a block of several is given back once
+  (``release_memory_blocks_from_request_indexes``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,22 +31,24 @@ import torch
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from torch import Tensor
 
-__all__ = ["PrefixContext", "prefix_settings"]
+__all__ = ["PrefixContext", "with_prefix_cache"]
 
 #: Beside what is needed, this share of all blocks is evicted at once: to look for the least
 #: recently used one takes as long as there are blocks.
 _EVICTED_SHARE = 32
 
 
-def prefix_settings(*, enabled: bool) -> dict[str, Any]:
-    """What ``InferenceConfig`` takes."""
-    if not enabled:
-        return {"enable_prefix_caching": False}
+def with_prefix_cache(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A context's arguments as ``context_arguments`` gives them since 0.17, with a prefix cache."""
     from megatron.core.inference.config import PrefixCachingEvictionPolicy
 
-    # The other policy forgets a prompt with the last request that uses it.
-    policy = PrefixCachingEvictionPolicy.LRU
-    return {"enable_prefix_caching": True, "prefix_caching_eviction_policy": policy}
+    settings = replace(
+        arguments["inference_config"],
+        enable_prefix_caching=True,
+        # The other policy forgets a prompt with the last request that uses it.
+        prefix_caching_eviction_policy=PrefixCachingEvictionPolicy.LRU,
+    )
+    return {**arguments, "inference_config": settings}
 
 
 class PrefixContext(DynamicInferenceContext):
@@ -131,14 +131,15 @@ class PrefixContext(DynamicInferenceContext):
         """The blocks that are known already, and the last one's hash.
 
         They are taken over before a request has any of its own, and only such that leave two tokens
-        of the chunk behind them: what others read is never written again, one token must be computed
-        to choose the next, and kernels take a prompt's single token for an answer's.
+        of the chunk behind them: what others read is never written again, one token must be
+        computed to choose the next, and kernels take a prompt's single token for an answer's.
         """
         hashes = req.precomputed_block_hashes
         if not self.shares_blocks or start_block:
             return [], 0
         known, found = self.kv_block_allocator.kv_hash_to_block_id, []
-        for name in hashes[: max(min(end_block, (self._span_end - 2) // self.block_size_tokens), 0)]:
+        most = max(self._span_end - 2, 0) // self.block_size_tokens
+        for name in hashes[: min(end_block, most)]:
             if name not in known:
                 break
             found.append(known[name])

@@ -19,6 +19,7 @@ from bdlora_megatron.layers.anatomy import attention_positions
 from bdlora_megatron.runtime import cpu_is_enabled
 from bdlora_megatron.runtime.versions.engine import SeamedContext, context_arguments
 from bdlora_megatron.runtime.versions.known import prefix_caching
+from bdlora_megatron.runtime.versions.prefix import with_prefix_cache
 from bdlora_megatron.serve.engine.options import EngineOptions
 from bdlora_megatron.serve.engine.prompts import Span
 
@@ -172,20 +173,19 @@ def make_context(
         # Without Mamba, the context takes every position for one with attention.
         config = copy.copy(config)
         config.num_layers = len(attention)
-    context = kind(
-        slot_of=slot_of,
-        **context_arguments(
-            config,
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            # A step is padded to whole tiles, up to this.
-            max_tokens=kind.round_up_tokens(options.max_num_batched_tokens),
-            block_size=options.block_size,
-            kv_cache_memory_bytes=options.kv_cache_memory_bytes,
-            prefix_caching=prefix_caching(options.enable_prefix_caching),
-            cuda_graphs=_GRAPHS if options.cuda_graphs else None,
-        ),
+    arguments = context_arguments(
+        config,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        # A step is padded to whole tiles, up to this.
+        max_tokens=kind.round_up_tokens(options.max_num_batched_tokens),
+        block_size=options.block_size,
+        kv_cache_memory_bytes=options.kv_cache_memory_bytes,
+        cuda_graphs=_GRAPHS if options.cuda_graphs else None,
     )
+    if prefix_caching(options.enable_prefix_caching):
+        arguments = with_prefix_cache(arguments)
+    context = kind(slot_of=slot_of, **arguments)
     if attention is not None:
         context.layer_map = attention
     needed = -(-options.max_model_len // options.block_size)

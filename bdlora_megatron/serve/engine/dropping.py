@@ -72,6 +72,8 @@ class DroppingEngine(DynamicInferenceEngine):
         cache back instead, and is read from the start when there is room. Since 0.17 the prompt is
         set aside without a token, and that is done only where nothing runs that would make room.
         """
+        if self.context.shares_blocks:
+            self._put_off_who_would_wait()
         unfinished = self.context.chunked_prefill_request_id
         request = None if unfinished == -1 else self.get_request(unfinished)
         read = None if request is None else request.finished_chunk_token_count
@@ -86,6 +88,24 @@ class DroppingEngine(DynamicInferenceEngine):
             request.finished_chunk_token_count = 0
             request.remaining_prompt_tokens = request.prompt_tokens.clone()
             self.evicted_request_count += 1
+
+    def _put_off_who_would_wait(self) -> None:
+        """Let those go last whose prompts begin with what an earlier one computes in this step.
+
+        Megatron-Core lets them wait a step, and with the first of them all that stand behind it.
+        """
+        known: dict[int, int] = self.context.blocks.kv_hash_to_block_id
+        pending: set[int] = set()
+        waiting = list(self.waiting_request_ids)
+        last = []
+        for request_id in waiting:
+            names = self.get_request(request_id).precomputed_block_hashes
+            if not pending.isdisjoint(names):
+                last.append(request_id)
+            pending.update(name for name in names if name not in known)
+        for request_id in last:
+            self.waiting_request_ids.remove(request_id)
+        self.waiting_request_ids.extend(last)
 
     def post_process_requests(
         self, request_ids: Tensor, finished: Tensor, evicted: Tensor | None, *args: Any, **more: Any

@@ -29,8 +29,8 @@ class EngineOptions:
     """Positions of a block of the cache; flash-attention wants a multiple of 256."""
 
     enable_prefix_caching: bool | None = None
-    """Keep the cache of prompts for requests of the same adapter that begin alike. When unset, where
-    Megatron-Core has it: since 0.17."""
+    """Keep whole blocks of prompts for requests of the same adapter that begin alike; on when
+    unset, where Megatron-Core has it (0.17 and later)."""
 
     patience_steps: int = 64
     """Steps that a request waits before it closes an adapter to get its slot."""

@@ -1,10 +1,10 @@
 """Names for the blocks of a prompt's key-value cache.
 
 Keys and values depend on the adapter, and Megatron-Core names a block by its tokens and those
-before it alone. The same chain of hashes begins here with who asks: the adapter and its version, and
-the request's ``cache_salt``. A version's weights never change (``AdapterFiles`` refuses files that
-do), and a number that a name once had never comes back, so nothing need be read to tell versions
-apart. Python's own ``hash`` would not do: it differs between ranks.
+before it alone. The same chain of hashes begins here with who asks: the adapter and its version,
+and the request's ``cache_salt``. A version's weights never change (``AdapterFiles`` refuses files
+that do), and a number that a name once had never comes back, so no file need be read to tell
+versions apart. Python's own ``hash`` would not do: it differs between ranks.
 """
 
 from __future__ import annotations

@@ -105,7 +105,6 @@ def test_a_value_that_asks_for_nothing_changes_nothing(api, field):
 IGNORED = {
     "store": True, "metadata": {"a": "b"}, "service_tier": "flex", "safety_identifier": "u",
     "prompt_cache_key": "k", "request_id": "abc", "priority": 3, "user": "me", "temperatur": 0,
-    "cache_salt": "s",
 }  # fmt: skip
 
 
