@@ -114,8 +114,10 @@ def make_files(args: argparse.Namespace, folder: Path) -> None:
 class Server:
     """A server for the length of a ``with`` block."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, kind: str, latency_s: float) -> None:
-        self._log = folder / f"{kind}-{latency_s}.log"
+    def __init__(
+        self, args: argparse.Namespace, folder: Path, kind: str, latency_s: float, *more: str
+    ) -> None:
+        self._log = folder / f"{'-'.join((kind, str(latency_s), *more))}.log"
         self.url = ""
         layout = "bdlora" if kind == "base" else kind
         adapters = folder / ("blocks" if kind == "bdlora" else "vanilla")
@@ -125,7 +127,7 @@ class Server:
         command += ["--cpu"] if args.cpu else []
         command += ["--set", f"layout={layout}", "max_model_len=1024", "max_queue=100000"]
         command += ["block_size=16" if args.cpu else "block_size=256"]
-        command += [f"max_loras={args.slots}", f"max_lora_rank={args.rank}", *args.more]
+        command += [f"max_loras={args.slots}", f"max_lora_rank={args.rank}", *args.more, *more]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stderr=log, start_new_session=True)
 
@@ -163,7 +165,7 @@ async def measure(server: Server, kind: str, arrivals: list[Arrival]) -> dict[st
 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
-        loads = await slot_loads(client)
+        before = await counters(client)
         begun_s = time.monotonic()
 
         async def later(arrival: Arrival) -> Result:
@@ -172,18 +174,19 @@ async def measure(server: Server, kind: str, arrivals: list[Arrival]) -> dict[st
 
         results = await asyncio.gather(*map(later, arrivals))
         took_s = time.monotonic() - begun_s
-        loads = await slot_loads(client) - loads
+        after = await counters(client)
     return {
         "took_s": took_s,
-        "slot_loads": int(loads),
+        **{name: after[name] - before[name] for name in after},
         "requests": [asdict(result) for result in results],
     }
 
 
-async def slot_loads(client: Any) -> float:
-    """How many adapters have been copied into slots."""
+async def counters(client: Any) -> dict[str, int]:
+    """Adapters that were copied into slots, and tokens that were looked up and found."""
     metrics = (await client.get("/metrics")).text
-    return float(re.findall(r"^bdlora_slot_loads_total (\S+)", metrics, re.M)[0])
+    found = re.findall(r"^bdlora_(slot_loads|prefix_cache_\w+)_total (\S+)", metrics, re.M)
+    return {name: int(float(value)) for name, value in found}
 
 
 async def one(client: Any, kind: str, arrival: Arrival) -> Result:

@@ -16,6 +16,7 @@ import torch
 from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
+from bdlora_megatron.runtime.versions.known import prefix_caching
 from bdlora_megatron.serve import ModelSlots, SlotCapacity
 from bdlora_megatron.serve.messages import Sampling, Submit
 from tests.fakes import cuda_graphs
@@ -57,9 +58,15 @@ def _outcome(*, graphs, model_class):
     """What the engine gives, with the Triton kernels in captured steps or the CPU's without."""
     engine = _engine(graphs=graphs, model_class=model_class)
     made = _requests()
+    # The last one finds its prompt in the cache, where there is one, and reads on behind it.
+    alike = [
+        dataclasses.replace(made[1], request_id=100 + i, prompt=tuple(range(1, 8)))
+        for i in range(2)
+    ]
     with torch.inference_mode():
-        got, ends = engine_cases.run(engine, {0: made[:3], 3: made[3:]}, {})
+        got, ends = engine_cases.run(engine, {0: made[:3], 3: [*made[3:], *alike]}, {})
     assert engine.snapshot().slot_evictions > 0
+    assert not prefix_caching(None) or engine.snapshot().prefix_cache_hits == 4
     return {i: [choice.token for choice in choices] for i, choices in got.items()}, ends
 
 
