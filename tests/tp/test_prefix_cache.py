@@ -23,6 +23,7 @@ from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.runtime.versions.known import prefix_caching
 from bdlora_megatron.serve.engine.prefix import block_hashes, seed_of
 from bdlora_megatron.serve.messages import Sampling, Submit
+from bdlora_megatron.serve.store_types import AdapterKey
 from tests.harness import run_ranks
 from tests.tp.engine_cases import ADAPTERS, BLOCK, engine_for, requests, run, wide_model
 from tests.tp.models import MODEL_CLASSES, VOCAB
@@ -348,6 +349,20 @@ def test_without_an_adapter_blocks_are_named_as_megatron_core_names_them(length)
     wanted = compute_block_hashes_batched(torch.tensor(tokens, dtype=torch.int64), BLOCK)
     assert block_hashes(tokens, BLOCK, seed_of(None, None)) == wanted
     assert len(wanted) == length // BLOCK
+
+
+def test_no_two_who_ask_begin_alike():
+    """Names that run into their versions or salts, and a salt that looks like a name."""
+    keys = [AdapterKey("a", 11), AdapterKey("a1", 1), AdapterKey("a", 1), AdapterKey("null", 0)]
+    salts = [None, "", "a", '"', "1"]
+    seeds = [seed_of(key, salt) for key in (None, *keys) for salt in salts]
+    assert len(set(seeds)) == len(seeds)
+    assert {len(seed) for seed in seeds} == {32}
+    # In the hash of the second block the first one's tokens and the seed count, too.
+    tokens = list(range(2 * BLOCK))
+    second = {block_hashes(tokens, BLOCK, seed)[1] for seed in seeds}
+    second |= {block_hashes([9, *tokens[1:]], BLOCK, seed)[1] for seed in seeds}
+    assert len(second) == 2 * len(seeds)
 
 
 def without_body(rank: int, world: int) -> None:

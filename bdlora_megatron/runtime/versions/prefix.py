@@ -148,11 +148,11 @@ class PrefixContext(DynamicInferenceContext):
     @contextmanager
     def _pinned(self, req: Any, length: int) -> Iterator[None]:
         """Count one more use of the blocks that a request is about to share."""
-        if not self.shares_blocks:
+        matched = self._compute_prefix_match(req, length)[0] if self.shares_blocks else []
+        if not matched:
             yield
             return
         counts = self.kv_block_allocator.block_ref_counts
-        matched = self._compute_prefix_match(req, length)[0]
         ids = torch.tensor(matched, dtype=torch.int64, device=counts.device)
         counts[ids] += 1
         try:
