@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=8.0)
+    parser.add_argument("--rate", type=float, default=24.0)
     parser.add_argument("--cv", type=float, default=1.0)
     parser.add_argument("--alpha", type=float, default=1.0)
     parser.add_argument("--seconds", type=float, default=4.0, help="of arrivals in one round")
