@@ -43,6 +43,7 @@ SLOW = (
     "tests/tp/test_mixed_precision.py",
     "tests/tp/test_peers.py",
     "tests/tp/test_pipeline.py",
+    "tests/tp/test_prefix_cache.py",
     "tests/tp/test_store_schedules.py",
     "tests/tp/test_te_",
     "tests/tp/test_training_plan.py",
