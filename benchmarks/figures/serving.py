@@ -91,9 +91,9 @@ def _prefix() -> Iterator[Statement]:
     )
     yield Statement(
         page="docs/serving.md",
-        text="blocks of 16, {hits:.0f}% of the prompts' tokens were found in the cache. The "
-        "medians over the rounds, with the cache relative to without it: tokens/s {tokens_per_s:.2f}, "
-        "time to first token {first_token_p50_s:.2f}, whole answer {whole_answer_p50_s:.2f}.",
+        text="{hits:.0f}% of the prompts' tokens were found in the cache. The medians over the "
+        "rounds, with the cache relative to without it: tokens/s {tokens_per_s:.2f}, time to first "
+        "token {first_token_p50_s:.2f}, whole answer {whole_answer_p50_s:.2f}.",
         report="prefix.json",
         values=lambda report: {"hits": 100 * report["hit_rate"], **report["on_over_off"]},
     )
