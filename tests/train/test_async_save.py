@@ -112,6 +112,8 @@ def _meanwhile(rank, world_size, config):
                     saver.poll()
                 assert Counter(call.kind for call in log.calls) == {"all_reduce": 1}
                 assert checkpoints(folder) == []
+            # As a scheduler may tell every process of a job: only the rank is to heed it.
+            process.terminate()
             process.resume()
             saver.wait()
             torch.distributed.barrier()
