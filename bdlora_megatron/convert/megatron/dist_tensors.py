@@ -16,6 +16,7 @@ import pickletools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import EnumMeta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,12 +168,27 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == _STRATEGY and name in _OLD_CLASSES:
             return _OldRecord
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         kind = getattr(torch, name, None) if module == "torch" else None
         if isinstance(kind, (torch.dtype, torch.layout, torch.memory_format)):
             return kind
         raise pickle.UnpicklingError(
             f"its metadata names {module}.{name}, which has no place there"
         )
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """A member of an enumeration, which early releases of Python 3.11 pickle by its name.
+
+    Raises:
+        UnpicklingError: It is no such thing.
+    """
+    if not (isinstance(kind, EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError(
+            f"its metadata asks for {name!r} of {kind!r}, which has no place there"
+        )
+    return kind.__members__[name]
 
 
 def _open(folder: Path) -> DistTensors:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import resource
 import sys
+from enum import Enum
 from types import ModuleType
 
 import pytest
@@ -82,6 +84,35 @@ def test_what_older_releases_save_is_read(tmp_path):
         patch.setitem(sys.modules, strategy, module)
         path.write_bytes(pickle.dumps(saved))
     assert torch.equal(open_dist_tensors(folder).load("a", None), TALL)
+
+
+class _ByName(pickle.Pickler):
+    """As Python 3.11.2, Debian's, pickles the members of enumerations."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_members_pickled_by_name_are_read(tmp_path):
+    folder = halves(tmp_path / "x")
+    path, stream = folder / ".metadata", io.BytesIO()
+    _ByName(stream).dump(pickle.loads(path.read_bytes()))
+    assert b"getattr" in stream.getvalue()
+    path.write_bytes(stream.getvalue())
+    assert torch.equal(open_dist_tensors(folder).load("a", None), TALL)
+
+
+class _Asks:
+    """An attribute of a class that metadata may name."""
+
+    def __reduce__(self):
+        return getattr, (TensorProperties, "__init__")
+
+
+def test_no_other_attribute_is_given(tmp_path):
+    folder = halves(tmp_path / "x")
+    (folder / ".metadata").write_bytes(pickle.dumps(_Asks()))
+    assert "asks for '__init__' of " in refused(folder)
 
 
 class _RunsCode:
