@@ -61,6 +61,7 @@ def main() -> None:
         _contend(arguments)
         return
     report: dict[str, Any] = {"machine": machine(), "rank": RANK, "rows": ROWS, "works": []}
+    report["load"] = round(os.getloadavg()[0], 1)
     for number, work in enumerate(WORKS):
         with tempfile.TemporaryDirectory() as folder:
             found = _measure(number, Path(folder), arguments)
@@ -258,13 +259,15 @@ def _write(report: dict[str, Any], stem: Path) -> None:
         "# A training step beside PEFT",
         "",
         "Made by `python -m benchmarks.training_step`: SmolLM2-135M in float32, adapters of rank",
-        f"{report['rank']} on all linear layers (BD-LoRA in three blocks), {report['rows']} rows a",
-        "step, one after another, on the text of Python's reference. Every process has one thread",
-        f"of {about['processor']} ({about['cores']} cores), {about['date']}, torch",
-        f"{about['versions']['torch']}. Contenders take turns, step by step; medians of",
-        f"{len(report['works'][0]['contenders'][0]['seconds'])} steps (smallest to largest). PEFT",
-        "runs in a plain loop over `transformers`' model. Memory is one rank's: the peak, and what",
-        "it held with the model loaded, before the first step. Three ranks share two cores here.",
+        f"{report['rank']} on all linear layers (BD-LoRA in three blocks), on the text of Python's",
+        f"reference; rows a step: {report['rows']}. Every process has one thread of",
+        f"{about['processor']} ({about['cores']} cores), {about['date']}, torch",
+        f"{about['versions']['torch']}, load average before {report['load']}.",
+        "Contenders take turns, step by step; seconds are medians of",
+        f"{len(report['works'][0]['contenders'][0]['seconds'])} steps (smallest to largest), *beside",
+        "PEFT* the median of the ratios round by round. PEFT runs in a plain loop over",
+        "`transformers`' model. Memory is one rank's: the peak, and what it held with the model",
+        "loaded, before the first step. Three ranks share the cores here.",
     ]
     for work in report["works"]:
         lines += ["", f"## {work['name']}", ""]
