@@ -264,8 +264,8 @@ def _write(report: dict[str, Any], stem: Path) -> None:
         f"{about['processor']} ({about['cores']} cores), {about['date']}, torch",
         f"{about['versions']['torch']}, load average before {report['load']}.",
         "Contenders take turns, step by step; seconds are medians of",
-        f"{len(report['works'][0]['contenders'][0]['seconds'])} steps (smallest to largest), *beside",
-        "PEFT* the median of the ratios round by round. PEFT runs in a plain loop over",
+        f"{len(report['works'][0]['contenders'][0]['seconds'])} steps (smallest to largest),",
+        "*beside PEFT* the median of the ratios round by round. PEFT runs in a plain loop over",
         "`transformers`' model. Memory is one rank's: the peak, and what it held with the model",
         "loaded, before the first step. Three ranks share the cores here.",
     ]
