@@ -22,7 +22,7 @@ from bdlora_megatron.serve.settings import ServeSettings, check_adapter_name
 
 __all__ = ["add_parser", "check_device", "run", "settings_of"]
 
-_EXTRA = ("einops", "fastapi", "prometheus_client", "transformers", "uvicorn", "yaml")
+_EXTRA = ("einops", "fastapi", "llguidance", "prometheus_client", "transformers", "uvicorn", "yaml")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ __all__ = [
     "Choice",
     "Command",
     "Failed",
+    "Grammar",
     "LoadAdapter",
     "Ready",
     "Sampling",
@@ -28,9 +29,23 @@ __all__ = [
     "Submit",
     "Token",
     "UnloadAdapter",
+    "Vocabulary",
 ]
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must follow.
+
+    Attributes:
+        text: In llguidance's words.
+        vocabulary: The key of its ``Vocabulary``, which was sent before.
+    """
+
+    text: str
+    vocabulary: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +95,9 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Divides the logit of every token in the prompt or chosen before; multiplies a negative
     one."""
+
+    grammar: Grammar | None = None
+    """Choose what it allows alone, and at its end one of its vocabulary's ends."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 100.0:
@@ -194,11 +212,26 @@ class UnloadAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Know the tokens of grammars.
+
+    Attributes:
+        key: What grammars call it.
+        text: Its tokenizer, as ``tokenizer.json`` has it.
+        ends: The tokens that come at a grammar's end.
+    """
+
+    key: str
+    text: str
+    ends: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the ranks; what is running is dropped."""
 
 
-Command: TypeAlias = Submit | Cancel | LoadAdapter | UnloadAdapter | Stop
+Command: TypeAlias = Submit | Cancel | LoadAdapter | UnloadAdapter | Vocabulary | Stop
 
 
 # --- from rank 0 -----------------------------------------------------------------------------

@@ -24,6 +24,7 @@ _TOOLS = (
     "fastapi",
     "httpx2",
     "hypothesis",
+    "llguidance",
     "openai",
     "peft",
     "prometheus-client",

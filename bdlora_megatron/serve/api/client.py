@@ -24,6 +24,7 @@ from bdlora_megatron.serve.messages import (
     Submit,
     Token,
     UnloadAdapter,
+    Vocabulary,
 )
 
 __all__ = ["EngineClient", "EngineGoneError", "RequestFailedError"]
@@ -60,6 +61,7 @@ class EngineClient:
         self.outstanding: Counter[str | None] = Counter()
         self._link: Connection | None = None
         self._ready: asyncio.Future[Ready] | None = None
+        self._taught: set[str] = set()
         self._numbers = itertools.count(1)
         self._streams: dict[int, asyncio.Queue[Token | Failed | None]] = {}
         self._answers: dict[int, asyncio.Future[AdapterResult]] = {}
@@ -68,6 +70,7 @@ class EngineClient:
         """Take up a link to rank 0; called in the event loop."""
         loop = asyncio.get_running_loop()
         self._link = link
+        self._taught.clear()
         self._ready = loop.create_future()
         loop.add_reader(link.fileno(), self._read)
 
@@ -172,6 +175,16 @@ class EngineClient:
                 del self.outstanding[adapter]
             if not over and self._link is not None:
                 self._send(Cancel(request_id))
+
+    def teach(self, vocabulary: Vocabulary) -> None:
+        """Send the ranks a vocabulary that grammars name, unless these have it.
+
+        Raises:
+            EngineGoneError: The ranks have ended.
+        """
+        if vocabulary.key not in self._taught:
+            self._send(vocabulary)
+            self._taught.add(vocabulary.key)
 
     async def load(self, name: str, path: str, layout: str, *, wait: bool = True) -> str | None:
         """Load an adapter.

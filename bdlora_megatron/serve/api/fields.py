@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-__all__ = ["ignored_fields", "ignored_header", "refused_field"]
+__all__ = ["advice", "ignored_fields", "ignored_header", "refused_field"]
 
 #: Fields whose other values would change the answer, with the values that ask for nothing, in
 #: addition to null and to empty texts, lists and objects.
@@ -46,13 +46,14 @@ _CHANGE: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "reasoning_effort": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "structural_tag": (),
-    "structured_outputs": (),
+    "structured_outputs.disable_additional_properties": (False,),
+    "structured_outputs.structural_tag": (),
+    "structured_outputs.whitespace_pattern": (),
     "suffix": (),
     "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
@@ -63,6 +64,11 @@ _CHANGE: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "vllm_xargs": (),
     "web_search_options": (),
+}
+#: Former names of what the server carries out, with how it is asked for now.
+_FORMER: Mapping[str, str] = {
+    f"guided_{name}": f"structured_outputs={{{name!r}: ...}}"
+    for name in ("json", "regex", "choice", "grammar")
 }
 #: Fields that ask for something beside the answer, with the values that ask for nothing. Without
 #: tools there is nothing to call in parallel.
@@ -77,8 +83,15 @@ _BESIDE: Mapping[str, tuple[Any, ...]] = {
     "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
+    # There is one library, and no other to fall back on.
+    "structured_outputs.disable_fallback": (True, False),
     "user": (),
 }
+
+
+def advice(name: str) -> str:
+    """What to do about a field that was refused."""
+    return f"send {_FORMER[name]} instead" if name in _FORMER else "leave it out"
 
 
 def refused_field(extra: Mapping[str, Any]) -> str | None:

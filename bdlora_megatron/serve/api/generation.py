@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from bdlora_megatron.serve.api.errors import BadRequestError, as_api_error
+from bdlora_megatron.serve.api.formats import grammar_of
 from bdlora_megatron.serve.api.schema import GenerationFields
 from bdlora_megatron.serve.api.state import APIServer
 from bdlora_megatron.serve.api.text import TextDelta, TextStream, Tokenizer
-from bdlora_megatron.serve.messages import Sampling
+from bdlora_megatron.serve.messages import Grammar, Sampling
 
 __all__ = ["REQUEST_ID", "Answer", "Job", "Prompt", "answer", "plan", "stream"]
 
@@ -133,6 +134,13 @@ def plan(
             code="context_length_exceeded",
             param="max_tokens",
         )
+    text = grammar_of(fields.response_format, fields.structured_outputs)
+    if text is not None and fields.ignore_eos:
+        raise BadRequestError(
+            "ignore_eos and a form of the answer contradict each other: at the form's end there "
+            "is an end token alone; send one",
+            param="ignore_eos",
+        )
     stop_ids, tokenizer = frozenset(fields.stop_token_ids or ()), api.tokenizer_of(adapter)
     if not fields.ignore_eos:
         stop_ids |= tokenizer.stop_ids
@@ -153,6 +161,7 @@ def plan(
         repetition_penalty=(
             1.0 if fields.repetition_penalty is None else fields.repetition_penalty
         ),
+        grammar=None if text is None else Grammar(text, tokenizer.vocabulary.key),
     )
     return Job(
         adapter=adapter,
@@ -251,6 +260,8 @@ async def _pieces(api: APIServer, job: Job, index: int) -> AsyncGenerator[TextDe
     text = TextStream(job.tokenizer, prompt.ids, job.stop, min_tokens=job.sampling.min_tokens)
     # The same seed for every prompt of a request, another for each answer to it.
     sampling = replace(job.sampling, seed=job.sampling.seed + index % job.count)
+    if sampling.grammar is not None:
+        api.client.teach(job.tokenizer.vocabulary)
     given = api.client.stream(prompt.ids, sampling, job.adapter, job.cache_salt)
     async with aclosing(given) as tokens:
         async for token in tokens:

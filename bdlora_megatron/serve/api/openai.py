@@ -12,7 +12,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bdlora_megatron.serve.api.errors import APIError, BadRequestError, as_api_error
-from bdlora_megatron.serve.api.fields import ignored_fields, ignored_header, refused_field
+from bdlora_megatron.serve.api.fields import advice, ignored_fields, ignored_header, refused_field
+from bdlora_megatron.serve.api.formats import grammar_of
 from bdlora_megatron.serve.api.generation import Prompt, answer, plan, stream
 from bdlora_megatron.serve.api.responses import ChatResponse, CompletionResponse, ResponseBody
 from bdlora_megatron.serve.api.schema import (
@@ -37,7 +38,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Go on with a text."""
     api: APIServer = request.app.state.api
     adapter = api.resolve(body.model, api.authorize(request))
-    return await _respond(request, body, plan_body(api, body, adapter))
+    return await _respond(request, body, await _planned(api, body, adapter))
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -45,7 +46,18 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     api: APIServer = request.app.state.api
     adapter = api.resolve(body.model, api.authorize(request))
-    return await _respond(request, body, plan_body(api, body, adapter))
+    return await _respond(request, body, await _planned(api, body, adapter))
+
+
+async def _planned(
+    api: APIServer, body: CompletionRequest | ChatRequest, adapter: str | None
+) -> ResponseBody:
+    """As ``plan_body``; a large grammar, which takes a second to check, holds nobody up."""
+    asked = body.response_format, body.structured_outputs
+    if any(asked):
+        # What was found is remembered.
+        await asyncio.to_thread(grammar_of, *asked)
+    return plan_body(api, body, adapter)
 
 
 def plan_body(
@@ -69,7 +81,8 @@ def plan_body(
     refused = refused_field(undeclared)
     if refused is not None:
         raise BadRequestError(
-            f"{refused} would change the answer and is not supported; leave it out", param=refused
+            f"{refused} would change the answer and is not supported; {advice(refused)}",
+            param=refused,
         )
     reply = (
         _plan_chat(api, body, adapter)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from bdlora_megatron.serve.api.body import Body
+from bdlora_megatron.serve.api.formats import ResponseFormat, StructuredOutputs
 
 __all__ = [
     "ChatMessage",
@@ -30,42 +32,18 @@ _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
-class _Body(BaseModel):
-    # Fields that are not declared are kept: `fields` tells what becomes of them.
-    model_config = ConfigDict(extra="allow")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        """Null is a field's default, as if it had been left out, but where it means something."""
-        if not isinstance(data, dict):
-            return data
-        return {name: v for name, v in data.items() if v is not None or name == "max_tokens"}
-
-    def undeclared(self) -> Iterator[tuple[str, Any]]:
-        """The fields that are not declared, by their paths, in this body and in what it holds."""
-        yield from (self.model_extra or {}).items()
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            items = value if isinstance(value, list) else [value]
-            # All items of a list are of one kind, and lists of tokens are long.
-            if items and isinstance(items[0], _Body):
-                for item in items:
-                    yield from ((f"{name}.{below}", v) for below, v in item.undeclared())
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream ends with."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class GenerationFields(_Body):
+class GenerationFields(Body):
     """What both kinds of request have.
 
     ``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos``,
-    ``stop_token_ids`` and ``cache_salt`` are vLLM's.
+    ``stop_token_ids``, ``cache_salt`` and ``structured_outputs`` are vLLM's.
     """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -86,6 +64,8 @@ class GenerationFields(_Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -144,14 +124,14 @@ class CompletionRequest(_WithLength):
         return list(prompt)
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A piece of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_Body):
+class CalledFunction(Body):
     """What a tool call calls."""
 
     name: str
@@ -164,7 +144,7 @@ class CalledFunction(_Body):
         return text
 
 
-class ToolCall(_Body):
+class ToolCall(Body):
     """A call of a tool in an earlier answer."""
 
     id: str | None = None
@@ -178,7 +158,7 @@ class ToolCall(_Body):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -208,13 +188,7 @@ class ChatMessage(_Body):
         return {"role": self.role, "content": text, **{k: v for k, v in more.items() if v}}
 
 
-class TextFormat(_Body):
-    """The one form in which an answer comes."""
-
-    type: Literal["text"]
-
-
-class Conversation(_Body):
+class Conversation(Body):
     """Messages, and how the chat template writes them down."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
@@ -231,10 +205,9 @@ class ChatRequest(_WithLength, Conversation):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: TextFormat | None = None
 
 
-class _Tokenize(_Body):
+class _Tokenize(Body):
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     return_token_strs: bool = False
 
@@ -250,14 +223,14 @@ class TokenizeChatRequest(_Tokenize, Conversation):
     """The body of ``/tokenize`` with a conversation, as vLLM has it."""
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """The body of ``/detokenize``, as vLLM has it."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     tokens: list[_TokenId]
 
 
-class LoadRequest(_Body):
+class LoadRequest(Body):
     """The body of ``/v1/load_lora_adapter``, as vLLM has it."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=128)]
@@ -265,14 +238,14 @@ class LoadRequest(_Body):
     load_inplace: bool = False
 
 
-class UnloadRequest(_Body):
+class UnloadRequest(Body):
     """The body of ``/v1/unload_lora_adapter``, as vLLM has it."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=128)]
     lora_int_id: int | None = None
 
 
-class MegatronRequest(_Body):
+class MegatronRequest(Body):
     """The body of ``PUT /api``, as Megatron-LM's text generation server has it; and ``adapter``."""
 
     # Megatron-LM's API is closed: what it does not know can only be a mistake.

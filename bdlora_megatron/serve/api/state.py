@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,6 +101,9 @@ class APIServer:
         """
         ready = await self.client.ready()
         self.refuse(ready.refused)
+        # Now, rather than with the first request that needs it: reading it holds up the others.
+        with suppress(ConfigError):
+            self.client.teach(self.tokenizer.vocabulary)
         return ready
 
     def refuse(self, reasons: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import json
 import logging
@@ -16,7 +17,7 @@ from typing import Any
 
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.models.config import stop_ids
-from bdlora_megatron.serve.messages import Choice, FinishReason, Token
+from bdlora_megatron.serve.messages import Choice, FinishReason, Token, Vocabulary
 
 __all__ = ["VOCABULARIES", "TextDelta", "TextStream", "Tokenizer", "chat_template"]
 
@@ -45,6 +46,7 @@ class Tokenizer:
         """
         self._tokenizer: Any = _read_tokenizer(folder)
         self._template = ""
+        self._vocabulary: Vocabulary | None = None
         # A token that stands for itself: decoders change what stands at the beginning of a text.
         self._before = self.encode("a", special=False)[-1:]
         self.stop_ids = stop_ids(Path(folder), self._tokenizer.eos_token_id)
@@ -65,6 +67,7 @@ class Tokenizer:
         made = Tokenizer(str(folder)) if "tokenizer" in own else copy.copy(self)
         made._template = chat_template(folder) if "chat template" in own else self.template
         made.stop_ids = self.stop_ids | made.stop_ids
+        made._vocabulary = None
         return made
 
     @property
@@ -74,6 +77,27 @@ class Tokenizer:
             return self._template
         template: str = self._tokenizer.get_chat_template()
         return template
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens, for grammars.
+
+        Raises:
+            ConfigError: They are not known as Hugging Face's fast tokenizers know them, or none
+                of them ends an answer.
+        """
+        if self._vocabulary is None:
+            backend = getattr(self._tokenizer, "backend_tokenizer", None)
+            if backend is None or not self.stop_ids:
+                what = "a fast tokenizer" if backend is None else "a token that ends an answer"
+                raise ConfigError(f"structured output wants {what}, and this model has none")
+            # Padding changes no token, and training leaves it behind.
+            known = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+            text = json.dumps(known)
+            named = f"{sorted(self.stop_ids)} {text}".encode()
+            key = hashlib.sha256(named).hexdigest()
+            self._vocabulary = Vocabulary(key, text, self.stop_ids)
+        return self._vocabulary
 
     def facts(self) -> dict[str, Any]:
         """Its class, its special tokens by their names, and the chat template, as vLLM has them."""

@@ -25,7 +25,14 @@ from bdlora_megatron.serve.engine.options import EngineOptions
 from bdlora_megatron.serve.engine.prefix import block_hashes, seed_of
 from bdlora_megatron.serve.engine.prompts import PromptScores
 from bdlora_megatron.serve.engine.sampling import Sampler
-from bdlora_megatron.serve.messages import Failed, FinishReason, Snapshot, Submit, Token
+from bdlora_megatron.serve.messages import (
+    Failed,
+    FinishReason,
+    Snapshot,
+    Submit,
+    Token,
+    Vocabulary,
+)
 from bdlora_megatron.serve.store import AdapterStore
 from bdlora_megatron.serve.store_types import AdapterKey
 
@@ -110,12 +117,17 @@ class ServingEngine:
         """Whether any request waits or runs."""
         return bool(self._waiting or self._running)
 
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """Know the tokens of grammars that requests will name."""
+        self._sampler.masks.learn(vocabulary)
+
     def submit(self, request: Submit) -> None:
         """Take a request into the queue.
 
         Raises:
             CapacityError: It could never run: prompt and answer are longer than ``max_model_len``.
-            ConfigError: The prompt is empty, or it or the settings hold what are no token ids.
+            ConfigError: The prompt is empty, or it or the settings hold what are no token ids, or
+                a grammar names a vocabulary that is not known.
         """
         sampling = request.sampling
         total = len(request.prompt) + sampling.max_tokens
@@ -134,6 +146,7 @@ class ServingEngine:
                 f"{sampling.max_tokens} are {total}, and requests have room for "
                 f"{self.options.max_model_len}; shorten the prompt or lower max_tokens"
             )
+        self._sampler.masks.prepare(sampling.grammar)
         store, adapter = self.store, request.adapter
         if store is not None and adapter in store.names:
             # A load that failed refuses those who waited for it; who comes later has another try.
@@ -170,12 +183,22 @@ class ServingEngine:
         if self._running:
             self._engine.step_modern()
         for request_id, choice in self._controller.choices.items():
+            fault = self._sampler.masks.faults.get(request_id)
+            if fault is not None:
+                self._drop_faulty(request_id)
+                events.append(Failed(request_id, fault, ConfigError.__name__))
+                continue
             finish = self._finish(request_id, choice.token)
             prompt, cached = self._scores.take(request_id), self._cached(request_id)
             events.append(Token(request_id, choice, finish, prompt, cached))
             if finish is not None:
                 self._end(request_id)
         return events
+
+    def _drop_faulty(self, request_id: int) -> None:
+        if request_id not in self._engine.finished:
+            self._engine.drop({request_id})
+        self._end(request_id)
 
     def snapshot(self) -> Snapshot:
         """The engine in numbers."""

@@ -50,6 +50,7 @@ from bdlora_megatron.serve.messages import (
     Submit,
     Token,
     UnloadAdapter,
+    Vocabulary,
 )
 from bdlora_megatron.serve.settings import ServeSettings
 from bdlora_megatron.serve.slots import ModelSlots
@@ -312,6 +313,8 @@ class _Loop:
             answer = self._manager.load(command)
         elif isinstance(command, UnloadAdapter):
             answer = self._manager.unload(command)
+        elif isinstance(command, Vocabulary):
+            self._engine.learn(command)
         return [] if answer is None else [answer]
 
     def _report(self, events: list[Token | Failed | AdapterResult]) -> None:

@@ -20,6 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from bdlora_megatron.serve.engine.masks import Masks
 from bdlora_megatron.serve.engine.penalties import Penalties
 from bdlora_megatron.serve.messages import Choice, Sampling
 
@@ -31,21 +32,28 @@ _CANDIDATES = 1024
 
 
 class Sampler:
-    """The random streams of the requests in flight."""
+    """The random streams of the requests in flight.
+
+    Attributes:
+        masks: Those of them that must follow a grammar.
+    """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Sampling, random.Random]] = {}
         self._penalties = Penalties()
+        self.masks = Masks()
 
     def add(self, request_id: int, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
         """Start a request's stream."""
         self._known[request_id] = (sampling, random.Random(sampling.seed))
         self._penalties.add(request_id, sampling, prompt)
+        self.masks.add(request_id, sampling.grammar)
 
     def remove(self, request_id: int) -> None:
         """Forget a request."""
         self._known.pop(request_id, None)
         self._penalties.remove(request_id)
+        self.masks.remove(request_id)
 
     def of(self, request_id: int) -> Sampling:
         """A request's settings."""
@@ -61,7 +69,8 @@ class Sampler:
                 end; it keeps its place in its stream.
 
         Returns:
-            The choices, by row. What a token was worth is the model's own word, without penalties.
+            The choices, by row. What a token was worth is the model's own word, without penalties
+            and masks.
 
         Collectives:
             None.
@@ -73,10 +82,12 @@ class Sampler:
         ]
         settings = [sampling for sampling, _ in known]
         changed = self._penalties.applied(logits, request_ids, idle=idle)
+        changed = self.masks.applied(changed, logits, request_ids, idle=idle)
         tokens = choose_tokens(changed, settings, draws).tolist()
         for request_id, token in zip(request_ids, tokens, strict=True):
             if request_id != idle:
                 self._penalties.said(request_id, token)
+                self.masks.said(request_id, token)
         choices = [Choice(token) for token in tokens]
         asked = {row: s.logprobs for row, s in enumerate(settings) if s.logprobs is not None}
         if asked:
