@@ -1,4 +1,4 @@
-"""Grammars: every answer of a random model is what was asked for, and its neighbours' are theirs."""
+"""Grammars: what a random model says is what was asked for; its neighbours say what is theirs."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ DEFS = {
 
 @pytest.mark.parametrize("whitespace", [False, True])
 def test_answers_are_json_of_their_schemas(tokenizer, whitespace):
-    """A hundred random schemas, in batches of ten, and a model that knows nothing."""
+    """Fifty random schemas each, in batches of ten, and a model that knows nothing."""
     rng = random.Random(17 + whitespace)
     kinds, checked = set(), 0
     for batch in range(5):
@@ -185,7 +185,8 @@ def test_choices_are_one_of_them_and_each_can_be(tokenizer):
 
 
 def test_a_lark_grammar_is_followed(tokenizer):
-    text = 'start: item ("," item)~0..3\nitem: NAME "=" NUMBER\nNAME: /[a-z]{1,3}/\nNUMBER: /[0-9]{1,2}/'
+    rules = ('start: item ("," item)~0..3', 'item: NAME "=" NUMBER', "NAME: /[a-z]{1,3}/")
+    text = "\n".join((*rules, "NUMBER: /[0-9]{1,2}/"))
     samplings = [asking(tokenizer, seed, grammar=text) for seed in range(8)]
     texts = set()
     for ids in say(sampler_of(tokenizer, samplings), samplings, seed=1).values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 
@@ -136,7 +137,7 @@ CHANGING = {
     "use_beam_search": True, "tools": [{"type": "function"}], "tool_choice": "required",
     "functions": [{}], "modalities": ["text", "audio"], "reasoning_effort": "low",
     "skip_special_tokens": False, "length_penalty": 1.2, "guided_json": {},
-    "structured_outputs": {"regex": "a"}, "bad_words": ["a"], "prompt_logprobs": 0,
+    "guided_choice": ["a"], "bad_words": ["a"], "prompt_logprobs": 0,
     "allowed_token_ids": [1], "truncate_prompt_tokens": 5, "chat_template": "x",
     "include_stop_str_in_output": True, "logits_processors": ["x"], "audio": {"voice": "x"},
     "web_search_options": {"a": 1}, "return_token_ids": True,
@@ -150,6 +151,68 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name(api, field):
             plan(api, {**body, field: CHANGING[field]})
         assert caught.value.status == 400
         assert caught.value.body["error"]["param"] == field
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+FORMS = {
+    "object": {"response_format": {"type": "json_object"}},
+    "schema": {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "one", "strict": True, "schema": SCHEMA}}},
+    "json": {"structured_outputs": {"json": SCHEMA}},
+    "text": {"structured_outputs": {"json": json.dumps(SCHEMA)}},
+    "regex": {"structured_outputs": {"regex": "[a-z]+"}},
+    "choice": {"structured_outputs": {"choice": ["yes", "no"]}},
+    "grammar": {"structured_outputs": {"grammar": 'start: "a"'}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_becomes_a_grammar_over_the_models_tokens(api, form):
+    for body in ({"messages": MESSAGES}, {"prompt": "The sky is"}):
+        reply = plan(api, {**body, **FORMS[form]})
+        grammar = reply.job.sampling.grammar
+        assert grammar.vocabulary == api.tokenizer.vocabulary.key
+        assert grammar.text
+        assert reply.ignored == ()
+    same = {"schema": "json", "json": "text"}
+    if form in same:
+        other = plan(api, {"prompt": "a", **FORMS[same[form]]})
+        assert other.job.sampling.grammar == grammar
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({**FORMS["object"], **FORMS["regex"]}, "send one"),
+        ({**FORMS["regex"], "ignore_eos": True}, "ignore_eos"),
+        ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "whitespace_pattern"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "got none"),
+        ({"structured_outputs": {"regex": "("}}, "unclosed group"),
+        ({"structured_outputs": {"regex": "\ud83d"}}, "regex"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema", "json_schema": {
+            "name": "x", "schema": {"type": "array", "uniqueItems": True}}}}, "uniqueItems"),
+        ({"guided_regex": "a"}, "send structured_outputs=.'regex'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_form_that_cannot_be_held_to_is_refused_before_anything_runs(api, fields, says):
+    """The engine is not even there."""
+    with TestClient(make_app(api), raise_server_exceptions=False) as client:
+        for path, body in (("completions", {"prompt": "a"}),
+                           ("chat/completions", {"messages": MESSAGES})):  # fmt: skip
+            answer = post(client, f"/v1/{path}", {"model": "model", **body, **fields})
+            assert answer.status_code == 400, answer.text
+            assert re.search(says, answer.json()["error"]["message"]), answer.text
+
+
+def test_an_unknown_part_of_a_form_is_named_as_ignored(api):
+    format_ = {"type": "json_schema", "json_schema": {"name": "a", "schema": {}, "mood": 1}}
+    body = {"prompt": "a", "response_format": format_}
+    assert plan(api, body).ignored == ("response_format.json_schema.mood",)
+    backed = {"structured_outputs": {"regex": "a", "disable_fallback": True}}
+    assert plan(api, {"prompt": "a", **backed}).ignored == ()
 
 
 @pytest.mark.parametrize(
