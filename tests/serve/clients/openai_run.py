@@ -134,7 +134,7 @@ def _held(client: openai.OpenAI, task: Task) -> str:
 def _errors(client: openai.OpenAI, few: openai.OpenAI, task: Task) -> dict[str, str]:
     stranger = openai.OpenAI(base_url=task.url, api_key="a-strange-key", max_retries=0)
     one, other, prompt = task.models[0], task.models[1], task.prompts[0]
-    format_ = {"type": "json_object"}
+    format_ = {"type": "structural_tag"}
     return {
         "temperature": error_of(
             lambda: client.completions.create(model=one, prompt=prompt, temperature=-1)
