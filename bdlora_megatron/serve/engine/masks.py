@@ -12,14 +12,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
-from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.serve.messages import Grammar, Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 __all__ = ["Masks"]
 
@@ -49,6 +52,9 @@ class Masks:
         """Read a vocabulary that grammars will name; of 128,000 tokens, some seconds."""
         if vocabulary.key in self._vocabularies:
             return
+        # Here: an engine that is no server's does without the library.
+        from llguidance import LLTokenizer
+
         read: LLTokenizer | str
         try:
             read = LLTokenizer(vocabulary.text, eos_token=sorted(vocabulary.ends))
@@ -83,9 +89,10 @@ class Masks:
     def said(self, request_id: int, token: int) -> None:
         """Note a token that was chosen for a request, if that matters to it."""
         matcher = self._asked.get(request_id)
-        if isinstance(matcher, LLMatcher) and request_id not in self.faults:
-            matcher.consume_token(token)
-            self._look(request_id, matcher)
+        if matcher is None or isinstance(matcher, Grammar) or request_id in self.faults:
+            return
+        matcher.consume_token(token)
+        self._look(request_id, matcher)
 
     def applied(
         self, changed: Tensor, logits: Tensor, request_ids: Sequence[int], *, idle: int
@@ -144,6 +151,8 @@ class Masks:
 
     def _future(self, grammar: Grammar) -> Future[LLMatcher]:
         if grammar not in self._read:
+            from llguidance import LLMatcher
+
             tokens = self._vocabularies[grammar.vocabulary]
             assert not isinstance(tokens, str), "prepare() has looked"
             self._read[grammar] = self._reader.submit(LLMatcher, tokens, grammar.text, log_level=0)
