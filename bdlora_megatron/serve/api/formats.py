@@ -180,13 +180,14 @@ def _look_through(schema: Any, place: str) -> None:
     Raises:
         BadRequestError: Perhaps it would not.
     """
-    level, references, steps = [schema], 0, [Fraction(1)]
+    level, references = [schema], 0
+    steps: set[Fraction] = set()
     for _ in range(_DEEPEST):
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):
                 references += "$ref" in value
-                steps.append(_step(value.get("multipleOf")))
+                steps |= _steps(value.get("multipleOf"))
                 below += value.values()
             elif isinstance(value, list):
                 below += value
@@ -194,15 +195,15 @@ def _look_through(schema: Any, place: str) -> None:
         if not level:
             break
     # Numbers that are multiples of several have as many remainders as the least common one.
-    scale = math.lcm(*(step.denominator for step in set(steps)))
-    remainders = math.lcm(*(int(step * scale) for step in set(steps)))
+    scale = math.lcm(*(step.denominator for step in steps))
+    remainders = math.lcm(*(int(step * scale) for step in steps))
     for fault in (
         f"deeper than {_DEEPEST} levels; flatten it" if level else "",
         f"{references} of $ref, and {_MOST_RULES} are followed; send fewer"
         if references > _MOST_RULES
         else "",
-        f"all of multipleOf together have {remainders} remainders, and {_MOST_REMAINDERS} are "
-        "counted; choose smaller or rounder numbers"
+        f"all of multipleOf together have more than {_MOST_REMAINDERS} remainders; "
+        "choose smaller or rounder numbers"
         if remainders > _MOST_REMAINDERS
         else "",
     ):
@@ -210,10 +211,10 @@ def _look_through(schema: Any, place: str) -> None:
             raise BadRequestError(f"{place}: {fault}", param=place)
 
 
-def _step(value: Any) -> Fraction:
-    """A ``multipleOf``; what is none is for the library to refuse."""
+def _steps(value: Any) -> set[Fraction]:
+    """A ``multipleOf``, if there is one; what is none is for the library to refuse."""
     usable = isinstance(value, (int, float)) and 0 < value < _MOST_CHARACTERS
-    return Fraction(repr(value)) if usable and value is not True else Fraction(1)
+    return {Fraction(repr(value))} if usable and value is not True else set()
 
 
 def _escaped(text: str) -> str:

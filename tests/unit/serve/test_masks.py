@@ -75,7 +75,18 @@ def asking(tokenizer, seed=0, **asked):
 
 def make_schema(rng: random.Random, depth: int = 3):
     """A schema whose answers are short."""
-    kinds = ["integer", "string", "enum", "boolean", "null", "const", "pattern", "number", "$ref"]
+    kinds = [
+        "integer",
+        "string",
+        "enum",
+        "boolean",
+        "null",
+        "const",
+        "pattern",
+        "number",
+        "step",
+        "$ref",
+    ]
     kind = rng.choice([*kinds, "object", "object", "array", "array", "anyOf"] if depth else kinds)
     if kind == "object":
         names = rng.sample(["a", "bc", "d e", "ä", 'q"', "f"], rng.randint(1, 4))
@@ -95,6 +106,7 @@ def make_schema(rng: random.Random, depth: int = 3):
     return {
         "integer": {"type": "integer", "minimum": low, "maximum": low + 50},
         "number": {"type": "integer", "exclusiveMinimum": 0, "maximum": 99, "multipleOf": 7},
+        "step": {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.25},
         "string": {"type": "string", "minLength": rng.randint(0, 2), "maxLength": 4},
         "pattern": {"type": "string", "pattern": "^[a-c]{1,3}-?\\d{2}$"},
         "enum": {"enum": rng.sample(["x", 3, None, True, "ü", 2.5, [1], {"k": 1}], 3)},
@@ -311,6 +323,8 @@ FAULTS = [
     ({"json": {"$defs": {**CHAIN, "d3000": {}}, "$ref": "#/$defs/d0"}}, "3001 of"),
     ({"json": {"type": "integer", "multipleOf": 99999}}, "remainders"),
     ({"json": {"allOf": [{"multipleOf": 97}, {"multipleOf": 0.91}]}}, "remainders"),
+    ({"json": {"anyOf": [{"multipleOf": n / 7} for n in range(1, 900)]}}, "remainders"),
+    ({"json": {"allOf": [{"multipleOf": 1}, {"multipleOf": 5e-324}]}}, "remainders"),
     ({"json": {"enum": ["x" * 2**19]}}, "characters"),
     ({"regex": "("}, "unclosed group"),
     ({"regex": "(?=a)b"}, "look-around"),
