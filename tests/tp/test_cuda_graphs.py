@@ -16,7 +16,7 @@ import torch
 from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
-from bdlora_megatron.runtime.versions.known import prefix_caching
+from bdlora_megatron.runtime.versions.layers import has_hybrid_model
 from bdlora_megatron.serve import ModelSlots, SlotCapacity
 from bdlora_megatron.serve.messages import Sampling, Submit
 from tests.fakes import cuda_graphs
@@ -66,7 +66,8 @@ def _outcome(*, graphs, model_class):
     with torch.inference_mode():
         got, ends = engine_cases.run(engine, {0: made[:3], 3: [*made[3:], *alike]}, {})
     assert engine.snapshot().slot_evictions > 0
-    assert not prefix_caching(None) or engine.snapshot().prefix_cache_hits == 4
+    # Before 0.19 only a prompt's first chunk is looked up, which is too short here.
+    assert engine.snapshot().prefix_cache_hits == (4 if has_hybrid_model() else 0)
     return {i: [choice.token for choice in choices] for i, choices in got.items()}, ends
 
 
