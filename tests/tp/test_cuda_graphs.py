@@ -18,13 +18,14 @@ from bdlora_megatron.config import Layout
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.runtime.versions.layers import has_hybrid_model
 from bdlora_megatron.serve import ModelSlots, SlotCapacity
-from bdlora_megatron.serve.messages import Sampling, Submit
+from bdlora_megatron.serve.messages import Grammar, Sampling, Submit
 from tests.fakes import cuda_graphs
 from tests.harness import run_ranks
 from tests.tp import engine_cases
 from tests.tp.models import MODEL_CLASSES, VOCAB
 from tests.tp.serving_cases import serving_model
 from tests.tp.session import model_parallel
+from tests.tp.test_grammars import END, VOCABULARY
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton's interpreter"
@@ -110,6 +111,10 @@ OPTIONS = {
     "presence_penalty": {"presence_penalty": 0.9},
     "frequency_penalty": {"frequency_penalty": 0.4},
     "repetition_penalty": {"repetition_penalty": 1.3},
+    "grammar": {
+        "grammar": Grammar("start: /[a-f]{2}[0-9]/", VOCABULARY.key),
+        "stop_ids": frozenset({END}),
+    },
 }
 
 
@@ -134,9 +139,13 @@ def _options(rank, world):
     cuda_graphs.install()
     enable_cpu_inference()
     with runtime.model_parallel(world, cuda_graphs=True), torch.inference_mode():
-        wanted, wanted_ends = engine_cases.run(_engine(graphs=False), _optional_requests(), {})
-        found, ends = engine_cases.run(_engine(graphs=True), _optional_requests(), {})
+        plain, captured = (_engine(graphs=graphs) for graphs in (False, True))
+        for engine in (plain, captured):
+            engine.learn(VOCABULARY)
+        wanted, wanted_ends = engine_cases.run(plain, _optional_requests(), {})
+        found, ends = engine_cases.run(captured, _optional_requests(), {})
         assert ends == wanted_ends
+        assert ends[list(OPTIONS).index("grammar")] == "stop"
         for request, choices in found.items():
             assert [c.token for c in choices] == [c.token for c in wanted[request]], request
             for choice, other in zip(choices, wanted[request], strict=True):
