@@ -242,8 +242,17 @@ class Adapter(nn.Module):
 
     def add_product(self, base: Tensor, z: Tensor) -> Tensor:
         """``base + s * z B^T`` on ``[S, b, O_local]`` and ``[T, K]``."""
-        scale = 1.0 if self.scale is None else self.scale
-        return add_blocks(base, z, [Block(0, 0, scale, self.expand_weight())])
+        block = Block(self.first_row(), 0, self.outer_scale, self.expand_weight())
+        return add_blocks(base, z, [block])
+
+    def first_row(self) -> int:
+        """Where the rows of ``expand_weight`` stand in the base product."""
+        return 0
+
+    @property
+    def outer_scale(self) -> float:
+        """The scale that is not folded into the B factors."""
+        return 1.0 if self.scale is None else self.scale
 
     def whole_weights(self) -> tuple[Tensor, Tensor]:
         """The A and B whose product is the update of the local base weight."""
@@ -260,7 +269,7 @@ class Adapter(nn.Module):
         ``slora``.
         """
         A, B = self.whole_weights()
-        return torch.mm(B.to(dtype), A.to(dtype)) * (1.0 if self.scale is None else self.scale)
+        return torch.mm(B.to(dtype), A.to(dtype)) * self.outer_scale
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None

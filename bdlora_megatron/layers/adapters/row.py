@@ -22,7 +22,6 @@ from bdlora_megatron.layers.adapters.base import (
     tied_replica,
 )
 from bdlora_megatron.layers.adapters.checks import check_blocks, check_divides, check_layout
-from bdlora_megatron.layers.adapters.products import Block, add_blocks
 from bdlora_megatron.layers.factors import FactorShape
 
 __all__ = ["HalfShardedRowAdapter", "RowAdapter", "SLoRARowAdapter", "row_adapter"]
@@ -107,11 +106,10 @@ class SLoRARowAdapter(RowAdapter):
         out: Tensor = copy_to_tensor_model_parallel_region(summed, group=self.tp_group)
         return out
 
-    def add_product(self, base: Tensor, z: Tensor) -> Tensor:
-        """Add this rank's slice of the product to its own slice of the partial sum."""
-        top = self.tp_group.rank() * (self.out_features // self.tp_size)
-        scale = 1.0 if self.scale is None else self.scale
-        return add_blocks(base, z, [Block(top, 0, scale, self.expand_weight())])
+    def first_row(self) -> int:
+        """This rank's slice of the product goes to its own slice of the partial sum."""
+        rank: int = self.tp_group.rank()
+        return rank * (self.out_features // self.tp_size)
 
     def whole_weights(self) -> tuple[Tensor, Tensor]:
         """Local A, and all ranks' B."""

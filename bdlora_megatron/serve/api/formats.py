@@ -75,7 +75,10 @@ class StructuredOutputs(Body):
     @model_validator(mode="after")
     def _one_form(self) -> StructuredOutputs:
         if self.asked or self.model_extra or self.disable_any_whitespace:
-            (_,) = self.asked if len(self.asked) == 1 else self._refuse()
+            if len(self.asked) != 1:
+                raise ValueError(
+                    f"got {list(self.asked) or 'none'} of {', '.join(_KINDS)}; send exactly one"
+                )
             if self.disable_any_whitespace and not (self.json_ is not None or self.json_object):
                 raise ValueError("disable_any_whitespace goes with json or json_object alone")
         return self
@@ -85,11 +88,6 @@ class StructuredOutputs(Body):
         """Which forms were sent."""
         values = (self.json_, self.regex, self.choice, self.grammar, self.json_object or None)
         return tuple(n for n, value in zip(_KINDS, values, strict=True) if value is not None)
-
-    def _refuse(self) -> tuple[str]:
-        raise ValueError(
-            f"got {list(self.asked) or 'none'} of {', '.join(_KINDS)}; send exactly one"
-        )
 
 
 def grammar_of(format_: ResponseFormat | None, structured: StructuredOutputs | None) -> str | None:
@@ -157,7 +155,7 @@ def _of_schema(schema: Any, place: str, *, whitespace: bool) -> str:
     Raises:
         BadRequestError: There is none, or the schema is too large to be looked at.
     """
-    if not isinstance(schema, (dict, Mapping)):
+    if not isinstance(schema, Mapping):
         raise BadRequestError(f"{place}: wanted a schema as a JSON object", param=place)
     _look_through(schema, place)
     try:
