@@ -282,6 +282,7 @@ def _fixed_fields(hf: HFConfig, dtype: torch.dtype) -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
     }
 
 

@@ -36,7 +36,7 @@ def device() -> torch.device:
 
 @contextmanager
 def model_parallel(
-    tp: int = 1, *, pp: int = 1, seed: int = 1234, cuda_graphs: bool = False
+    tp: int = 1, *, pp: int = 1, cp: int = 1, seed: int = 1234, cuda_graphs: bool = False
 ) -> Iterator[torch.device]:
     """Hold Megatron-Core's process groups for the length of a ``with`` block.
 
@@ -46,6 +46,7 @@ def model_parallel(
     Args:
         tp: Tensor-parallel ranks.
         pp: Pipeline-parallel stages.
+        cp: Context-parallel ranks.
         seed: Seed of Megatron's random streams.
         cuda_graphs: Inference steps will be captured, which those of training would not allow.
 
@@ -53,15 +54,15 @@ def model_parallel(
         The device this rank computes on.
 
     Raises:
-        ConfigError: The number of ranks is not a multiple of ``tp * pp``, torchrun's environment
-            is incomplete, or there is neither CUDA nor ``enable_cpu``.
+        ConfigError: The number of ranks is not a multiple of ``tp * pp * cp``, torchrun's
+            environment is incomplete, or there is neither CUDA nor ``enable_cpu``.
     """
     own = not torch.distributed.is_initialized()
     if own:
         _start_process_group()
     try:
         where = device()
-        _initialize(tp, pp)
+        _initialize(tp, pp, cp)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, inference_rng_tracker=cuda_graphs)
         yield where
@@ -71,15 +72,16 @@ def model_parallel(
             torch.distributed.destroy_process_group()
 
 
-def _initialize(tp: int, pp: int) -> None:
+def _initialize(tp: int, pp: int, cp: int) -> None:
     world = torch.distributed.get_world_size()
-    if world % (tp * pp):
+    if world % (tp * pp * cp):
+        context = f" x context parallel size {cp}" if cp > 1 else ""
         raise ConfigError(
             f"{world} ranks cannot be split into tensor parallel size {tp} x pipeline parallel "
-            f"size {pp}; start a multiple of {tp * pp} ranks"
+            f"size {pp}{context}; start a multiple of {tp * pp * cp} ranks"
         )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
     )
 
 

@@ -107,11 +107,6 @@ def _contradictions(config: TrainConfig) -> list[str]:
     """What is wrong with values whose types are right."""
     problems = _about_peft(config)
     model, train, optimizer = config.model, config.train, config.optimizer
-    if model.sequence_parallel and model.seq_length % model.tensor_model_parallel_size:
-        problems.append(
-            f"model.seq_length is {model.seq_length}; with sequence_parallel it must be a multiple "
-            f"of tensor_model_parallel_size={model.tensor_model_parallel_size}"
-        )
     problems += _about_parallelism(model)
     if train.global_batch_size % train.micro_batch_size:
         problems.append(
@@ -132,14 +127,19 @@ def _contradictions(config: TrainConfig) -> list[str]:
 
 
 def _about_parallelism(model: ModelSection) -> list[str]:
-    """What NeMo's and Bridge's settings can ask for and this trainer cannot do."""
+    """How rows are to be divided, and what this trainer cannot do."""
     problems = []
-    if model.context_parallel_size > 1:
+    tp, cp = model.tensor_model_parallel_size, model.context_parallel_size
+    if model.sequence_parallel and model.seq_length % (tp * cp):
+        context = f" x context_parallel_size={cp}" if cp > 1 else ""
         problems.append(
-            f"model.context_parallel_size is {model.context_parallel_size}; rows are not split "
-            "over context-parallel ranks here: set 1, and for long rows a larger "
-            "tensor_model_parallel_size with sequence_parallel: true, or recompute_granularity: "
-            "full"
+            f"model.seq_length is {model.seq_length}; with sequence_parallel it must be a multiple "
+            f"of tensor_model_parallel_size={tp}{context}"
+        )
+    if cp > 1 and model.seq_length % (2 * cp):
+        problems.append(
+            f"model.seq_length is {model.seq_length}; with context_parallel_size={cp} it must be a "
+            f"multiple of twice as many, {2 * cp}"
         )
     if (model.virtual_pipeline_model_parallel_size or 1) > 1:
         problems.append(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.train.examples import Example
 
-__all__ = ["Batch", "RowDataset", "ShareOfBatch", "pack"]
+__all__ = ["Batch", "ContextShare", "RowDataset", "ShareOfBatch", "pack"]
 
 _OPEN_ROWS = 64
 #: Attention over padding costs with the square of its length.
@@ -29,16 +30,50 @@ _PADDING = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ContextShare:
+    """What the queries of one context-parallel rank attend to.
+
+    The rank holds two pieces of each example: of 2 C equal pieces, over C ranks, rank r has those
+    numbered r and 2 C - 1 - r, so that all ranks have the same work under a causal mask. Megatron-
+    Core's rotary embedding and Transformer Engine's attention split examples in this way.
+
+    Attributes:
+        query_starts: ``[2 examples + 1]`` int32: where each piece begins on this rank, and its end.
+        longest_query: Tokens of the longest piece.
+        keys: For each piece, where the keys up to its end stand among all ranks' tokens, rank after
+            rank.
+        key_starts: ``[2 examples + 1]`` int32: where each piece's begin in ``keys``, and its end.
+        longest_key: The most keys of a piece.
+    """
+
+    query_starts: Tensor
+    longest_query: int
+    keys: Tensor
+    key_starts: Tensor
+    longest_key: int
+
+    def to(self, device: torch.device) -> ContextShare:
+        """The same on ``device``."""
+        return replace(
+            self,
+            query_starts=self.query_starts.to(device),
+            keys=self.keys.to(device),
+            key_starts=self.key_starts.to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """One micro-batch: its rows one after another, T = b S tokens.
 
     Attributes:
-        tokens: ``[1, T]``.
+        tokens: ``[1, T]``; of one of C context-parallel ranks T / C, likewise below.
         labels: ``[T]``, the token that follows each.
         learnt: ``[n]``, the places of the labels that count in the loss.
-        starts: ``[examples + 1]`` int32: where each example begins, and T. What is left of a row is
-            cut into short examples of which nothing is learnt.
+        starts: ``[examples + 1]`` int32: where each example begins in the whole batch, and T. What
+            is left of a row is cut into short examples of which nothing is learnt.
         longest: Tokens of the longest example.
+        share: Of a context-parallel rank, where there are several.
     """
 
     tokens: Tensor
@@ -46,16 +81,68 @@ class Batch:
     learnt: Tensor
     starts: Tensor
     longest: int
+    share: ContextShare | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
-        return Batch(
+        return replace(
+            self,
             tokens=self.tokens.to(device),
             labels=self.labels.to(device),
             learnt=self.learnt.to(device),
             starts=self.starts.to(device),
-            longest=self.longest,
+            share=self.share and self.share.to(device),
         )
+
+    def on_context_rank(self, rank: int, size: int) -> Batch:
+        """What one of ``size`` context-parallel ranks computes.
+
+        Args:
+            rank: Its number among them.
+            size: How many they are; examples are multiples of twice as many positions.
+
+        Returns:
+            The tokens of its pieces; the batch itself where there is one rank.
+        """
+        if size == 1:
+            return self
+        starts = self.starts.to(torch.int64)
+        piece = starts.diff() // (2 * size)
+        both = piece.repeat_interleave(2)
+
+        def first(number: int) -> Tensor:
+            """Where the two pieces of a rank begin, example after example."""
+            places = torch.tensor([number, 2 * size - 1 - number])
+            return (starts[:-1, None] + piece[:, None] * places).flatten()
+
+        own = _spans(first(rank), both)
+        gathered = torch.cat([_spans(first(number), both) for number in range(size)])
+        seen = piece[:, None] * torch.tensor([rank + 1, 2 * size - rank])
+        learnt = torch.zeros(len(self.labels), dtype=torch.bool)
+        learnt[self.learnt] = True
+        return replace(
+            self,
+            tokens=self.tokens[:, own],
+            labels=self.labels[own],
+            learnt=learnt[own].nonzero()[:, 0],
+            share=ContextShare(
+                query_starts=_starts(both),
+                longest_query=int(both.max()),
+                keys=gathered.argsort()[_spans(starts[:-1].repeat_interleave(2), seen.flatten())],
+                key_starts=_starts(seen.flatten()),
+                longest_key=int(seen.max()),
+            ),
+        )
+
+
+def _spans(firsts: Tensor, lengths: Tensor) -> Tensor:
+    """The numbers from each of ``firsts`` on, as many as ``lengths`` says, one after another."""
+    begins = lengths.cumsum(0) - lengths
+    return (firsts - begins).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
 
 
 def pack(
@@ -104,16 +191,33 @@ class RowDataset:
     """
 
     def __init__(
-        self, examples: Sequence[Example], seq_length: int, *, packing: bool, seed: int
+        self,
+        examples: Sequence[Example],
+        seq_length: int,
+        *,
+        packing: bool,
+        seed: int,
+        cp_size: int = 1,
     ) -> None:
+        """Lay examples out in rows.
+
+        Args:
+            examples: None is longer than a row.
+            seq_length: Positions in a row.
+            packing: Put several examples into a row.
+            seed: Of their order.
+            cp_size: Context-parallel ranks that examples are cut for; ``seq_length`` is a multiple
+                of twice as many.
+        """
         self.seq_length = seq_length
         self._examples, self._seed = examples, seed
+        self._multiple = 1 if cp_size == 1 else 2 * cp_size
         lengths = getattr(examples, "lengths", None)
         if lengths is None:
             lengths = np.array([len(example) for example in examples], dtype=np.int64)
         shuffled = _shuffled(len(examples), seed)
         if packing:
-            order, self._starts = pack(lengths[shuffled], seq_length)
+            order, self._starts = pack(self._filled(lengths[shuffled]), seq_length)
             self._order = shuffled[order]
         else:
             self._order, self._starts = shuffled, np.arange(len(shuffled) + 1)
@@ -143,6 +247,7 @@ class RowDataset:
         tokens, labels = (torch.zeros(len(rows) * size, dtype=torch.int64) for _ in range(2))
         learnt = torch.zeros(len(rows) * size, dtype=torch.bool)
         lengths: list[int] = []
+        padding = self._filled(_PADDING)
         for place, row in enumerate(rows):
             start, end = place * size, (place + 1) * size
             for index in self._row(row):
@@ -152,9 +257,9 @@ class RowDataset:
                 ids = torch.tensor(example.tokens, dtype=torch.int64)
                 tokens[here], labels[here] = ids[:-1], ids[1:]
                 learnt[here] = torch.from_numpy(example.learnt[1:])
-                lengths.append(len(example))
-                start += len(example)
-            lengths += [min(_PADDING, end - at) for at in range(start, end, _PADDING)]
+                lengths.append(self._filled(len(example)))
+                start += lengths[-1]
+            lengths += [min(padding, end - at) for at in range(start, end, padding)]
         return Batch(
             tokens=tokens[None],
             labels=labels,
@@ -162,6 +267,10 @@ class RowDataset:
             starts=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             longest=max(lengths),
         )
+
+    def _filled(self, length: Any) -> Any:
+        """Positions of examples with those that fill up their last piece; nothing sees these."""
+        return -(-length // self._multiple) * self._multiple
 
     def _row(self, row: int | None) -> list[int]:
         if row is None:

@@ -158,8 +158,8 @@ def _count(config: TrainConfig, ranks: int | None) -> int:
     count = ranks or max(gpus // copy, 1) * copy
     if count % copy or count < 1:
         raise ConfigError(
-            f"{count} ranks; one copy of the model takes {copy} (tensor x pipeline parallel size): "
-            f"start a multiple of {copy}"
+            f"{count} ranks; one copy of the model takes {copy} (tensor x pipeline x context "
+            f"parallel size): start a multiple of {copy}"
         )
     if gpus and count > gpus:
         raise ConfigError(f"{count} ranks on {gpus} GPUs; start fewer, or use torchrun")

@@ -89,7 +89,9 @@ def train(config: TrainConfig) -> RunResult:
     """
     model = config.model
     with model_parallel(
-        model.tensor_model_parallel_size, pp=model.pipeline_model_parallel_size
+        model.tensor_model_parallel_size,
+        pp=model.pipeline_model_parallel_size,
+        cp=model.context_parallel_size,
     ) as where:
         del where
         with _folder_lock(Path(config.checkpoint.save)):
@@ -339,6 +341,7 @@ def _rows(config: TrainConfig, examples: Corpus, *, shuffled: bool) -> RowDatase
         config.model.seq_length,
         packing=config.dataset.packing,
         seed=config.rng.seed if shuffled else 0,
+        cp_size=config.model.context_parallel_size,
     )
 
 

@@ -30,7 +30,6 @@ _FREE = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
     "model.virtual_pipeline_model_parallel_size",
-    "model.context_parallel_size",
     "model.sequence_parallel",
     "model.recompute_granularity",
     "dataset.train",
@@ -48,8 +47,12 @@ _FREE = (
     "export.",
 )
 
+#: Its size decides how far examples are filled up, and so which fit into a row together.
+_CONTEXT = "model.context_parallel_size"
+
 #: Settings that older checkpoints do not know, with what they then were.
 _SINCE_THEN = {
+    _CONTEXT: 1,
     "train.precision": "fp32",
     "optimizer.use_distributed_optimizer": False,
     "dataset.train_on": "all",
@@ -146,7 +149,9 @@ def check_resumable(saved: Mapping[str, Any], facts: Mapping[str, Any], path: st
     problems = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_FREE)
+        if before.get(key) != now.get(key)
+        and not key.startswith(_FREE)
+        and (key != _CONTEXT or now["dataset.packing"])
     ]
     if _schedule_moves(before, now):
         problems.append(

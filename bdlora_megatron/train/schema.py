@@ -57,7 +57,7 @@ class ModelSection:
     virtual_pipeline_model_parallel_size: Count | None = None
     """Only None or 1: interleaved pipelines are refused."""
     context_parallel_size: Count = 1
-    """Only 1: context parallelism is refused."""
+    """Ranks that share each row; ``seq_length`` is a multiple of twice as many."""
     sequence_parallel: Flag = False
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """What is computed again in backward instead of being kept."""
@@ -309,4 +309,5 @@ class TrainConfig:
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model between them."""
         model = self.model
-        return model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+        stages = model.pipeline_model_parallel_size
+        return model.tensor_model_parallel_size * stages * model.context_parallel_size

@@ -22,7 +22,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from bdlora_megatron.errors import BDLoRAError, ConfigError, MissingDependencyError
 from bdlora_megatron.runtime import device
+from bdlora_megatron.train.attention import packed_seq_params
 from bdlora_megatron.train.data import Batch
 from bdlora_megatron.train.loss import token_losses
 from bdlora_megatron.train.schema import TrainConfig
@@ -162,7 +162,7 @@ def forward_backward(
 
     Args:
         model: The model; wrapped, where gradients are wanted.
-        batches: This rank's micro-batches; the same number on every rank.
+        batches: This rank's micro-batches, whole; the same number on every rank.
         config: The run's settings.
         forward_only: Leave the backward pass out.
 
@@ -176,7 +176,7 @@ def forward_backward(
     where = device()
     outputs = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=(batch.to(where) for batch in batches),
+        data_iterator=(batch.on_context_rank(*_context()).to(where) for batch in batches),
         model=[model],
         num_microbatches=len(batches),
         seq_length=config.model.seq_length * config.train.micro_batch_size,
@@ -187,17 +187,18 @@ def forward_backward(
     return _over_ranks(outputs, where)
 
 
+def _context() -> tuple[int, int]:
+    """This rank's number among context-parallel ranks, and how many they are."""
+    return (
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+
+
 def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     batch, inner = next(batches), get_attr_wrapped_model(model, "decoder", return_model_obj=True)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.starts,
-        cu_seqlens_kv=batch.starts,
-        max_seqlen_q=batch.longest,
-        max_seqlen_kv=batch.longest,
-    )
     with _without_logits(inner):
-        hidden = model(batch.tokens, None, None, packed_seq_params=packed)
+        hidden = model(batch.tokens, None, None, packed_seq_params=packed_seq_params(batch))
     return hidden, partial(_loss, inner, batch)
 
 
@@ -224,7 +225,8 @@ def _over_ranks(outputs: Sequence[Tensor], where: torch.device) -> tuple[float, 
     if parallel_state.is_pipeline_last_stage():
         for output in outputs:
             sums += output
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(sums, group=group)
     torch.distributed.broadcast(
         sums,
         parallel_state.get_pipeline_model_parallel_last_rank(),

@@ -68,7 +68,13 @@ def training_rows(config: TrainConfig) -> RowDataset:
         seq_length=config.model.seq_length,
         too_long="truncate",
     )
-    return RowDataset(examples, config.model.seq_length, packing=True, seed=3)
+    return RowDataset(
+        examples,
+        config.model.seq_length,
+        packing=True,
+        seed=3,
+        cp_size=config.model.context_parallel_size,
+    )
 
 
 def first_batches(config: TrainConfig, *, micro_batch_size: int) -> list[Batch]:

@@ -128,12 +128,26 @@ def test_precision_and_the_bases_type_must_agree(root, tmp_path):
         _config(root, tmp_path, model__dtype="float32")
 
 
-def test_checkpoints_from_before_there_was_a_precision_are_resumed():
-    def facts(**train):
-        common = {"train_iters": 1, **train}
-        scheduler = {"lr_decay_iters": 4, "lr_decay_style": "cosine"}
-        return {"settings": {"train": common, "scheduler": scheduler}, "base": "", "data": ""}
+def _facts(**sections):
+    train = {"train_iters": 1, **sections.pop("train", {})}
+    scheduler = {"lr_decay_iters": 4, "lr_decay_style": "cosine"}
+    dataset = {"packing": True, **sections.pop("dataset", {})}
+    all_settings = {"train": train, "scheduler": scheduler, "dataset": dataset, **sections}
+    return {"settings": all_settings, "base": "", "data": ""}
 
-    check_resumable(facts(), facts(precision="fp32"), "a checkpoint")
+
+def test_checkpoints_from_before_there_was_a_precision_are_resumed():
+    check_resumable(_facts(), _facts(train={"precision": "fp32"}), "a checkpoint")
     with pytest.raises(ConfigError, match=r"train.precision was 'fp32' and is 'bf16'"):
-        check_resumable(facts(), facts(precision="bf16"), "a checkpoint")
+        check_resumable(_facts(), _facts(train={"precision": "bf16"}), "a checkpoint")
+
+
+def test_packed_rows_go_on_over_as_many_context_parallel_ranks():
+    whole, split = ({"context_parallel_size": size} for size in (1, 2))
+    check_resumable(_facts(), _facts(model=whole), "from before there was such a setting")
+    with pytest.raises(ConfigError, match=r"model.context_parallel_size was 1 and is 2"):
+        check_resumable(_facts(model=whole), _facts(model=split), "a checkpoint")
+    unpacked = {"packing": False}
+    check_resumable(
+        _facts(model=whole, dataset=unpacked), _facts(model=split, dataset=unpacked), "a checkpoint"
+    )

@@ -104,6 +104,18 @@ def test_resumed_at_another_size_the_losses_are_the_same(
         assert found[step] == pytest.approx(loss, abs=2e-4), step
 
 
+def test_context_parallel_ranks_train_and_one_rank_goes_on(root, tmp_path):
+    packing = {"dataset__packing": False, "dropout": 0.0}
+    run_ranks(1, train_rank, _config(root, tmp_path / "whole", **packing))
+    changes = {"train__train_iters": 3, "model__context_parallel_size": 2}
+    run_ranks(2, train_rank, _config(root, tmp_path / "parts", **packing, **changes))
+    run_ranks(1, train_rank, _config(root, tmp_path / "parts", **packing))
+    wanted, found = _losses(tmp_path / "whole"), _losses(tmp_path / "parts")
+    assert found.keys() == wanted.keys()
+    for step, loss in wanted.items():
+        assert found[step] == pytest.approx(loss, abs=2e-4), step
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_pipeline_stage_without_an_adapter_takes_part(root, tmp_path, layer):
     peft = {"bdlora": {"num_blocks": 6, "rank": 12, "target_modules": [f"*.layers.{layer}.*"]}}

@@ -41,6 +41,18 @@ SIZES = {
         },
     ),
     "tp2-dp2-sequence": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "cp3": (3, {"context_parallel_size": 3}),
+    "tp2-cp2-sequence": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "context_parallel_size": 2,
+            "sequence_parallel": True,
+        },
+    ),
+    "cp2-pp2": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "cp2-dp2": (4, {"context_parallel_size": 2}),
 }
 
 
@@ -50,8 +62,20 @@ def root(tmp_path_factory):
     root = make_files(tmp_path_factory.mktemp("step"))
     for scheme in SCHEMES:
         run_ranks(1, _write, _config(root, scheme))
-        torch.save(_reference(root, scheme), root / f"{scheme}.pt")
+        _make_reference(root, scheme)
+    # Examples that are filled up for context-parallel ranks make other rows.
+    for ranks in (2, 3):
+        _make_reference(root, "bdlora", context_parallel_size=ranks)
     return root
+
+
+def _make_reference(root, scheme, **model):
+    config = _config(root, scheme, **model)
+    torch.save(_reference(root, config), root / _name(config))
+
+
+def _name(config):
+    return f"{config.peft.scheme}-{config.model.context_parallel_size}.pt"
 
 
 def _config(root, scheme, **model):
@@ -74,11 +98,11 @@ def _write(rank, world_size, config):
         write_adapter(adapter, config.checkpoint.save, "peft", options=WriteOptions(overwrite=True))
 
 
-def _reference(root, scheme):
+def _reference(root, config):
     """Loss and gradients of ``transformers`` and PEFT; nothing of Megatron-Core's."""
-    config = _config(root, scheme)
     base = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float64)
-    model = PeftModel.from_pretrained(base, root / scheme, is_trainable=True).double()
+    adapter = config.checkpoint.save
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True).double()
     batch = training_rows(config).batch([0, 1, 2, 3])
     assert len(batch.starts) - 1 > 4, "no row holds two examples"
     learnt = torch.zeros(batch.labels.shape).index_fill_(0, batch.learnt, 1.0)
@@ -111,7 +135,7 @@ def _share(config):
 def _gradients(rank, world_size, config):
     """The loss, and every factor's gradient put together from all ranks."""
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-    with model_parallel(tp, pp=pp):
+    with model_parallel(tp, pp=pp, cp=config.model.context_parallel_size):
         model, _ = build_model(config)
         _load(model, config)
         stepper = Stepper(model, config)
@@ -137,8 +161,9 @@ def _named(modules):
 )
 def test_gradients_are_those_of_peft_in_fp64(root, size, scheme):
     world_size, model = SIZES[size]
-    wanted = torch.load(root / f"{scheme}.pt")
-    for loss, modules in run_ranks(world_size, _gradients, _config(root, scheme, **model)):
+    config = _config(root, scheme, **model)
+    wanted = torch.load(root / _name(config))
+    for loss, modules in run_ranks(world_size, _gradients, config):
         assert loss == pytest.approx(wanted["loss"], rel=1e-6)
         found = dict(_named(modules))
         assert found.keys() == wanted["grads"].keys()
@@ -147,7 +172,8 @@ def test_gradients_are_those_of_peft_in_fp64(root, size, scheme):
 
 
 def _calls(rank, world_size, config):
-    with model_parallel(2):
+    sizes = config.model
+    with model_parallel(sizes.tensor_model_parallel_size, cp=sizes.context_parallel_size):
         return measure_step(config, _share(config))
 
 
@@ -171,6 +197,22 @@ def test_a_step_of_bdlora_sends_what_the_base_sends(root, sequence_parallel):
     assert more == 4 * layers * micro_batches
 
 
+def test_context_parallel_ranks_exchange_keys_and_values_and_nothing_for_bdlora(root):
+    counted = {}
+    for scheme in ("none", "bdlora"):
+        first, second = run_ranks(2, _calls, _config(root, scheme, context_parallel_size=2))
+        assert first == second
+        counted[scheme] = first
+    # Keys and values of a row: 6 heads of 4 features each, in float32.
+    layers, micro_batches, payload = 2, 4, 48 * 2 * 6 * 4 * 4
+    each = {(kind, payload): layers * micro_batches for kind in ("all_gather", "reduce_scatter")}
+    assert counted["none"] == each
+    # The factors' gradients, summed once a step as over data-parallel ranks.
+    (reduced,) = counted["bdlora"].keys() - each.keys()
+    assert reduced[0] == "all_reduce"
+    assert counted["bdlora"] == {**each, reduced: 1}
+
+
 def _norm(rank, world_size, config):
     """The norm by which a step clips, of all ranks' gradients together."""
     tp = config.model.tensor_model_parallel_size
@@ -183,7 +225,7 @@ def _norm(rank, world_size, config):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_clipped_norm_is_that_of_pefts_gradients(root, scheme):
     """Each replicated factor counts once, and each shard with those of the other ranks."""
-    wanted = torch.load(root / f"{scheme}.pt")["grads"].values()
+    wanted = torch.load(root / f"{scheme}-1.pt")["grads"].values()
     norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in wanted])))
     found = run_ranks(2, _norm, _config(root, scheme, tensor_model_parallel_size=2))
     assert found == [pytest.approx(norm, rel=1e-5)] * 2

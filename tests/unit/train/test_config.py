@@ -126,8 +126,8 @@ def test_a_key_in_the_wrong_section_is_found_where_it_belongs():
             "seq_length is 33; with sequence_parallel it must be a multiple",
         ),
         (
-            {"model__context_parallel_size": 2},
-            "context_parallel_size is 2; rows are not split over context-parallel ranks here",
+            {"model__context_parallel_size": 2, "model__seq_length": 34},
+            "seq_length is 34; with context_parallel_size=2 it must be a multiple of twice as many",
         ),
         (
             {"model__virtual_pipeline_model_parallel_size": 2},

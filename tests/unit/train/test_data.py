@@ -54,6 +54,39 @@ def test_padding_is_cut_so_that_attention_over_it_costs_little():
     assert batch.longest == 200
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_context_parallel_ranks_hold_two_pieces_of_each_example(size):
+    examples = [example(100 * number, length, 2) for number, length in enumerate((5, 13, 2, 40))]
+    dataset = RowDataset(examples, 60, packing=True, seed=0, cp_size=size)
+    assert len(dataset) == 2
+    whole = dataset.batch([0, 1])
+    shares = [whole.on_context_rank(rank, size) for rank in range(size)]
+    gathered = torch.cat([share.tokens[0] for share in shares])
+    for rank, share in enumerate(shares):
+        pieces = []
+        for start, stop in pairwise(whole.starts.tolist()):
+            length, rest = divmod(stop - start, 2 * size)
+            assert rest == 0
+            for number in (rank, 2 * size - 1 - rank):
+                pieces.append((start, start + number * length, start + (number + 1) * length))
+        own = [place for _, first, last in pieces for place in range(first, last)]
+        assert torch.equal(share.tokens, whole.tokens[:, own])
+        assert torch.equal(share.labels, whole.labels[own])
+        assert [own[place] for place in share.learnt] == sorted(
+            set(own) & set(whole.learnt.tolist()), key=own.index
+        )
+        found = share.share
+        queries = [last - first for _, first, last in pieces]
+        keys = [last - start for start, _, last in pieces]
+        assert found.query_starts.diff().tolist() == queries
+        assert found.key_starts.diff().tolist() == keys
+        assert (found.longest_query, found.longest_key) == (max(queries), max(keys))
+        # What a piece sees are its example's tokens up to its own end, in their order.
+        seen = [place for start, _, last in pieces for place in range(start, last)]
+        assert torch.equal(gathered[found.keys], whole.tokens[0, seen])
+    assert len({len(share.share.keys) for share in shares}) == 1, "ranks do unequal work"
+
+
 def test_unpacked_rows_hold_one_example_each():
     dataset = RowDataset([example(0, 2), example(9, 2)], 7, packing=False, seed=0)
     assert len(dataset) == 2
