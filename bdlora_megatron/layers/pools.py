@@ -16,7 +16,15 @@ from torch import Tensor
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.ops import Columns, SlotFactors, SlotTable
 
-__all__ = ["LayerCapacity", "LayerShard", "Pools", "exchanged_columns", "row_bytes", "slot_columns"]
+__all__ = [
+    "LayerCapacity",
+    "LayerShard",
+    "Pools",
+    "exchanged_columns",
+    "exchanged_parts",
+    "pool_bytes",
+    "slot_columns",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +33,8 @@ class LayerCapacity:
 
     Attributes:
         num_slots: Slots N.
-        rows: Rows M of each projection's pool of B; the pool of A has J times as many.
+        rows: Rows M of each projection's pool of B; the pool of A has J times as many, or J / P
+            times where each rank holds its shard of an adapter's ranks.
         max_rank: The most rows that one adapter takes in a projection, Z.
         dtype: The pools' type.
         own: Hold adapters that each rank multiplies alone.
@@ -88,7 +97,8 @@ class Pools:
         self.columns = columns
         self.in_features = in_features_of(layer)
         where = {"dtype": capacity.dtype, "device": layer.weight.device}
-        A = torch.zeros(capacity.rows * len(columns), self.in_features, **where)
+        a_rows = _a_rows(capacity.rows, len(columns), parts)
+        A = torch.zeros(a_rows, self.in_features, **where)
         B = tuple(torch.zeros(capacity.rows, part.features, **where) for part in columns)
         table = SlotTable.empty(
             capacity.num_slots, len(columns), max_rank=capacity.max_rank, device=layer.weight.device
@@ -104,7 +114,7 @@ class Pools:
     def write(self, slot: int, first_row: int, shard: LayerShard) -> None:
         """Copy a shard in and note that a slot, which no batch in flight may use, holds it."""
         held = self.factors
-        first_a = first_row * len(self.columns)
+        first_a = _a_rows(first_row, len(self.columns), self._parts)
         held.A[first_a : first_a + len(shard.A)].copy_(shard.A, non_blocking=True)
         for pool, rows in zip(held.B, shard.B, strict=True):
             pool[first_row : first_row + len(rows)].copy_(rows, non_blocking=True)
@@ -135,23 +145,33 @@ class Pools:
         self.factors.table.note_empty(slot)
 
 
-def row_bytes(
-    layer: Any, geometry: LayerGeometry, dtype: torch.dtype, *, own: bool, exchanged: bool
-) -> int:
-    """Bytes that one rank row takes in all of a layer's pools, on one rank.
+def _a_rows(rows: int, projections: int, parts: int) -> int:
+    """Rows of A that belong to so many of B; adapters' ranks are multiples of ``parts``."""
+    return -(-rows // parts) * projections
+
+
+def pool_bytes(layer: Any, geometry: LayerGeometry, capacity: LayerCapacity) -> int:
+    """Bytes of all of a layer's pools, on one rank.
 
     Args:
         layer: The ``LoRALinear``.
         geometry: Its projections.
-        dtype: The pools' type.
-        own: As of ``LayerCapacity``.
-        exchanged: As of ``LayerCapacity``.
+        capacity: How much they hold.
     """
-    columns = [slot_columns(layer, geometry)] if own else []
-    if exchanged:
-        columns.append(exchanged_columns(layer, geometry))
-    width = sum(in_features_of(layer) + part.features for parts in columns for part in parts)
-    return width * dtype.itemsize
+    kinds = [(slot_columns(layer, geometry), 1)] if capacity.own else []
+    if capacity.exchanged:
+        kinds.append((exchanged_columns(layer, geometry), exchanged_parts(layer)))
+    elements = sum(
+        _a_rows(capacity.rows, len(columns), parts) * in_features_of(layer)
+        + capacity.rows * sum(part.features for part in columns)
+        for columns, parts in kinds
+    )
+    return elements * capacity.dtype.itemsize
+
+
+def exchanged_parts(layer: Any) -> int:
+    """How many ranks hold a shard each of an adapter's ranks, in the S-LoRA layout."""
+    return 1 if layer.splits_input else int(layer.tp_group.size())
 
 
 def in_features_of(layer: Any) -> int:

@@ -33,6 +33,7 @@ from bdlora_megatron.layers.pools import (
     LayerShard,
     Pools,
     exchanged_columns,
+    exchanged_parts,
     slot_columns,
 )
 from bdlora_megatron.ops import (
@@ -70,7 +71,7 @@ class LayerSlots:
 
     | tensor | local shape |
     |---|---|
-    | pool of A | ``[J M, I]``, row layers ``[M, I / P]`` |
+    | pool of A | ``[J M, I]``, row layers ``[M, I / P]``; in the S-LoRA layout ``[J M / P, I]`` |
     | pool of B of a projection | ``[M, O / P]``, row layers ``[M, O]`` |
 
     Collectives: none for BD-LoRA and half-sharded adapters. Where the step says that S-LoRA
@@ -99,9 +100,8 @@ class LayerSlots:
         self._own = Pools(layer, slot_columns(layer, geometry), own_capacity)
         self._exchanged: Pools | None = None
         if capacity.exchanged:
-            parts = self.tp_group.size() if self._column else 1
             columns = exchanged_columns(layer, geometry)
-            self._exchanged = Pools(layer, columns, capacity, parts=parts)
+            self._exchanged = Pools(layer, columns, capacity, parts=exchanged_parts(layer))
 
     @property
     def tables(self) -> list[SlotTable]:

@@ -33,8 +33,8 @@ class SlotCapacity:
     few. Unset, there is room for ``max_loras`` adapters of ``max_lora_rank``."""
 
     layouts: tuple[Layout, ...] = (Layout.BDLORA, Layout.HALF_SHARDED)
-    """Which layouts adapters may be held in. ``slora`` has pools of its own, about as large as
-    those of the others together."""
+    """Which layouts adapters may be held in. ``slora`` has pools of its own beside those that
+    serve the other two."""
 
     target_modules: tuple[str, ...] = DEFAULT_TARGETS
     """The layers that get slots, by their names in Megatron-Core."""

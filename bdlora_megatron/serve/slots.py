@@ -7,6 +7,7 @@ token uses.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +27,7 @@ from bdlora_megatron.layers.load import (
     in_models_names,
 )
 from bdlora_megatron.layers.lora_linear import LoRALinear
-from bdlora_megatron.layers.pools import LayerCapacity, LayerShard, row_bytes
+from bdlora_megatron.layers.pools import LayerCapacity, LayerShard, pool_bytes
 from bdlora_megatron.layers.slots import LayerSlots, ServingStep
 from bdlora_megatron.ops import GroupedBatch, SlotTables
 from bdlora_megatron.serve.allocator import SlotAllocator
@@ -74,27 +75,16 @@ class ModelSlots:
         if not self._linears:
             raise TargetError(f"the model has no decoder layers called {capacity.target_modules}")
         layers = [_lora_layer(target.module) for target in self._linears]
-        types = [capacity.dtype or layer.weight.dtype for layer in layers]
-        pools = {"own": capacity.own, "exchanged": capacity.exchanged}
-        places = list(zip(layers, self._linears, types, strict=True))
-        #: Bytes that one rank row takes in all layers together.
-        self.row_bytes = sum(
-            row_bytes(layer, target.geometry, dtype, **pools) for layer, target, dtype in places
-        )
+        self._places = list(zip(layers, self._linears, strict=True))
         rows = self._rows()
         self.allocator = SlotAllocator(
             capacity.max_loras, rows=rows, max_rows=capacity.max_lora_rank
         )
         self._layers: dict[str, LayerSlots] = {}
-        for layer, target, dtype in places:
-            layer_capacity = LayerCapacity(
-                num_slots=capacity.max_loras,
-                rows=rows,
-                max_rank=capacity.max_lora_rank,
-                dtype=dtype,
-                **pools,
+        for layer, target in self._places:
+            layer.slots = LayerSlots(
+                layer, target.geometry, self._layer_capacity(layer, rows), self.step
             )
-            layer.slots = LayerSlots(layer, target.geometry, layer_capacity, self.step)
             self._layers[target.full_name] = layer.slots
             if layer is not target.module:
                 replace_module(model, target.module, layer)
@@ -112,12 +102,12 @@ class ModelSlots:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all pools on this rank."""
-        return self.row_bytes * self.allocator.rows
+        return self._bytes(self.allocator.rows)
 
     @property
     def largest_bytes(self) -> int:
         """The most bytes that one adapter takes on this rank."""
-        return self.row_bytes * self.capacity.max_lora_rank
+        return self._bytes(self.capacity.max_lora_rank)
 
     def detach(self) -> None:
         """Put the plain layers back and drop the pools."""
@@ -135,14 +125,32 @@ class ModelSlots:
         most = capacity.max_loras * capacity.max_lora_rank
         if capacity.memory_bytes is None:
             return most
-        rows = capacity.memory_bytes // self.row_bytes
+        rows = bisect_right(range(most + 1), capacity.memory_bytes, key=self._bytes) - 1
         if rows < capacity.max_lora_rank:
             raise CapacityError(
                 f"memory_bytes={capacity.memory_bytes} holds {rows} rank rows, and one adapter may "
                 f"take max_lora_rank={capacity.max_lora_rank}; set "
                 f"memory_bytes={self.largest_bytes} or more"
             )
-        return min(rows, most)
+        return rows
+
+    def _bytes(self, rows: int) -> int:
+        """Bytes of pools with so many rows, in all layers together."""
+        return sum(
+            pool_bytes(layer, target.geometry, self._layer_capacity(layer, rows))
+            for layer, target in self._places
+        )
+
+    def _layer_capacity(self, layer: LoRALinear, rows: int) -> LayerCapacity:
+        capacity = self.capacity
+        return LayerCapacity(
+            num_slots=capacity.max_loras,
+            rows=rows,
+            max_rank=capacity.max_lora_rank,
+            dtype=capacity.dtype or layer.weight.dtype,
+            own=capacity.own,
+            exchanged=capacity.exchanged,
+        )
 
     # --- loading -----------------------------------------------------------------------------
 

@@ -253,6 +253,13 @@ def _one_kind(rank, world_size):
         first = next(iter(made.values()))
         for where, outcome in made.items():
             assert_close(outcome, first, where)
+        # Room for one is no more than each rank's share of it.
+        one = SlotCapacity(max_loras=1, max_lora_rank=4, layouts=(Layout.SLORA,))
+        slots = ModelSlots(model, one)
+        assert slots.memory_bytes == slots.shard(adapter, Layout.SLORA).num_bytes
+        whole = sum(4 * (f.A.numel() + f.B.numel()) for f in adapter.modules.values())
+        assert slots.memory_bytes * world_size == whole
+        slots.detach()
 
 
 def _products(rank, world_size):
