@@ -28,7 +28,7 @@ class SlotCapacity:
     """The most rank rows that one rank holds of an adapter's module: R / P of a BD-LoRA whose
     blocks divide over the P ranks, R of a vanilla one or in the S-LoRA layout."""
 
-    memory_bytes: int | None = None
+    lora_memory_bytes: int | None = None
     """Memory of all pools on one rank. Adapters then share the rows, and one of few ranks takes
     few. Unset, there is room for ``max_loras`` adapters of ``max_lora_rank``."""
 

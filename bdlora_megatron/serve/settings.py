@@ -128,6 +128,10 @@ class ServeSettings:
     max_lora_rank: Count = 64
     """The largest rank, per tensor-parallel rank, that a slot holds."""
 
+    lora_memory_bytes: Count | None = None
+    """Device memory on each rank for adapters, which share it: one of low rank takes little. When
+    unset, room for ``max_loras`` of ``max_lora_rank``."""
+
     host_cache_bytes: Count = 2**32
     """Memory of each rank's host for adapters that are in no slot."""
 

@@ -52,7 +52,7 @@ class ModelSlots:
             capacity: How much to hold.
 
         Raises:
-            CapacityError: ``memory_bytes`` does not hold one adapter of ``max_rank``.
+            CapacityError: ``lora_memory_bytes`` does not hold one adapter of ``max_rank``.
             ConfigError: The model carries adapters, or has slots already.
             TargetError: The model has none of the targeted layers.
         """
@@ -119,18 +119,18 @@ class ModelSlots:
         """Rows of the pools.
 
         Raises:
-            CapacityError: ``memory_bytes`` does not hold one adapter of ``max_rank``.
+            CapacityError: ``lora_memory_bytes`` does not hold one adapter of ``max_rank``.
         """
         capacity = self.capacity
         most = capacity.max_loras * capacity.max_lora_rank
-        if capacity.memory_bytes is None:
+        if capacity.lora_memory_bytes is None:
             return most
-        rows = bisect_right(range(most + 1), capacity.memory_bytes, key=self._bytes) - 1
+        rows = bisect_right(range(most + 1), capacity.lora_memory_bytes, key=self._bytes) - 1
         if rows < capacity.max_lora_rank:
             raise CapacityError(
-                f"memory_bytes={capacity.memory_bytes} holds {rows} rank rows, and one adapter may "
-                f"take max_lora_rank={capacity.max_lora_rank}; set "
-                f"memory_bytes={self.largest_bytes} or more"
+                f"lora_memory_bytes={capacity.lora_memory_bytes} holds {rows} rank rows, and one "
+                f"adapter may take max_lora_rank={capacity.max_lora_rank}; set "
+                f"lora_memory_bytes={self.largest_bytes} or more"
             )
         return rows
 

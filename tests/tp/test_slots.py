@@ -15,12 +15,16 @@ from bdlora_megatron.errors import BDLoRAError, CapacityError, ConfigError, Shap
 from bdlora_megatron.layers import LoadOptions, apply_lora, load_adapter, lora_layers, remove_lora
 from bdlora_megatron.layers import slots as layer_slots
 from bdlora_megatron.runtime import record_collectives
+from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.serve import ModelSlots, SlotCapacity
+from bdlora_megatron.serve.engine.rank import build_engine
+from bdlora_megatron.serve.settings import ServeSettings
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.models import BATCH, SEQUENCE, tokens
 from tests.tp.serving_cases import make_adapter, serving_model
 from tests.tp.session import model_parallel
+from tests.train.runs import make_base
 
 ADAPTERS = {
     "vanilla": make_adapter(1, rank=3),
@@ -203,9 +207,11 @@ def _memory(rank, world_size):
         assert sum(4 * pool.numel() for pool in pools.values()) == slots.memory_bytes
         slots.detach()
         # Rows for two vanilla adapters hold two of them, or as many BD-LoRAs as there are slots.
-        capacity = SlotCapacity(max_loras=8, max_lora_rank=8, memory_bytes=2 * slots.largest_bytes)
+        capacity = SlotCapacity(
+            max_loras=8, max_lora_rank=8, lora_memory_bytes=2 * slots.largest_bytes
+        )
         slots = ModelSlots(model, capacity)
-        assert slots.memory_bytes == capacity.memory_bytes
+        assert slots.memory_bytes == capacity.lora_memory_bytes
         for name in "ab":
             assert slots.load(name, slots.shard(vanilla)) is not None
             slots.acquire(name)
@@ -374,8 +380,8 @@ def test_an_adapter_moves_in_by_its_factors_and_one_copy_more():
 def _refuse(rank, world_size):
     with model_parallel(world_size):
         model = serving_model(world_size)
-        with pytest.raises(CapacityError, match="set memory_bytes=120000 or more"):
-            ModelSlots(model, SlotCapacity(max_lora_rank=50, memory_bytes=1000))
+        with pytest.raises(CapacityError, match="set lora_memory_bytes=120000 or more"):
+            ModelSlots(model, SlotCapacity(max_lora_rank=50, lora_memory_bytes=1000))
         assert not list(lora_layers(model)), "a refusal leaves the model as it was"
         slots = ModelSlots(
             model, SlotCapacity(max_loras=2, max_lora_rank=4, target_modules=("linear_qkv",))
@@ -508,3 +514,47 @@ def _odd_rank(rank, world_size):
 
 def test_a_rank_that_the_ranks_do_not_divide_is_padded_in_the_layout_of_slora():
     run_ranks(2, _odd_rank)
+
+
+def _servers(rank, world_size, base):
+    """The pools of a server in each layout, given the same memory on each rank."""
+    held = {}
+    with model_parallel(world_size):
+        enable_cpu_inference()
+        for layout in Layout:
+            sizes = {"max_loras": 50, "max_lora_rank": 12, "lora_memory_bytes": 10**6}
+            cache = {"kv_cache_memory_bytes": 10**6, "max_model_len": 64, "block_size": 16}
+            settings = ServeSettings.from_dict(
+                {
+                    "model": str(base),
+                    "cpu": True,
+                    "tensor_parallel_size": world_size,
+                    "layout": layout.value,
+                    **sizes,
+                    **cache,
+                }
+            )
+            engine, _ = build_engine(settings, torch.distributed.group.WORLD)
+            slots = engine.store.slots
+            held[layout] = slots.memory_bytes, slots.allocator.rows
+            with pytest.raises(CapacityError, match="one adapter may take max_lora_rank=12; set"):
+                build_engine(
+                    replace(settings, lora_memory_bytes=1000), torch.distributed.group.WORLD
+                )
+    return held
+
+
+@pytest.mark.engine
+def test_a_server_fills_the_memory_that_it_is_given_with_what_its_layout_needs(tmp_path):
+    base = make_base(tmp_path / "base")
+    first, second = run_ranks(2, _servers, base)
+    assert first == second
+    for taken, rows in first.values():
+        assert rows < 50 * 12
+        # No room for one row more in all layers.
+        assert 0.99 * 10**6 < taken <= 10**6
+    own, exchanged, shared = (first[layout][1] for layout in Layout)
+    assert own == shared
+    # A rank holds R / P rows of a BD-LoRA of rank R; of a vanilla LoRA in S-LoRA's layout it holds
+    # the same part, in more rows that are narrower.
+    assert own < exchanged < 2 * own

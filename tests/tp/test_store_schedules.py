@@ -79,7 +79,10 @@ class Schedule(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         capacity = SlotCapacity(
-            max_loras=SLOTS, max_lora_rank=4, target_modules=("linear_proj",), memory_bytes=4800
+            max_loras=SLOTS,
+            max_lora_rank=4,
+            target_modules=("linear_proj",),
+            lora_memory_bytes=4800,
         )
         self.slots = ModelSlots(self.model, capacity)
         # A thread for every load that host memory could have under way.

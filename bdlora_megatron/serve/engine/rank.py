@@ -182,13 +182,14 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
     model = _load_model(settings, {} if attention is None else attention.settings)
     if attention is not None:
         use_attention(attention, model.config.params_dtype)
-    layouts = (Layout.BDLORA, Layout.HALF_SHARDED)
-    if settings.layout == Layout.SLORA.value:
-        layouts = (*layouts, Layout.SLORA)  # type: ignore[assignment]
     slots = ModelSlots(
         model.eval(),
         SlotCapacity(
-            max_loras=settings.max_loras, max_lora_rank=settings.max_lora_rank, layouts=layouts
+            max_loras=settings.max_loras,
+            max_lora_rank=settings.max_lora_rank,
+            lora_memory_bytes=settings.lora_memory_bytes,
+            # All adapters are held in the one; pools for others would stay empty.
+            layouts=(Layout(settings.layout),),
         ),
     )
     host = StoreOptions(host_cache_bytes=settings.host_cache_bytes)

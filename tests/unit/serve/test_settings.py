@@ -166,5 +166,5 @@ def test_an_old_name_is_refused_with_the_new_one(old, new):
 def test_what_the_engine_is_told_has_the_settings_names():
     """So that a message about a size names a setting that exists."""
     named = {field.name for kind in (EngineOptions, SlotCapacity) for field in fields(kind)}
-    own = {"memory_bytes", "layouts", "target_modules", "implementation", "dtype"}
+    own = {"layouts", "target_modules", "implementation", "dtype"}
     assert named - own <= {field.name for field in fields(ServeSettings)}
