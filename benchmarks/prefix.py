@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 from bdlora_megatron.bench.report import machine
-from benchmarks.serving import OUT, Arrival, Server, load, make_files, measure
+from benchmarks.serving import OUT, Arrival, Server, load, load_parser, make_files, measure
 
 _KIND = "bdlora"
 
@@ -130,26 +130,12 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cuda", action="store_false", dest="cpu", help="on GPUs, with NCCL")
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=258)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--adapters", type=int, default=64)
-    parser.add_argument("--slots", type=int, default=16)
+    parser = load_parser(__doc__.partition("\n")[0])
     parser.add_argument("--rate", type=float, default=24.0)
-    parser.add_argument("--cv", type=float, default=1.0)
-    parser.add_argument("--alpha", type=float, default=1.0)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of arrivals in one round")
     parser.add_argument("--systems", type=int, default=2)
     parser.add_argument("--system", type=int, default=256, help="tokens of a system prompt")
-    parser.add_argument("--prompt", type=int, nargs=2, default=[8, 64])
-    parser.add_argument("--answer", type=int, nargs=2, default=[8, 32])
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--more", nargs="*", default=[], metavar="NAME=VALUE", help="settings")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=OUT.parent, metavar="DIR")
     args = parser.parse_args()
     write(args, summary(asyncio.run(run(args))))
 

@@ -10,9 +10,13 @@ A layout's servers run at the same time, idle but for the one that is under load
 visits all of them in turn before the next one, in `--rounds` rounds under other arrivals. As in the
 paper, BD-LoRA has twice the rank of the layouts it is compared with.
 
-    python -m benchmarks.serving
+With `--bytes`, each layout has the same device memory for adapters instead of as many slots, and
+BD-LoRA has the rank with as many parameters.
 
-Writes benchmarks/results/serving.{md,json,png}.
+    python -m benchmarks.serving
+    python -m benchmarks.serving --bytes 4e6 --latencies 0 --out benchmarks/results/serving-bytes
+
+Writes benchmarks/results/serving.{md,json,png}, or what `--out` names.
 """
 
 from __future__ import annotations
@@ -32,10 +36,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.files import bd_rank
 from benchmarks.serving_report import KINDS, write_report
 
 _LISTENING = re.compile(rb"listening on (http://\S+)")
-OUT = Path(__file__).parent / "results"
+OUT = Path(__file__).parent / "results" / "serving"
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,12 @@ def make_files(args: argparse.Namespace, folder: Path) -> None:
     )
     base = transformers.LlamaForCausalLM(config)
     base.save_pretrained(folder / "model")
+    args.bdlora_rank = 2 * args.rank
+    if args.bytes is not None:
+        args.bdlora_rank = bd_rank(folder / "model", args.rank, args.tp)
     more = {
         "vanilla": {"r": args.rank},
-        "blocks": {"r": 2 * args.rank, "use_bdlora": block_diagonal(args.tp)},
+        "blocks": {"r": args.bdlora_rank, "use_bdlora": block_diagonal(args.tp)},
     }
     for kind, settings in more.items():
         lora = peft.LoraConfig(
@@ -127,7 +135,11 @@ class Server:
         command += ["--cpu"] if args.cpu else []
         command += ["--set", f"layout={layout}", "max_model_len=1024", "max_queue=100000"]
         command += ["block_size=16" if args.cpu else "block_size=256"]
-        command += [f"max_loras={args.slots}", f"max_lora_rank={args.rank}", *args.more, *more]
+        # Rows that each rank holds of an adapter.
+        rows = args.bdlora_rank // args.tp if layout == "bdlora" else args.rank
+        command += [f"max_lora_rank={rows}", f"max_loras={args.slots}"]
+        command += [] if args.bytes is None else [f"lora_memory_bytes={args.bytes:.0f}"]
+        command += [*args.more, *more]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stderr=log, start_new_session=True)
 
@@ -175,8 +187,10 @@ async def measure(server: Server, kind: str, arrivals: list[Arrival]) -> dict[st
         results = await asyncio.gather(*map(later, arrivals))
         took_s = time.monotonic() - begun_s
         after = await counters(client)
+        models = (await client.get("/status.json")).json()["models"]
     return {
         "took_s": took_s,
+        "resident": sum(model["resident"] for model in models if model["parent"] is not None),
         **{name: after[name] - before[name] for name in after},
         "requests": [asdict(result) for result in results],
     }
@@ -242,28 +256,38 @@ async def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    """Measure and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def load_parser(description: str) -> argparse.ArgumentParser:
+    """What a load is made of, for the command lines of all benchmarks that run one."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cuda", action="store_false", dest="cpu", help="on GPUs, with NCCL")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=258)
-    parser.add_argument("--rank", type=int, default=16, help="BD-LoRA has twice that")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--rates", type=float, nargs="*", default=[8.0, 24.0, 48.0])
-    parser.add_argument("--latencies", type=float, nargs="*", default=[0.0, 1e-3], metavar="S")
+    parser.add_argument("--bytes", type=float, help="for adapters, on each rank, instead of slots")
     parser.add_argument("--cv", type=float, default=1.0)
     parser.add_argument("--alpha", type=float, default=1.0)
     parser.add_argument("--seconds", type=float, default=4.0, help="of arrivals in one load")
     parser.add_argument("--prompt", type=int, nargs=2, default=[8, 64])
     parser.add_argument("--answer", type=int, nargs=2, default=[8, 32])
-    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--more", nargs="*", default=[], metavar="NAME=VALUE", help="settings")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR")
+    return parser
+
+
+def main() -> None:
+    """Measure and write the report."""
+    assert __doc__ is not None
+    parser = load_parser(__doc__.partition("\n")[0])
+    parser.add_argument("--rates", type=float, nargs="*", default=[8.0, 24.0, 48.0])
+    parser.add_argument("--latencies", type=float, nargs="*", default=[0.0, 1e-3], metavar="S")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=OUT, metavar="STEM", help="of the report")
     args = parser.parse_args()
+    if args.bytes is not None:
+        args.slots = args.adapters
     begun_s = time.monotonic()
     found = asyncio.run(run(args))
     write_report(args.out, args, found, time.monotonic() - begun_s)

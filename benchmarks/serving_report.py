@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,11 +20,12 @@ KINDS = ("base", "bdlora", "half_sharded", "slora")
 LIMITS_S = (1.0, 6.0)
 
 
-def label(kind: str, rank: int) -> str:
+def label(kind: str, settings: Mapping[str, Any]) -> str:
     """What the tables call a contender."""
+    rank = settings["rank"]
     return {
         "base": "base only",
-        "bdlora": f"BD-LoRA, rank {2 * rank}",
+        "bdlora": f"BD-LoRA, rank {settings['bdlora_rank']}",
         "half_sharded": f"half-sharded, rank {rank}",
         "slora": f"S-LoRA layout, rank {rank}",
     }[kind]
@@ -52,6 +53,8 @@ def summary(loads: list[dict[str, Any]]) -> dict[str, Any]:
             for limit in LIMITS_S
         },
         "slot_loads": sum(one["slot_loads"] for one in loads),
+        "slot_hits": 1 - sum(one["slot_loads"] for one in loads) / len(requests),
+        "resident": max(one["resident"] for one in loads),
         "tokens_per_s_by_round": [
             sum(request["tokens"] for request in one["requests"]) / one["took_s"] for one in loads
         ],
@@ -59,17 +62,17 @@ def summary(loads: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_report(
-    folder: Path, args: argparse.Namespace, found: list[dict[str, Any]], seconds: float
+    out: Path, args: argparse.Namespace, found: list[dict[str, Any]], seconds: float
 ) -> None:
-    """Write ``serving.json``, ``serving.png`` and ``serving.md``.
+    """Write ``.json``, ``.png`` and ``.md``.
 
     Args:
-        folder: Where to.
+        out: Their path without the ending.
         args: What was asked.
         found: The loads.
         seconds: How long the run took.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     facts = {
         "command": shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]),
@@ -95,12 +98,12 @@ def write_report(
         for kind in KINDS
     ]
     text = json.dumps({**facts, "cells": cells, "loads": found}, separators=(",", ":"))
-    (folder / "serving.json").write_text(text + "\n", "utf-8")
-    _figure(folder / "serving.png", args, cells)
-    (folder / "serving.md").write_text("\n".join(_text(facts, cells)) + "\n", "utf-8")
+    out.with_suffix(".json").write_text(text + "\n", "utf-8")
+    _figure(out.with_suffix(".png"), args, cells)
+    out.with_suffix(".md").write_text("\n".join(_text(facts, cells, out.name)) + "\n", "utf-8")
 
 
-def _text(facts: dict[str, Any], cells: list[dict[str, Any]]) -> Iterator[str]:
+def _text(facts: dict[str, Any], cells: list[dict[str, Any]], name: str) -> Iterator[str]:
     settings, about = facts["settings"], facts["machine"]
     where = "a CPU, over gloo" if settings["cpu"] else "GPUs, over NCCL"
     yield "# Load on a server with many adapters"
@@ -115,8 +118,8 @@ def _text(facts: dict[str, Any], cells: list[dict[str, Any]]) -> Iterator[str]:
     )
     yield (
         f"- TP={settings['tp']} on {where}. A random Llama of width {settings['hidden']} and "
-        f"{settings['layers']} layers; {settings['adapters']} adapters over {settings['slots']} "
-        "slots, on all linear layers."
+        f"{settings['layers']} layers; {settings['adapters']} adapters on all linear layers, "
+        f"{_room(settings)}."
     )
     yield (
         "- Requests as in S-LoRA's benchmark (arXiv 2311.03285, section 7.1): Gamma arrivals with "
@@ -136,9 +139,9 @@ def _text(facts: dict[str, Any], cells: list[dict[str, Any]]) -> Iterator[str]:
     for latency_s in settings["latencies"]:
         yield f"## Link of {1e3 * latency_s:g} ms"
         yield ""
-        yield from _table([c for c in cells if c["latency_s"] == latency_s], settings["rank"])
+        yield from _table([c for c in cells if c["latency_s"] == latency_s], settings)
         yield ""
-    yield "![Throughput, first token and satisfaction by rate](serving.png)"
+    yield f"![Throughput, first token and satisfaction by rate]({name}.png)"
     yield ""
     yield (
         "On a CPU, a collective costs far less beside the arithmetic than on a GPU, and a step far "
@@ -146,26 +149,33 @@ def _text(facts: dict[str, Any], cells: list[dict[str, Any]]) -> Iterator[str]:
     )
 
 
-def _table(cells: list[dict[str, Any]], rank: int) -> Iterator[str]:
+def _room(settings: Mapping[str, Any]) -> str:
+    if settings["bytes"] is None:
+        return f"over {settings['slots']} slots"
+    return f"{settings['bytes'] / 1e6:g} MB for them on each rank, and as many parameters in each"
+
+
+def _table(cells: list[dict[str, Any]], settings: Mapping[str, Any]) -> Iterator[str]:
     limits = " | ".join(f"within {limit:g} s" for limit in LIMITS_S)
     yield (
         "| requests/s asked | layout | requests/s | tokens/s (by round) | first token p50, s | p99 "
-        f"| per token p50, ms | {limits} | slot loads |"
+        f"| per token p50, ms | {limits} | adapters on the device | slot hits |"
     )
-    yield "|---" * (8 + len(LIMITS_S)) + "|"
+    yield "|---" * (9 + len(LIMITS_S)) + "|"
     for cell in cells:
         rounds = ", ".join(f"{value:.0f}" for value in cell["tokens_per_s_by_round"])
+        adapted = cell["kind"] != "base"
         within = [f"{100 * cell[f'first_token_within_{limit:g}_s']:.0f}%" for limit in LIMITS_S]
         row = [
             f"{cell['rate']:g}",
-            label(cell["kind"], rank),
+            label(cell["kind"], settings),
             f"{cell['requests_per_s']:.1f}",
             f"{cell['tokens_per_s']:.0f} ({rounds})",
             f"{cell['first_token_p50_s']:.3f}",
             f"{cell['first_token_p99_s']:.2f}",
             f"{1e3 * cell['per_token_p50_s']:.1f}",
             *within,
-            str(cell["slot_loads"]),
+            *([str(cell["resident"]), f"{100 * cell['slot_hits']:.0f}%"] if adapted else ["", ""]),
         ]
         yield f"| {' | '.join(row)} |"
 
@@ -185,7 +195,7 @@ def _figure(path: Path, args: argparse.Namespace, cells: list[dict[str, Any]]) -
                 values = [
                     c[name] for c in cells if (c["kind"], c["latency_s"]) == (kind, latency_s)
                 ]
-                named = label(kind, args.rank) if axes is grid[0][0] else None
+                named = label(kind, vars(args)) if axes is grid[0][0] else None
                 axes.plot(args.rates, values, marker="o", label=named)
             axes.set_title(f"{title}; link {1e3 * latency_s:g} ms", fontsize="small")
             axes.set_ylim(bottom=0)
