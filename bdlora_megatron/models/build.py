@@ -120,6 +120,7 @@ def build_model(
     *,
     max_sequence_length: int | None = None,
     layer_spec: ModuleSpec | None = None,
+    vp_stage: int | None = None,
 ) -> Any:
     """This rank's part of the model, its weights not yet set.
 
@@ -132,6 +133,7 @@ def build_model(
             default.
         layer_spec: Of one decoder layer, attention and MLP; from ``default_layer_spec`` unless
             given.
+        vp_stage: Which chunk of this pipeline stage, where stages hold several.
 
     Returns:
         The ``HybridModel`` or ``GPTModel``, on this rank's device.
@@ -140,7 +142,7 @@ def build_model(
         ShapeError: The layers cannot be divided over the pipeline's stages.
         UnsupportedError: Attention would see less than ``max_sequence_length`` positions.
     """
-    hf.check_stages(config.pipeline_model_parallel_size)
+    hf.check_stages(_segments(config))
     length = max_sequence_length or hf.max_positions
     if hf.sliding_window is not None and hf.sliding_window < length:
         raise UnsupportedError(
@@ -154,8 +156,9 @@ def build_model(
     settings = {
         "vocab_size": padded_vocab_size(hf, config.tensor_model_parallel_size),
         "max_sequence_length": length,
-        "pre_process": parallel_state.is_pipeline_first_stage(),
-        "post_process": parallel_state.is_pipeline_last_stage(),
+        "pre_process": parallel_state.is_pipeline_first_stage(False, vp_stage),
+        "post_process": parallel_state.is_pipeline_last_stage(False, vp_stage),
+        "vp_stage": vp_stage,
         "share_embeddings_and_output_weights": hf.tied,
         "position_embedding_type": "rope",
         "rotary_base": hf.rope.theta,
@@ -178,6 +181,15 @@ def build_model(
     return model
 
 
+def _segments(config: TransformerConfig) -> int:
+    """Parts that pipeline stages and their chunks cut the layers into."""
+    stages, chunks = (
+        config.pipeline_model_parallel_size,
+        config.virtual_pipeline_model_parallel_size or 1,
+    )
+    return int(stages * chunks)
+
+
 def _is_hybrid(model_class: ModelClass) -> bool:
     if model_class == "hybrid" and not has_hybrid_model():
         raise UnsupportedError(
@@ -197,13 +209,13 @@ def _hybrid_model(
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    stages = config.pipeline_model_parallel_size
-    segment = "*-" * (hf.num_layers // stages)
+    segments = _segments(config)
+    segment = "*-" * (hf.num_layers // segments)
     with hybrid_norms():
         model = HybridModel(
             config=config,
             hybrid_stack_spec=hybrid_stack_spec(spec),
-            hybrid_layer_pattern="|".join([segment] * stages),
+            hybrid_layer_pattern="|".join([segment] * segments),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             **settings,
         )
@@ -282,6 +294,9 @@ def _fixed_fields(hf: HFConfig, dtype: torch.dtype) -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": (
+            parallel_state.get_virtual_pipeline_model_parallel_world_size()
+        ),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
     }
 

@@ -43,6 +43,7 @@ def load_hf_model(
     settings: Mapping[str, Any] | None = None,
     layer_spec: ModuleSpec | None = None,
     model_class: ModelClass = "auto",
+    vp_stage: int | None = None,
 ) -> Any:
     """Load a Llama-family model at the current tensor- and pipeline-parallel size.
 
@@ -58,6 +59,7 @@ def load_hf_model(
             Transformer Engine's if it and CUDA are present, otherwise Megatron-Core's own.
         model_class: ``hybrid`` for a ``HybridModel`` (Megatron-Core 0.19 and newer), ``gpt`` for a
             ``GPTModel``; by default the first if the release has it.
+        vp_stage: Which chunk of this pipeline stage, where stages hold several.
 
     Returns:
         This rank's part of the model, in training mode. If the vocabulary is rounded up to a
@@ -81,7 +83,11 @@ def load_hf_model(
             hf, dtype=dtype or stored, settings=settings, model_class=model_class
         )
         model = build_model(
-            hf, config, max_sequence_length=max_sequence_length, layer_spec=layer_spec
+            hf,
+            config,
+            max_sequence_length=max_sequence_length,
+            layer_spec=layer_spec,
+            vp_stage=vp_stage,
         )
         load_hf_weights(model, hf, files)
     return model

@@ -36,7 +36,13 @@ def device() -> torch.device:
 
 @contextmanager
 def model_parallel(
-    tp: int = 1, *, pp: int = 1, cp: int = 1, seed: int = 1234, cuda_graphs: bool = False
+    tp: int = 1,
+    *,
+    pp: int = 1,
+    vp: int | None = None,
+    cp: int = 1,
+    seed: int = 1234,
+    cuda_graphs: bool = False,
 ) -> Iterator[torch.device]:
     """Hold Megatron-Core's process groups for the length of a ``with`` block.
 
@@ -46,6 +52,7 @@ def model_parallel(
     Args:
         tp: Tensor-parallel ranks.
         pp: Pipeline-parallel stages.
+        vp: Chunks of the model on each stage, for Megatron-Core's interleaved schedule.
         cp: Context-parallel ranks.
         seed: Seed of Megatron's random streams.
         cuda_graphs: Inference steps will be captured, which those of training would not allow.
@@ -62,7 +69,7 @@ def model_parallel(
         _start_process_group()
     try:
         where = device()
-        _initialize(tp, pp, cp)
+        _initialize(tp, pp, cp, vp)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, inference_rng_tracker=cuda_graphs)
         yield where
@@ -72,7 +79,7 @@ def model_parallel(
             torch.distributed.destroy_process_group()
 
 
-def _initialize(tp: int, pp: int, cp: int) -> None:
+def _initialize(tp: int, pp: int, cp: int, vp: int | None) -> None:
     world = torch.distributed.get_world_size()
     if world % (tp * pp * cp):
         context = f" x context parallel size {cp}" if cp > 1 else ""
@@ -81,7 +88,10 @@ def _initialize(tp: int, pp: int, cp: int) -> None:
             f"size {pp}{context}; start a multiple of {tp * pp * cp} ranks"
         )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+        context_parallel_size=cp,
     )
 
 

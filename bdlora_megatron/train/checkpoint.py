@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,19 +216,26 @@ def load_checkpoint(path: Path, stepper: Stepper) -> int:
         Those of ``dist_checkpointing.load``.
     """
     state = dist_checkpointing.load(_sharded_state(stepper, is_loading=True), str(path))
-    stepper.model.module.load_state_dict(state["model"], strict=False)
+    for name, chunk in _chunks(stepper):
+        chunk.load_state_dict(state[name], strict=False)
     stepper.optimizer.load_state_dict(state["optimizer"])
     stepper.scheduler.load_state_dict(state["scheduler"])
     return int(state["step"])
 
 
+def _chunks(stepper: Stepper) -> Iterator[tuple[str, Any]]:
+    """This stage's parts of the model by Megatron-Core's names for them."""
+    for number, chunk in enumerate(stepper.chunks):
+        yield f"model{number}" if len(stepper.chunks) > 1 else "model", chunk.module
+
+
 def _sharded_state(stepper: Stepper, *, is_loading: bool) -> dict[str, Any]:
-    adapter = adapter_state(stepper.model.module, _METADATA)
+    adapter = {name: adapter_state(chunk, _METADATA) for name, chunk in _chunks(stepper)}
     optimizer = stepper.optimizer.sharded_state_dict(
         adapter, is_loading=is_loading, **optimizer_format(stepper.optimizer)
     )
     return {
-        "model": adapter,
+        **adapter,
         "optimizer": optimizer,
         "scheduler": stepper.scheduler.state_dict(),
     }

@@ -127,7 +127,7 @@ def _contradictions(config: TrainConfig) -> list[str]:
 
 
 def _about_parallelism(model: ModelSection) -> list[str]:
-    """How rows are to be divided, and what this trainer cannot do."""
+    """How rows and layers are to be divided."""
     problems = []
     tp, cp = model.tensor_model_parallel_size, model.context_parallel_size
     if model.sequence_parallel and model.seq_length % (tp * cp):
@@ -141,12 +141,10 @@ def _about_parallelism(model: ModelSection) -> list[str]:
             f"model.seq_length is {model.seq_length}; with context_parallel_size={cp} it must be a "
             f"multiple of twice as many, {2 * cp}"
         )
-    if (model.virtual_pipeline_model_parallel_size or 1) > 1:
+    if model.chunks_per_stage is not None and model.pipeline_model_parallel_size == 1:
         problems.append(
-            "model.virtual_pipeline_model_parallel_size is "
-            f"{model.virtual_pipeline_model_parallel_size}; stages are not interleaved here: leave "
-            "it out, and set train.global_batch_size to several times "
-            "pipeline_model_parallel_size x micro_batch_size to keep the stages busy"
+            f"model.virtual_pipeline_model_parallel_size is {model.chunks_per_stage}, and there is "
+            "one pipeline stage; leave it out, or set pipeline_model_parallel_size to 2 or more"
         )
     return problems
 

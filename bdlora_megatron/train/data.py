@@ -291,6 +291,9 @@ def _shuffled(size: int, seed: int | str) -> NDArray[np.int64]:
 class ShareOfBatch:
     """Which rows of a global batch one data-parallel rank computes, micro-batch by micro-batch.
 
+    Attributes:
+        multiple: A rank's micro-batches are a multiple of this.
+
     Raises:
         ConfigError: The global batch does not divide over micro-batches and ranks.
     """
@@ -299,13 +302,23 @@ class ShareOfBatch:
     micro_batch_size: int
     dp_rank: int
     dp_size: int
+    multiple: int = 1
 
     def __post_init__(self) -> None:
+        if self.global_batch_size % (self.micro_batch_size * self.dp_size * self.multiple):
+            self._refuse()
+
+    def _refuse(self) -> None:
         if self.global_batch_size % (self.micro_batch_size * self.dp_size):
             raise ConfigError(
                 f"train.global_batch_size is {self.global_batch_size}; it must be a multiple of "
                 f"micro_batch_size={self.micro_batch_size} x {self.dp_size} data-parallel ranks"
             )
+        raise ConfigError(
+            f"each data-parallel rank has {self.num_microbatches} micro-batches in a step; an "
+            f"interleaved pipeline of {self.multiple} stages takes a multiple of as many: change "
+            "train.global_batch_size or train.micro_batch_size"
+        )
 
     @property
     def num_microbatches(self) -> int:

@@ -112,7 +112,7 @@ def check_launch(config: TrainConfig, *, ranks: int | None = None) -> None:
     shape = hf
     adapted = config.peft.scheme != "none"
     checks: list[Callable[[], object]] = [
-        lambda: hf.check_stages(model.pipeline_model_parallel_size),
+        lambda: hf.check_stages(model.pipeline_model_parallel_size * (model.chunks_per_stage or 1)),
         lambda: shape.check_tp(model.tensor_model_parallel_size) if adapted else None,
         lambda: _check_loggers(config),
         lambda: resolve_peft(config.peft, hf),
@@ -144,6 +144,7 @@ def _check_batch(config: TrainConfig, ranks: int) -> None:
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=0,
         dp_size=ranks // config.model_parallel_size,
+        multiple=config.model.microbatch_multiple,
     )
 
 

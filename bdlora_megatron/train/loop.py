@@ -91,6 +91,7 @@ def train(config: TrainConfig) -> RunResult:
     with model_parallel(
         model.tensor_model_parallel_size,
         pp=model.pipeline_model_parallel_size,
+        vp=model.chunks_per_stage,
         cp=model.context_parallel_size,
     ) as where:
         del where
@@ -300,6 +301,7 @@ def _share(config: TrainConfig) -> ShareOfBatch:
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        multiple=config.model.microbatch_multiple,
     )
 
 

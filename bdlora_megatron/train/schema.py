@@ -55,12 +55,23 @@ class ModelSection:
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
     virtual_pipeline_model_parallel_size: Count | None = None
-    """Only None or 1: interleaved pipelines are refused."""
+    """Chunks of the model on each stage, between which the pipeline interleaves."""
     context_parallel_size: Count = 1
     """Ranks that share each row; ``seq_length`` is a multiple of twice as many."""
     sequence_parallel: Flag = False
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """What is computed again in backward instead of being kept."""
+
+    @property
+    def chunks_per_stage(self) -> int | None:
+        """As Megatron-Core takes it: None where stages are whole."""
+        count = self.virtual_pipeline_model_parallel_size
+        return None if count == 1 else count
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """A rank's micro-batches in a step are a multiple of this."""
+        return self.pipeline_model_parallel_size if self.chunks_per_stage else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, config=FORBID_UNKNOWN)

@@ -26,13 +26,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_attr_wrapped_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdlora_megatron.errors import BDLoRAError, ConfigError, MissingDependencyError
 from bdlora_megatron.runtime import device
 from bdlora_megatron.train.attention import packed_seq_params
 from bdlora_megatron.train.data import Batch
 from bdlora_megatron.train.loss import token_losses
+from bdlora_megatron.train.model import model_chunks
 from bdlora_megatron.train.schema import TrainConfig
 
 __all__ = ["DivergedError", "StepResult", "Stepper", "forward_backward", "mean_loss"]
@@ -63,7 +64,8 @@ class Stepper:
     """A model with adapters, and what trains them.
 
     Attributes:
-        model: The wrapped model.
+        model: The wrapped model, or a ``ModuleList`` of this stage's wrapped chunks.
+        chunks: The same as a list.
         optimizer: Megatron-Core's optimizer over the factors.
         scheduler: Megatron-Core's schedule, counted in steps.
     """
@@ -86,20 +88,17 @@ class Stepper:
         self._config = config
         if config.optimizer.use_distributed_optimizer:
             _check_split(model)
-        self.model = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-            ),
-            Float16Module(model.config, model) if config.train.precision == "bf16" else model,
-        )
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self.model])
+        self.chunks = [_wrapped(chunk, config) for chunk in model_chunks(model)]
+        several = len(self.chunks) > 1
+        self.model = nn.ModuleList(self.chunks) if several else self.chunks[0]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.chunks)
         self.scheduler = _scheduler(self.optimizer, config)
-        settings = model.config
-        settings.grad_scale_func = self.optimizer.scale_loss
-        settings.finalize_model_grads_func = finalize_model_grads
-        settings.no_sync_func = self.model.no_sync
+        for chunk in self.chunks:
+            settings = chunk.config
+            settings.grad_scale_func = self.optimizer.scale_loss
+            settings.finalize_model_grads_func = finalize_model_grads
+            no_sync = [each.no_sync for each in self.chunks]
+            settings.no_sync_func = no_sync if several else no_sync[0]
 
     def train_step(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Compute one step and update the factors.
@@ -122,7 +121,8 @@ class Stepper:
         # Not a state to be saved: a resumed run draws what it would have drawn.
         model_parallel_cuda_manual_seed(self._config.rng.seed + step)
         self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss, tokens = forward_backward(self.model, batches, self._config)
         if not math.isfinite(loss):
@@ -135,6 +135,17 @@ class Stepper:
         self.scheduler.step(increment=1)
         norm = None if norm is None else float(norm)
         return StepResult(loss=loss, tokens=tokens, grad_norm=norm, lr=lr)
+
+
+def _wrapped(chunk: Any, config: TrainConfig) -> Any:
+    return DistributedDataParallel(
+        chunk.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        ),
+        Float16Module(chunk.config, chunk) if config.train.precision == "bf16" else chunk,
+    )
 
 
 def mean_loss(model: Any, batches: Sequence[Batch], config: TrainConfig) -> float:
@@ -173,11 +184,15 @@ def forward_backward(
     Collectives: those of the model; one all-reduce of the gradients over data-parallel ranks, or
         one reduce-scatter with the distributed optimizer; some of one or two numbers.
     """
-    where = device()
+    where, chunks = device(), model_chunks(model)
+
+    def stream() -> Iterator[Batch]:
+        return (batch.on_context_rank(*_context()).to(where) for batch in batches)
+
     outputs = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=(batch.on_context_rank(*_context()).to(where) for batch in batches),
-        model=[model],
+        data_iterator=[stream() for _ in chunks] if len(chunks) > 1 else stream(),
+        model=chunks,
         num_microbatches=len(batches),
         seq_length=config.model.seq_length * config.train.micro_batch_size,
         # The rows of a micro-batch stand one after another.

@@ -21,7 +21,7 @@ from bdlora_megatron.train.loop import ADAPTER
 from bdlora_megatron.train.metrics import read_metrics
 from bdlora_megatron.train.stop import PreemptedError
 from tests.harness import RankError, run_ranks
-from tests.train.runs import make_files, settings, train_rank
+from tests.train.runs import make_base, make_files, settings, train_rank
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,28 @@ def test_context_parallel_ranks_train_and_one_rank_goes_on(root, tmp_path):
     changes = {"train__train_iters": 3, "model__context_parallel_size": 2}
     run_ranks(2, train_rank, _config(root, tmp_path / "parts", **packing, **changes))
     run_ranks(1, train_rank, _config(root, tmp_path / "parts", **packing))
+    wanted, found = _losses(tmp_path / "whole"), _losses(tmp_path / "parts")
+    assert found.keys() == wanted.keys()
+    for step, loss in wanted.items():
+        assert found[step] == pytest.approx(loss, abs=2e-4), step
+
+
+@pytest.mark.parametrize("model_class", ["auto", "gpt"])
+def test_an_interleaved_pipeline_trains_and_one_rank_goes_on(root, tmp_path, model_class):
+    base = make_base(tmp_path / "base", num_hidden_layers=4)
+    deep = {"model__hf_path": str(base), "dropout": 0.0}
+    chunks = {
+        "model__pipeline_model_parallel_size": 2,
+        "model__virtual_pipeline_model_parallel_size": 2,
+        "model__model_class": model_class,
+        "train__micro_batch_size": 1,
+        "optimizer": {"lr": 0.02, "use_distributed_optimizer": model_class == "auto"},
+        "train__train_iters": 3,
+    }
+    run_ranks(2, train_rank, _config(root, tmp_path / "parts", **deep, **chunks))
+    rest = {"optimizer": chunks["optimizer"]}
+    run_ranks(1, train_rank, _config(root, tmp_path / "parts", **deep, **rest))
+    run_ranks(1, train_rank, _config(root, tmp_path / "whole", **deep))
     wanted, found = _losses(tmp_path / "whole"), _losses(tmp_path / "parts")
     assert found.keys() == wanted.keys()
     for step, loss in wanted.items():

@@ -19,7 +19,7 @@ from tests.harness import run_ranks
 from tests.tolerances import MODEL_GRADIENTS, assert_close
 from tests.tp.models import randomize_adapters
 from tests.tp.session import model_parallel
-from tests.train.runs import first_batches, make_files, settings, training_rows
+from tests.train.runs import first_batches, make_base, make_files, settings, training_rows
 
 SCHEMES = {
     "bdlora": {"scheme": "bdlora", "bdlora": {"num_blocks": 6, "rank": 12}},
@@ -53,6 +53,20 @@ SIZES = {
     ),
     "cp2-pp2": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "cp2-dp2": (4, {"context_parallel_size": 2}),
+    "pp2-vp2": (
+        2,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    ),
+    "tp2-pp2-vp2-gpt-sequence": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "model_class": "gpt",
+        },
+    ),
 }
 
 
@@ -60,6 +74,8 @@ SIZES = {
 def root(tmp_path_factory):
     """Files, and for each scheme a random adapter with PEFT's gradients in fp64."""
     root = make_files(tmp_path_factory.mktemp("step"))
+    # Two chunks on each of two stages.
+    make_base(root / "base", num_hidden_layers=4)
     for scheme in SCHEMES:
         run_ranks(1, _write, _config(root, scheme))
         _make_reference(root, scheme)
@@ -135,7 +151,8 @@ def _share(config):
 def _gradients(rank, world_size, config):
     """The loss, and every factor's gradient put together from all ranks."""
     tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-    with model_parallel(tp, pp=pp, cp=config.model.context_parallel_size):
+    vp, cp = config.model.chunks_per_stage, config.model.context_parallel_size
+    with model_parallel(tp, pp=pp, vp=vp, cp=cp):
         model, _ = build_model(config)
         _load(model, config)
         stepper = Stepper(model, config)
@@ -189,7 +206,7 @@ def test_a_step_of_bdlora_sends_what_the_base_sends(root, sequence_parallel):
     assert counted["none"], "nothing was counted"
     assert counted["bdlora"] == counted["none"]
     # Per layer and micro-batch: one exchange at the rank in each of four linears, both ways.
-    layers, micro_batches = 2, 4
+    layers, micro_batches = 4, 4
     more = sum(counted["slora"].values()) - sum(counted["none"].values())
     assert more == 8 * layers * micro_batches
     # Forward nothing; backward the gradient of four replicated factors.
@@ -204,7 +221,7 @@ def test_context_parallel_ranks_exchange_keys_and_values_and_nothing_for_bdlora(
         assert first == second
         counted[scheme] = first
     # Keys and values of a row: 6 heads of 4 features each, in float32.
-    layers, micro_batches, payload = 2, 4, 48 * 2 * 6 * 4 * 4
+    layers, micro_batches, payload = 4, 4, 48 * 2 * 6 * 4 * 4
     each = {(kind, payload): layers * micro_batches for kind in ("all_gather", "reduce_scatter")}
     assert counted["none"] == each
     # The factors' gradients, summed once a step as over data-parallel ranks.

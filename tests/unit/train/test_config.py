@@ -131,7 +131,7 @@ def test_a_key_in_the_wrong_section_is_found_where_it_belongs():
         ),
         (
             {"model__virtual_pipeline_model_parallel_size": 2},
-            "virtual_pipeline_model_parallel_size is 2; stages are not interleaved here",
+            "virtual_pipeline_model_parallel_size is 2, and there is one pipeline stage; leave",
         ),
         ({"scheduler__lr_warmup_iters": 10}, "it must be less than the 10 steps of the schedule"),
         ({"peft__scheme": "none"}, "dataset.validation is empty; scheme none only evaluates"),

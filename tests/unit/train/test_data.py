@@ -87,6 +87,15 @@ def test_context_parallel_ranks_hold_two_pieces_of_each_example(size):
     assert len({len(share.share.keys) for share in shares}) == 1, "ranks do unequal work"
 
 
+def test_an_interleaved_pipeline_takes_whole_rounds_of_its_stages():
+    sizes = {"micro_batch_size": 2, "dp_rank": 0, "dp_size": 2, "multiple": 2}
+    assert ShareOfBatch(global_batch_size=16, **sizes).num_microbatches == 4
+    with pytest.raises(
+        ConfigError, match=r"has 3 micro-batches in a step; an interleaved pipeline"
+    ):
+        ShareOfBatch(global_batch_size=12, **sizes)
+
+
 def test_unpacked_rows_hold_one_example_each():
     dataset = RowDataset([example(0, 2), example(9, 2)], 7, packing=False, seed=0)
     assert len(dataset) == 2
