@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def main() -> int:
         "schemas": args.schemas,
         "valid": args.schemas - len(wrong),
         "models": dict(Counter(answer["model"] for answer in answers)),
-        "kinds": dict(Counter(answer["kind"] for answer in answers)),
+        "kinds": dict(Counter(kind for answer in answers for kind in answer["kinds"])),
         "tokens": sum(answer["tokens"] for answer in answers),
         "seconds": round(seconds, 1),
         "exit_status": status,
@@ -81,7 +82,16 @@ def _ask(http: httpx.Client, seed: int, spaces: dict[str, float]) -> dict[str, A
 
     A model that knows nothing may write spaces until it is cut, so they are unlikely.
     """
-    schema = {**make_schema(random.Random(seed)), "$defs": DEFS}
+    rng = random.Random(seed)
+    # Not one of them trivial.
+    properties = {name: make_schema(rng, 4) for name in "abcdef"[: rng.randint(2, 6)]}
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": sorted(rng.sample(sorted(properties), 2)),
+        "additionalProperties": False,
+        "$defs": DEFS,
+    }
     asked: dict[str, Any] = {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}
     if seed % 2:
         asked = {
@@ -95,18 +105,26 @@ def _ask(http: httpx.Client, seed: int, spaces: dict[str, float]) -> dict[str, A
     body = {"model": model, "prompt": "hello", "seed": seed, "max_tokens": MOST_TOKENS, **asked}
     reply = http.post("/v1/completions", json=body)
     if reply.status_code != 200:
-        return {"model": model, "kind": "", "tokens": 0, "schema": schema, "fault": reply.text}
+        return {"model": model, "kinds": [], "tokens": 0, "schema": schema, "fault": reply.text}
     answer = reply.json()
     (choice,) = answer["choices"]
     about = {"model": model, "tokens": answer["usage"]["completion_tokens"]}
     try:
         value = json.loads(choice["text"])
     except ValueError as error:
-        return {**about, "kind": "", "schema": schema, "fault": f"{error}: {choice['text']}"}
+        return {**about, "kinds": [], "schema": schema, "fault": f"{error}: {choice['text']}"}
     valid = jsonschema_rs.validator_for(schema).is_valid(value)
     if valid and choice["finish_reason"] == "stop":
-        return {**about, "kind": type(value).__name__, "fault": ""}
-    return {**about, "kind": "", "schema": schema, "fault": json.dumps(choice)}
+        return {**about, "kinds": list(_kinds(value)), "fault": ""}
+    return {**about, "kinds": [], "schema": schema, "fault": json.dumps(choice)}
+
+
+def _kinds(value: Any) -> Iterator[str]:
+    """The types of a value and of all that it holds."""
+    yield type(value).__name__
+    inside = value.values() if isinstance(value, dict) else value
+    for part in inside if isinstance(value, (dict, list)) else ():
+        yield from _kinds(part)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class Pools:
 
 def _a_rows(rows: int, projections: int, parts: int) -> int:
     """Rows of A that belong to so many of B; adapters' ranks are multiples of ``parts``."""
-    return -(-rows // parts) * projections
+    return rows // parts * projections
 
 
 def pool_bytes(layer: Any, geometry: LayerGeometry, capacity: LayerCapacity) -> int:
