@@ -85,8 +85,8 @@ def _soak() -> Statement:
 def _schemas() -> Statement:
     return Statement(
         page="docs/serving.md",
-        text="Of {schemas} random schemas, nested and with references, asked of a random base model "
-        "and its adapters in mixed batches at TP={tp}, {valid} answers were valid",
+        text="Of {schemas} random schemas, nested and with references, asked of a random base "
+        "model and its adapters in mixed batches at TP={tp}, {valid} answers were valid",
         report="schemas.json",
         values=lambda report: report,
     )
