@@ -27,6 +27,7 @@ from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.config import Layout
 from bdlora_megatron.errors import ShapeError
 from bdlora_megatron.layers.adapters import AdapterOptions, ProjectionPlan
+from bdlora_megatron.layers.cores import LayerCores
 from bdlora_megatron.layers.geometry import LayerGeometry
 from bdlora_megatron.layers.pools import (
     LayerCapacity,
@@ -57,12 +58,14 @@ class ServingStep:
         own: Whether layers run the pools whose adapters each rank multiplies alone.
         exchange: Whether layers run the S-LoRA pools, with their collectives. The same on every
             rank.
+        cores: Which core each token uses; None where no token has any.
         implementation: Of the grouped product, instead of the device's own.
     """
 
     batch: GroupedBatch | None = None
     own: bool = True
     exchange: bool = False
+    cores: GroupedBatch | None = None
     implementation: Implementation | None = None
 
 
@@ -98,6 +101,8 @@ class LayerSlots:
         self._column = not layer.splits_input
         own_capacity = capacity if capacity.own else replace(capacity, rows=0)
         self._own = Pools(layer, slot_columns(layer, geometry), own_capacity)
+        #: Of adapters that share a basis; see ``serve.cores``.
+        self.cores: LayerCores | None = None
         self._exchanged: Pools | None = None
         if capacity.exchanged:
             columns = exchanged_columns(layer, geometry)
@@ -108,6 +113,16 @@ class LayerSlots:
         """What slots hold, for ``SlotTables`` to bring to the device."""
         pools = [self._own] if self._exchanged is None else [self._own, self._exchanged]
         return [held.factors.table for held in pools]
+
+    def add_cores(self, *, num_slots: int, max_rank: int) -> LayerCores:
+        """Make room for cores.
+
+        Args:
+            num_slots: How many.
+            max_rank: The largest rank of a basis on one rank.
+        """
+        self.cores = LayerCores(self._layer, self.geometry, num_slots=num_slots, max_rank=max_rank)
+        return self.cores
 
     def shard(self, modules: Mapping[str, BlockFactors], layout: Layout) -> LayerShard:
         """Cut this rank's shard of an adapter, by the rules of ``layers.adapters``.
@@ -200,7 +215,11 @@ class LayerSlots:
         assert batch is not None
         tokens, flat = x.flatten(0, -2), out.view(-1, out.shape[-1])
         how = self.step.implementation
-        if self.step.own:
+        if self.step.own and self.cores is not None and self.step.cores is not None:
+            z = shrink(tokens, self._own.factors, batch, implementation=how)
+            z = self.cores.apply(z, self.step.cores, how)
+            flat = expand(flat, z, self._own.factors, batch, implementation=how)
+        elif self.step.own:
             flat = add_grouped(flat, tokens, self._own.factors, batch, implementation=how)
         if self.step.exchange and self._exchanged is not None:
             flat = self._add_exchanged(self._exchanged, flat, tokens, batch)

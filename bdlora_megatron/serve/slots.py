@@ -80,24 +80,29 @@ class ModelSlots:
         self.allocator = SlotAllocator(
             capacity.max_loras, rows=rows, max_rows=capacity.max_lora_rank
         )
-        self._layers: dict[str, LayerSlots] = {}
+        self.layers: dict[str, LayerSlots] = {}
         for layer, target in self._places:
             layer.slots = LayerSlots(
                 layer, target.geometry, self._layer_capacity(layer, rows), self.step
             )
-            self._layers[target.full_name] = layer.slots
+            self.layers[target.full_name] = layer.slots
             if layer is not target.module:
                 replace_module(model, target.module, layer)
         self._tables = SlotTables(
-            [table for slots in self._layers.values() for table in slots.tables]
+            [table for slots in self.layers.values() for table in slots.tables]
         )
         self._exchanged: set[int] = set()
-        self.device = layers[0].weight.device
+        self.device, self.tp_group = layers[0].weight.device, layers[0].tp_group
 
     @property
     def num_slots(self) -> int:
         """Slots N."""
         return self.capacity.max_loras
+
+    def keys_of_layers(self) -> Iterator[tuple[str, Mapping[str, ModuleKey]]]:
+        """The layers by their full names, and for each the modules of its projections."""
+        for target in self._linears:
+            yield target.full_name, target.keys
 
     @property
     def memory_bytes(self) -> int:
@@ -185,7 +190,7 @@ class ModelSlots:
         for target in self._linears:
             keys = {name: key for name, key in target.keys.items() if key in adapter.modules}
             if keys:
-                slots = self._layers[target.full_name]
+                slots = self.layers[target.full_name]
                 shards[target.full_name] = self._layer_shard(slots, adapter, keys, layout)
         if not shards:
             raise TargetError(f"adapter {adapter.name!r} has no module on this rank's layers")
@@ -262,7 +267,7 @@ class ModelSlots:
             self._clear(slot)
         self._note_empty(place.slot)
         for name, part in shard.layers.items():
-            self._layers[name].write(place.slot, place.first_row, part, exchanged=shard.exchanged)
+            self.layers[name].write(place.slot, place.first_row, part, exchanged=shard.exchanged)
         self._tables.upload(place.slot)
         if shard.exchanged:
             self._exchanged.add(place.slot)
@@ -285,7 +290,7 @@ class ModelSlots:
         self._tables.upload(slot)
 
     def _note_empty(self, slot: int) -> None:
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.clear(slot)
         self._exchanged.discard(slot)
 
@@ -303,7 +308,12 @@ class ModelSlots:
         """
         return GroupedBatch(token_slot, num_slots=self.num_slots)
 
-    def set_batch(self, batch: GroupedBatch | None, used: Collection[int] | None = None) -> None:
+    def set_batch(
+        self,
+        batch: GroupedBatch | None,
+        used: Collection[int] | None = None,
+        cores: GroupedBatch | None = None,
+    ) -> None:
         """Say what the coming steps run, until it is said again; None runs the base model alone.
 
         Args:
@@ -311,8 +321,9 @@ class ModelSlots:
             used: The slots that the batch uses, or more, the same on every rank. Where none of them
                 is in the S-LoRA layout, its products and collectives are left out; where all are,
                 those of the other layouts. None: any slot.
+            cores: Of ``CoreSlots.batch``, where tokens use a basis.
         """
-        self.step.batch = batch
+        self.step.batch, self.step.cores = batch, cores
         used = range(self.num_slots) if used is None else used
         self.step.exchange = not self._exchanged.isdisjoint(used)
         self.step.own = self.capacity.own and not self._exchanged.issuperset(used)
@@ -337,17 +348,23 @@ class ModelSlots:
         self.step.exchange = self.capacity.exchanged
 
     @contextmanager
-    def serving(self, batch: GroupedBatch, used: Collection[int] | None = None) -> Iterator[None]:
+    def serving(
+        self,
+        batch: GroupedBatch,
+        used: Collection[int] | None = None,
+        cores: GroupedBatch | None = None,
+    ) -> Iterator[None]:
         """Run the batch's adapters inside the ``with`` block.
 
         Args:
             batch: Which slot each token uses.
             used: As for ``set_batch``.
+            cores: Likewise.
 
         Yields:
             Nothing.
         """
-        self.set_batch(batch, used)
+        self.set_batch(batch, used, cores)
         try:
             yield
         finally:

@@ -56,7 +56,7 @@ def ready(store, key):
 def held(store, key):
     """What the slots hold of an adapter in the first layer: A below B."""
     slot = store.slots.allocator.slot(key)
-    factors = next(iter(store.slots._layers.values()))._own.factors
+    factors = next(iter(store.slots.layers.values()))._own.factors
     return torch.cat([factors.a(slot, 0), factors.b(slot, 0)], dim=1)
 
 

@@ -203,7 +203,7 @@ class Schedule(RuleBasedStateMachine):
             shard = self.slots.shard(make_adapter(seed, rank=adapter_rank, modules=PROJ))
             slot = self.slots.allocator.slot(key)
             for name, part in shard.layers.items():
-                factors = self.slots._layers[name]._own.factors
+                factors = self.slots.layers[name]._own.factors
                 assert torch.equal(factors.a(slot, 0), part.A)
                 assert torch.equal(factors.b(slot, 0), part.B[0])
 
