@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bdlora_megatron.serve.allocator import Placement, SlotAllocator
     from bdlora_megatron.serve.capacity import AdapterShard, SlotCapacity
+    from bdlora_megatron.serve.cores import CoreShard, CoreSlots
     from bdlora_megatron.serve.host_cache import HostCache
     from bdlora_megatron.serve.slots import ModelSlots
     from bdlora_megatron.serve.store import AdapterStore
@@ -22,6 +23,8 @@ __all__ = [
     "AdapterKey",
     "AdapterShard",
     "AdapterStore",
+    "CoreShard",
+    "CoreSlots",
     "HostCache",
     "ModelSlots",
     "Placement",
@@ -35,6 +38,7 @@ _HOMES = {
     "host_cache": ("HostCache",),
     "allocator": ("Placement", "SlotAllocator"),
     "capacity": ("AdapterShard", "SlotCapacity"),
+    "cores": ("CoreShard", "CoreSlots"),
     "slots": ("ModelSlots",),
     "store": ("AdapterStore",),
     "store_types": ("AdapterKey", "StoreOptions", "StoreStats"),

@@ -343,7 +343,8 @@ class ModelSlots:
             known = self._captured[len(token_slot)] = self.batch(token_slot)
         else:
             known.refill(token_slot)
-        self.step.batch = known
+        # Cores have no part in captured steps yet.
+        self.step.batch, self.step.cores = known, None
         self.step.own = self.capacity.own
         self.step.exchange = self.capacity.exchanged
 

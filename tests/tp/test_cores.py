@@ -10,8 +10,7 @@ from bdlora_megatron.convert import Adapter, ModuleKey
 from bdlora_megatron.errors import CapacityError, ConfigError, ShapeError, TargetError
 from bdlora_megatron.layers import LoadOptions, load_adapter, remove_lora
 from bdlora_megatron.runtime import record_collectives
-from bdlora_megatron.serve import ModelSlots, SlotCapacity
-from bdlora_megatron.serve.cores import CoreSlots
+from bdlora_megatron.serve import CoreSlots, ModelSlots, SlotCapacity
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.models import tokens
@@ -31,7 +30,8 @@ def cores_of(seed, *, blocks=1, modules=tuple(SIDES), layers=(0, 1)):
     generator = torch.Generator().manual_seed(seed)
     size = K // blocks
     return {
-        ModuleKey(layer=layer, name=name): torch.randn(blocks, size, size, generator=generator) * 0.2
+        ModuleKey(layer=layer, name=name): torch.randn(blocks, size, size, generator=generator)
+        * 0.2
         for layer in layers
         for name in modules
     }
