@@ -21,6 +21,7 @@ __all__ = [
     "Failed",
     "Grammar",
     "LoadAdapter",
+    "Places",
     "Ready",
     "Sampling",
     "Snapshot",
@@ -312,11 +313,11 @@ class Snapshot:
     num_blocks: int = 0
     slots_in_use: int = 0
     num_slots: int = 0
-    resident: tuple[str, ...] = ()
-    """Adapters in slots, least recently used first."""
+    running_adapters: Mapping[str, int] = field(default_factory=dict)
+    """Requests that run, of each adapter that has any."""
 
-    running_adapters: tuple[str, ...] = ()
-    waiting_adapters: tuple[str, ...] = ()
+    waiting_adapters: Mapping[str, int] = field(default_factory=dict)
+    """Likewise, of those that wait."""
 
     preemptions: int = 0
     """Requests whose cache was given to others, to be computed again; since the start."""
@@ -340,16 +341,33 @@ class Snapshot:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where adapters are, in the versions that new requests get. The others are on disk alone.
+
+    Attributes:
+        slot: Those in slots.
+        host: Those in host memory, and in no slot.
+        loading: Those that are being read from disk, or wait for room to be.
+    """
+
+    slot: tuple[str, ...] = ()
+    host: tuple[str, ...] = ()
+    loading: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
     """All that a step gave.
 
     Attributes:
         events: In order; a request's tokens one after another.
         snapshot: The engine afterwards.
+        places: Where adapters are; None where that is not known to have changed.
     """
 
     events: tuple[Token | Failed | AdapterResult, ...] = ()
     snapshot: Snapshot = Snapshot()
+    places: Places | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,7 @@ from bdlora_megatron.errors import (
 from bdlora_megatron.serve.capacity import AdapterShard
 from bdlora_megatron.serve.host_cache import HostCache
 from bdlora_megatron.serve.loader import Load, Outcome, Threads, agree
+from bdlora_megatron.serve.messages import Places
 from bdlora_megatron.serve.slots import ModelSlots
 from bdlora_megatron.serve.store_types import AdapterKey, StoreOptions, StoreStats
 
@@ -186,6 +187,19 @@ class AdapterStore:
     def names(self) -> tuple[str, ...]:
         """Everything that is registered, in order of registration."""
         return tuple(self._current)
+
+    def places(self) -> Places:
+        """Where each name's adapter is."""
+        found: dict[str, list[str]] = {"slot": [], "host": [], "loading": []}
+        for name, key in self._current.items():
+            entry = self._entries[key]
+            if key in self.slots.allocator:
+                found["slot"].append(name)
+            elif key in self._host:
+                found["host"].append(name)
+            elif entry.load is not None or entry.waiting:
+                found["loading"].append(name)
+        return Places(**{place: tuple(names) for place, names in found.items()})
 
     def uses(self, key: AdapterKey) -> int:
         """How often a version is in use now."""

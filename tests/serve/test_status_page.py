@@ -1,9 +1,9 @@
-"""The page at ``/``: served without a key, and what it shows is true."""
+"""What the page at ``/`` shows is true of a server with ranks."""
 
 from __future__ import annotations
 
 import json
-import re
+import time
 
 import httpx2 as httpx
 import pytest
@@ -11,23 +11,89 @@ import pytest
 pytestmark = pytest.mark.engine
 
 
-def test_the_page_reads_its_numbers_from_the_server(server):
-    status, page = server.get("/")
-    assert status == 200
-    # Every element that the script looks for is there, and every path it asks is a route.
-    ids = set(re.findall(r'at\("([\w-]+)"\)', page.decode()))
-    assert len(ids) > 8
-    assert ids <= set(re.findall(r'\bid="?([\w-]+)', page.decode()))
-    body = {"model": "blocks", "prompt": "hello", "max_tokens": 5, "ignore_eos": True}
-    before = json.loads(server.get("/status.json")[1])
-    httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
-    after = json.loads(server.get("/status.json")[1])
+def status(server):
+    return json.loads(server.get("/status.json")[1])
+
+
+def until(server, holds):
+    """The first status of which that holds; where adapters are is looked at twice a second."""
+    for _ in range(150):
+        told = status(server)
+        if holds(told):
+            return told
+        time.sleep(0.1)
+    raise AssertionError(told)
+
+
+def model(told, name):
+    (found,) = (m for m in told["models"] if m["name"] == name)
+    return found
+
+
+def served(told):
+    return round(sum(rate or 0 for rate in told["history"]["tokens_s"]) * 5)
+
+
+def complete(server, name, prompt="hello", **more):
+    body = {"model": name, "prompt": prompt, "max_tokens": 5, "ignore_eos": True, **more}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    answer.raise_for_status()
+    return answer.json()["usage"]
+
+
+def quiet(told):
+    return told["history"]["tokens_s"][-1] == 0
+
+
+def test_requests_are_counted_where_they_were_served(server):
+    assert server.get("/")[0] == 200
+    before = until(server, quiet)
+    complete(server, "blocks")
+    after = until(
+        server, lambda told: served(told) > served(before) and not told["engine"]["running"]
+    )
     assert after["state"] == "ready"
-    assert after["tokens"] - before["tokens"] == 5
-    assert after["first_count"] - before["first_count"] == 1
-    assert after["first_sum_s"] > before["first_sum_s"]
-    (old,), (new,) = ([m for m in s["models"] if m["name"] == "blocks"] for s in (before, after))
+    assert after["engine"]["num_slots"] == 2
+    assert served(after) - served(before) == 5
+    new, old = model(after, "blocks"), model(before, "blocks")
     assert new["requests"] - old["requests"] == 1
-    assert new["resident"] is True
-    assert new["outstanding"] == 0
-    assert after["engine"]["num slots"] == 2
+    assert new["tokens"] - old["tokens"] == 5
+    assert (new["state"], new["running"], new["waiting"]) == ("in a slot", 0, 0)
+    first = [value for value in after["history"]["first_s"] if value is not None][-1]
+    assert 0 < first < 60
+
+
+def test_the_share_of_prompts_in_the_cache_is_that_of_the_answers(server):
+    prompt = "a prompt of several blocks that nobody has sent before"
+    until(server, quiet)
+    usages = [complete(server, "vanilla", prompt) for _ in range(2)]
+    told = until(server, lambda told: quiet(told) and told["history"]["cached"][-2] is not None)
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cached[0] == 0 < cached[1]
+    length = usages[0]["prompt_tokens"]
+    # In one piece of time, or in two.
+    assert told["history"]["cached"][-2] in (
+        pytest.approx(cached[1] / (2 * length)), pytest.approx(cached[1] / length),
+    )  # fmt: skip
+
+
+def test_adapters_that_change_places_are_seen_where_they_are(server):
+    """Three adapters and two slots; the metrics say the same."""
+    names = ("vanilla", "blocks", "attention")
+    for name in names:
+        complete(server, name)
+    told = until(
+        server,
+        lambda told: [model(told, name)["state"] for name in names[1:]] == ["in a slot"] * 2,
+    )
+    assert model(told, "vanilla")["state"] in {"in host memory", "on disk"}
+    assert server.metric('bdlora_adapters{place="slot"}') == 2
+
+
+def test_what_clients_are_told_is_among_the_recent_errors(server):
+    body = {"model": "nobody", "prompt": "hello"}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 404
+    newest = status(server)["errors"][0]
+    assert (newest["status"], newest["model"]) == (404, "nobody")
+    assert "does not exist" in newest["message"]
+    assert abs(newest["at_s"] - time.time()) < 60

@@ -388,7 +388,7 @@ def sends_body(rank: int, world: int) -> dict[str | None, list[Collective]]:
                 with runtime.record_collectives() as log:
                     run(engine, {0: [request]}, {})
                 sent[name] = log.calls
-        assert len(engine.snapshot().resident) == 3
+        assert len(engine.places().slot) == 3
         return sent
 
 

@@ -67,7 +67,7 @@ async def load_lora_adapter(request: Request, response: Response, body: LoadRequ
         )
     version = 1 if known is None else known.version + 1
     card = AdapterCard(body.lora_name, path, version=version, files=files)
-    async with _Changing(api, body.lora_name):
+    async with _Changing(api, body.lora_name, "loading"):
         try:
             note = await asyncio.to_thread(api.give_text, card)
         except ConfigError as error:
@@ -95,13 +95,14 @@ async def unload_lora_adapter(request: Request, response: Response, body: Unload
         raise APIError(
             404, f"the lora adapter {body.lora_name!r} cannot be found", param="lora_name"
         )
-    async with _Changing(api, body.lora_name):
+    async with _Changing(api, body.lora_name, "unloading"):
         card = api.adapters.pop(body.lora_name)
         error = await api.client.unload(body.lora_name)
         if error is not None:
             api.adapters[body.lora_name] = card
             raise APIError(500, error)
         api.metrics.forget(body.lora_name)
+        api.history.forget(body.lora_name)
     response.headers.update(ignored_header(_ignored(api, body)))
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
@@ -145,19 +146,20 @@ def _ignored(api: APIServer, body: LoadRequest | UnloadRequest) -> list[str]:
 class _Changing:
     """Holds a name while it is loaded or unloaded."""
 
-    def __init__(self, api: APIServer, name: str) -> None:
+    def __init__(self, api: APIServer, name: str, what: str) -> None:
         self._api = api
         self._name = name
+        self._what = what
 
     async def __aenter__(self) -> None:
         if self._name in self._api.changing:
             raise APIError(
                 409, f"adapter {self._name!r} is being loaded or unloaded; try again later"
             )
-        self._api.changing.add(self._name)
+        self._api.changing[self._name] = self._what
 
     async def __aexit__(self, *exception: object) -> None:
-        self._api.changing.discard(self._name)
+        self._api.changing.pop(self._name, None)
 
 
 def _find(api: APIServer, body: LoadRequest) -> tuple[Path, Fingerprint]:

@@ -10,8 +10,9 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from bdlora_megatron.serve.api import admin, errors, megatron_api, openai, status, tokens
-from bdlora_megatron.serve.api.errors import APIError, as_api_error
+from bdlora_megatron.serve.api.errors import ASKED, APIError, Asked, told
 from bdlora_megatron.serve.api.generation import REQUEST_ID
+from bdlora_megatron.serve.api.history import Faults
 from bdlora_megatron.serve.api.state import APIServer
 
 __all__ = ["make_app"]
@@ -26,7 +27,7 @@ def make_app(api: APIServer) -> FastAPI:
     errors.install(app)
     # The last one is the outermost.
     app.add_middleware(_BodyLimit, most=api.settings.max_body_bytes)
-    app.add_middleware(_Named)
+    app.add_middleware(_Named, faults=api.faults)
     if api.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -46,8 +47,9 @@ class _Named:
 
     _GIVEN = re.compile(rb"[!-~]{1,128}")
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, faults: Faults) -> None:
         self._app = app
+        self._faults = faults
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -56,6 +58,7 @@ class _Named:
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         name = given if self._GIVEN.fullmatch(given) else uuid.uuid4().hex.encode()
         REQUEST_ID.set(name.decode())
+        ASKED.set(Asked(self._faults, scope["path"]))
         bodiless, started = scope["method"] == "HEAD", False
 
         async def answer(message: Any) -> None:
@@ -74,7 +77,7 @@ class _Named:
         except Exception as error:
             if started:
                 raise
-            await as_api_error(error).response()(scope, receive, answer)
+            await told(error).response()(scope, receive, answer)
 
 
 class _BodyLimit:
@@ -90,7 +93,7 @@ class _BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self._most:
-            await self._refusal().response()(scope, receive, send)
+            await told(self._refusal()).response()(scope, receive, send)
             return
         seen, refused = 0, False
 
@@ -109,7 +112,7 @@ class _BodyLimit:
                 await send(message)
             elif not refused:
                 refused = True
-                await self._refusal().response()(scope, receive, send)
+                await told(self._refusal()).response()(scope, receive, send)
 
         await self._app(scope, counted, answer)
 

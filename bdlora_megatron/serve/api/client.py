@@ -17,6 +17,7 @@ from bdlora_megatron.serve.messages import (
     Command,
     Failed,
     LoadAdapter,
+    Places,
     Ready,
     Sampling,
     Snapshot,
@@ -53,11 +54,13 @@ class EngineClient:
 
     Attributes:
         snapshot: The engine after its last step.
+        places: Where adapters are, up to half a second ago.
         outstanding: Requests that have not ended, by adapter; None stands for the base model.
     """
 
     def __init__(self) -> None:
         self.snapshot = Snapshot()
+        self.places = Places()
         self.outstanding: Counter[str | None] = Counter()
         self._link: Connection | None = None
         self._ready: asyncio.Future[Ready] | None = None
@@ -89,7 +92,7 @@ class EngineClient:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(gone)
-        self.snapshot = Snapshot()
+        self.snapshot, self.places = Snapshot(), Places()
 
     async def ready(self) -> Ready:
         """Wait until the model is loaded.
@@ -238,6 +241,7 @@ class EngineClient:
             return
         assert isinstance(message, StepReport)
         self.snapshot = message.snapshot
+        self.places = message.places or self.places
         for event in message.events:
             if isinstance(event, AdapterResult):
                 future = self._answers.get(event.ticket)

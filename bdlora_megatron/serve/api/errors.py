@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,8 +15,9 @@ from starlette.exceptions import HTTPException
 
 from bdlora_megatron.errors import BDLoRAError
 from bdlora_megatron.serve.api.client import EngineGoneError, RequestFailedError
+from bdlora_megatron.serve.api.history import Faults
 
-__all__ = ["APIError", "BadRequestError", "as_api_error", "install"]
+__all__ = ["ASKED", "APIError", "Asked", "BadRequestError", "as_api_error", "install", "told"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,30 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+
+
+#: Of a client that did not wait for its answer.
+_GONE = 499
+#: Whose bodies hold no prompts, so that what they are told may be shown to others.
+_OPEN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+@dataclass(slots=True)
+class Asked:
+    """The request at hand, as far as its faults are noted.
+
+    Attributes:
+        faults: Where.
+        path: What it asks.
+        model: Whom, once that is known.
+    """
+
+    faults: Faults
+    path: str
+    model: str | None = None
+
+
+ASKED: ContextVar[Asked | None] = ContextVar("ASKED", default=None)
 
 
 class APIError(Exception):
@@ -103,18 +130,35 @@ def as_api_error(error: Exception) -> APIError:
     return APIError(500, "internal error; the server's log tells more")
 
 
+def told(error: Exception) -> APIError:
+    """As ``as_api_error``, for an answer that is sent: the status page will show it.
+
+    What is wrong with a body may repeat some of it, so the page names the place alone.
+    """
+    answer, asked = as_api_error(error), ASKED.get()
+    if asked is None or answer.status == _GONE:
+        return answer
+    fault = answer.body["error"]
+    message, kind = str(answer), fault["code"] or fault["param"]
+    if answer.status == 400 and asked.path not in _OPEN:
+        place = "" if fault["param"] is None else f" in {fault['param']}"
+        message = f"{fault['code'] or fault['type']}{place}: {asked.path}"
+    asked.faults.add(answer.status, message, kind=kind, model=asked.model)
+    return answer
+
+
 def install(app: FastAPI) -> None:
     """Let an app tell all its errors in this shape."""
 
     async def any_error(request: Request, error: Exception) -> JSONResponse:
         del request
-        return as_api_error(error).response()
+        return told(error).response()
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         what = f"{error.detail}: {request.method} {request.url.path}"
         headers = None if error.headers is None else dict(error.headers)
-        return APIError(error.status_code, what, headers=headers).response()
+        return told(APIError(error.status_code, what, headers=headers)).response()
 
     app.add_exception_handler(APIError, any_error)
     app.add_exception_handler(BDLoRAError, any_error)

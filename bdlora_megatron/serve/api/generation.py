@@ -205,6 +205,13 @@ async def stream(api: APIServer, job: Job) -> AsyncGenerator[tuple[int, TextDelt
             if isinstance(item, BaseException):
                 raise item
             now_s, came = time.monotonic(), len(item[1].choices)
+            _remember(
+                api,
+                job,
+                *item,
+                first_s=None if first_s else now_s - job.arrived_s,
+                opens=item[0] not in last_s,
+            )
             first_s = now_s if first_s is None else first_s
             _time_tokens(api, last_s.get(item[0]), now_s, came)
             last_s[item[0]] = now_s
@@ -224,6 +231,21 @@ async def stream(api: APIServer, job: Job) -> AsyncGenerator[tuple[int, TextDelt
         _record(api, job, status, tokens, first_s)
         # Last: where the client has gone, Starlette cancels whatever is awaited here.
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _remember(
+    api: APIServer, job: Job, index: int, delta: TextDelta, *, first_s: float | None, opens: bool
+) -> None:
+    """Tell the status page of a piece of an answer; where it opens one, of the prompt too."""
+    # A prompt that is scored is computed whole.
+    looked_up = opens and not job.sampling.prompt_logprobs
+    api.history.add(
+        job.adapter or api.base_name,
+        tokens=len(delta.choices),
+        first_s=first_s,
+        prompt=len(job.prompt_of(index).ids) if looked_up else 0,
+        cached=delta.cached if looked_up else 0,
+    )
 
 
 def _time_tokens(api: APIServer, last_s: float | None, now_s: float, came: int) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from bdlora_megatron.serve.api.client import EngineClient
+from bdlora_megatron.serve.api.history import Faults
 from bdlora_megatron.serve.messages import Snapshot
 from bdlora_megatron.serve.settings import ServeSettings
 
@@ -47,9 +49,11 @@ _COUNTERS = {
 class Metrics:
     """Counts and times of requests, by adapter, beside the engine's own numbers."""
 
-    def __init__(self, client: EngineClient, base: str, settings: ServeSettings) -> None:
+    def __init__(
+        self, client: EngineClient, base: str, settings: ServeSettings, faults: Faults
+    ) -> None:
         """Make empty metrics."""
-        self._base, self._settings = base, settings
+        self._base, self._settings, self._faults = base, settings, faults
         self.registry = CollectorRegistry()
         self._client = client
         self.registry.register(self)
@@ -116,6 +120,40 @@ class Metrics:
         for adapter, count in self._client.outstanding.items():
             waiting.add_metric([adapter or self._base], count)
         yield waiting
+        for state, counts in self.requests_by_model().items():
+            gauge = GaugeMetricFamily(
+                f"bdlora_{state}_requests", f"Requests, {state}, of each model", labels=["model"]
+            )
+            for model, count in counts.items():
+                gauge.add_metric([model], count)
+            yield gauge
+        places = GaugeMetricFamily(
+            "bdlora_adapters",
+            "Adapters in slots, those in host memory alone, and those that are being read",
+            labels=["place"],
+        )
+        for place, names in asdict(self._client.places).items():
+            places.add_metric([place], len(names))
+        yield places
+        errors = CounterMetricFamily(
+            "bdlora_errors",
+            "Answers with a status of 400 or more, or an error in a stream",
+            labels=["status"],
+        )
+        for status, count in self._faults.total.items():
+            errors.add_metric([str(status)], count)
+        yield errors
+
+    def requests_by_model(self) -> dict[str, dict[str, int]]:
+        """Requests that run, and those that wait, of each model that has any."""
+        found, snapshot = {}, self._client.snapshot
+        for state, total, adapters in (
+            ("running", snapshot.running, snapshot.running_adapters),
+            ("waiting", snapshot.queued, snapshot.waiting_adapters),
+        ):
+            rest = total - sum(adapters.values())
+            found[state] = {**({self._base: rest} if rest > 0 else {}), **adapters}
+        return found
 
     def _vllm(self, snapshot: Snapshot) -> Iterator[Metric]:
         used = snapshot.used_blocks / snapshot.num_blocks if snapshot.num_blocks else 0.0

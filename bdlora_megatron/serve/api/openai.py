@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from bdlora_megatron.serve.api.errors import APIError, BadRequestError, as_api_error
+from bdlora_megatron.serve.api.errors import APIError, BadRequestError, told
 from bdlora_megatron.serve.api.fields import advice, ignored_fields, ignored_header, refused_field
 from bdlora_megatron.serve.api.formats import grammar_of
 from bdlora_megatron.serve.api.generation import Prompt, answer, plan, stream
@@ -273,7 +273,7 @@ async def _events(
                 yield chunk(reply.delta(*item))
                 item = await anext(deltas, None)
     except Exception as error:
-        yield _event(as_api_error(error).body)
+        yield _event(told(error).body)
         return
     if options.include_usage:
         yield _event(reply.chunk([], usage=reply.usage(tokens)))

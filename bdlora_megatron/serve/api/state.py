@@ -15,7 +15,8 @@ from fastapi import Request
 
 from bdlora_megatron.errors import ConfigError
 from bdlora_megatron.serve.api.client import EngineClient
-from bdlora_megatron.serve.api.errors import APIError
+from bdlora_megatron.serve.api.errors import ASKED, APIError
+from bdlora_megatron.serve.api.history import Faults, History
 from bdlora_megatron.serve.api.metrics import Metrics
 from bdlora_megatron.serve.api.own_text import own_text
 from bdlora_megatron.serve.api.text import Tokenizer
@@ -56,10 +57,12 @@ class APIServer:
         base_name: What requests call the base model.
         adapters: By name, those that new requests may use.
         refused: By name, why the other adapters of the settings are not served.
-        changing: Names that are being loaded or unloaded.
+        changing: Names that are being loaded or unloaded, with which of the two.
         draining: No further requests are taken.
         open_answers: Answers that clients have not had to their end, by adapter; None stands for
             the base model. What the engine has finished and a slow client has not read is one.
+        history: What was served in the last minutes.
+        faults: The errors that clients were last told.
     """
 
     def __init__(self, settings: ServeSettings, tokenizer: Tokenizer) -> None:
@@ -73,7 +76,8 @@ class APIServer:
         self.base_name = settings.base_name
         self.tokenizer = tokenizer
         self.client = EngineClient()
-        self.metrics = Metrics(self.client, self.base_name, settings)
+        self.history, self.faults = History(), Faults()
+        self.metrics = Metrics(self.client, self.base_name, settings, self.faults)
         self.started = int(time.time())
         self.draining = False
         self.open_answers: Counter[str | None] = Counter()
@@ -89,7 +93,7 @@ class APIServer:
                 self.refuse({name: str(error)})
             else:
                 self.adapters[name] = card
-        self.changing: set[str] = set()
+        self.changing: dict[str, str] = {}
 
     # --- adapters ------------------------------------------------------------------------------
 
@@ -211,6 +215,9 @@ class APIServer:
         Raises:
             APIError: Status 404; there is no such model, or not for this key.
         """
+        asked = ASKED.get()
+        if asked is not None:
+            asked.model = model
         if model not in self.allowed(key):
             why = self.refused_for(key).get(model)
             raise APIError(

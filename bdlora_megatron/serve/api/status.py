@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -10,20 +11,25 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
+from bdlora_megatron import __version__
 from bdlora_megatron.serve.api.state import APIServer
+from bdlora_megatron.serve.settings import ApiKey
 
 __all__ = ["router"]
 
 router = APIRouter(include_in_schema=False)
 
 _PAGE = resources.files("bdlora_megatron.serve.api").joinpath("status.html").read_text()
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @router.get("/", response_class=HTMLResponse)
 async def page() -> HTMLResponse:
     """The page; it holds no numbers and needs no key."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": policy + "connect-src 'self'"})
+    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY})
 
 
 @router.get("/status.json")
@@ -31,44 +37,65 @@ async def numbers(request: Request) -> dict[str, Any]:
     """What the page shows, for the models that the key may use."""
     api: APIServer = request.app.state.api
     key = api.authorize(request)
-    names = api.allowed(key)
-    base, client, metrics = api.base_name, api.client, api.metrics
-    snapshot = asdict(client.snapshot)
-    resident = set(snapshot.pop("resident"))
-    ended: dict[str, float] = {}
-    (family,) = metrics.requests.collect()
-    for sample in family.samples:
-        if sample.name.endswith("_total"):
-            ended[sample.labels["model"]] = ended.get(sample.labels["model"], 0) + sample.value
-    tokens = _by_model(metrics.generated_tokens, "_total", names)
+    names, client = api.allowed(key), api.client
+    everything = key is None or key.models is None
+    engine = asdict(client.snapshot)
+    # By model below, for those that the key may use.
+    del engine["running_adapters"], engine["waiting_adapters"]
     state = "draining" if api.draining else "ready" if client.is_ready else "loading"
     return {
-        "time_s": time.monotonic(),
-        "state": state,
-        "engine": {name.replace("_", " "): value for name, value in snapshot.items()},
-        "tokens": sum(tokens.values()),
-        "first_sum_s": sum(_by_model(metrics.first_token_s, "_sum", names).values()),
-        "first_count": sum(_by_model(metrics.first_token_s, "_count", names).values()),
-        "models": [
+        "state": "ended" if client.has_ended else state,
+        "version": __version__,
+        "up_s": int(time.time()) - api.started,
+        "engine": engine,
+        "limits": {
+            "max_num_seqs": api.settings.max_num_seqs,
+            "max_queue": api.settings.max_queue,
+        },
+        "history": api.history.series(set(names)),
+        "models": _models(api, key, names),
+        "errors": api.faults.told(None if everything else names),
+    }
+
+
+def _models(api: APIServer, key: ApiKey | None, names: list[str]) -> list[dict[str, Any]]:
+    """The models that a key may use, those that come or go, and those that were refused."""
+    requests = api.metrics.requests_by_model()
+    ended = _by_model(api.metrics.requests)
+    tokens = _by_model(api.metrics.generated_tokens)
+    where = {
+        name: {"slot": "in a slot", "host": "in host memory", "loading": "loading"}[place]
+        for place, found in asdict(api.client.places).items()
+        for name in found
+    }
+    models = []
+    for name in names:
+        card = api.adapters.get(name)
+        state = "base model" if card is None else where.get(name, "on disk")
+        models.append(
             {
                 "name": name,
-                "parent": None if name == base else base,
-                "resident": name == base or name in resident,
-                "outstanding": client.outstanding[None if name == base else name],
-                "requests": int(ended.get(name, 0)),
-                "tokens": int(tokens.get(name, 0)),
+                "version": None if card is None else card.version,
+                "state": api.changing.get(name, state),
+                "running": requests["running"].get(name, 0),
+                "waiting": requests["waiting"].get(name, 0),
+                "requests": int(ended[name]),
+                "tokens": int(tokens[name]),
             }
-            for name in names
-        ],
-        "refused": [{"name": name, "reason": r} for name, r in api.refused_for(key).items()],
-    }
+        )
+    coming = {name: what for name, what in api.changing.items() if name not in names}
+    refused = api.refused_for(key)
+    for name, state in {**coming, **dict.fromkeys(refused, "refused")}.items():
+        if key is None or key.models is None or name in key.models:
+            models.append({"name": name, "state": state, "reason": refused.get(name)})
+    return models
 
 
-def _by_model(metric: Any, suffix: str, models: list[str]) -> dict[str, float]:
-    """A metric's values of some models."""
+def _by_model(metric: Any) -> Counter[str]:
+    """A counter's values, by model."""
     (family,) = metric.collect()
-    return {
-        sample.labels["model"]: sample.value
-        for sample in family.samples
-        if sample.name.endswith(suffix) and sample.labels["model"] in models
-    }
+    sums: Counter[str] = Counter()
+    for sample in family.samples:
+        if sample.name.endswith("_total"):
+            sums[sample.labels["model"]] += sample.value
+    return sums

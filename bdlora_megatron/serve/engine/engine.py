@@ -7,6 +7,7 @@ requests wait here until theirs is in a slot, keep the slot while they run, and 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +29,7 @@ from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import (
     Failed,
     FinishReason,
+    Places,
     Snapshot,
     Submit,
     Token,
@@ -208,7 +210,6 @@ class ServingEngine:
             counts = {
                 "slots_in_use": allocator.num_slots - allocator.available,
                 "num_slots": allocator.num_slots,
-                "resident": tuple(getattr(key, "name", str(key)) for key in allocator.keys),
                 "host_bytes": self.store.host_bytes_used,
                 "slot_hits": stats.slot_hits,
                 "slot_loads": stats.slot_loads,
@@ -227,10 +228,14 @@ class ServingEngine:
             prefix_cache_hits=self._prefix_hits,
             preemptions=self._engine.evicted_request_count,
             steps=steps_run(self._engine),
-            running_adapters=_names(key.name for key in self._running.values() if key is not None),
-            waiting_adapters=_names(request.adapter for request in self._waiting.values()),
+            running_adapters=_counts(key.name for key in self._running.values() if key is not None),
+            waiting_adapters=_counts(request.adapter for request in self._waiting.values()),
             **counts,
         )
+
+    def places(self) -> Places:
+        """Where adapters are; this looks at each of them."""
+        return Places() if self.store is None else self.store.places()
 
     def _admit(self) -> list[Token | Failed]:
         # Megatron's own queue holds what it has no cache for yet, and it goes first.
@@ -327,5 +332,5 @@ class ServingEngine:
             self.store.release(key)
 
 
-def _names(adapters: Iterable[str | None]) -> tuple[str, ...]:
-    return tuple(sorted({name for name in adapters if name is not None}))
+def _counts(adapters: Iterable[str | None]) -> dict[str, int]:
+    return dict(sorted(Counter(name for name in adapters if name is not None).items()))

@@ -9,6 +9,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -43,6 +44,7 @@ from bdlora_megatron.serve.messages import (
     Command,
     Failed,
     LoadAdapter,
+    Places,
     Ready,
     Snapshot,
     StepReport,
@@ -69,6 +71,8 @@ ORPHANED = 3
 _IDLE_S = 1.0
 #: How long an engine without requests waits for adapters that are being loaded.
 _LOAD_WAIT_S = 0.02
+#: How often rank 0 looks where adapters are.
+_LOOK_S = 0.5
 
 
 def rank_main(rank: int, settings: ServeSettings, store: str, link: Connection) -> None:
@@ -266,6 +270,7 @@ class _Loop:
         self._inbox = inbox
         self._link = link
         self._told = Snapshot()
+        self._places, self._looked_s = Places(), 0.0
 
     def run(self) -> None:
         while True:
@@ -322,6 +327,16 @@ class _Loop:
         if self._link is None:
             return
         snapshot = self._engine.snapshot()
-        if events or snapshot != self._told:
+        places = self._changed_places(any(isinstance(event, AdapterResult) for event in events))
+        if events or snapshot != self._told or places is not None:
             self._told = snapshot
-            self._link.send(StepReport(events=tuple(events), snapshot=snapshot))
+            self._link.send(StepReport(events=tuple(events), snapshot=snapshot, places=places))
+
+    def _changed_places(self, at_once: bool) -> Places | None:
+        """Where adapters are, if they moved; there may be many, so not every step looks."""
+        now_s = time.monotonic()
+        if not at_once and now_s - self._looked_s < _LOOK_S:
+            return None
+        self._looked_s, before = now_s, self._places
+        self._places = self._engine.places()
+        return None if self._places == before else self._places
