@@ -1,7 +1,7 @@
 """A picture of a running server's status page, under some load.
 
-``python -m tests.serve.picture http://127.0.0.1:8000 docs/status.png`` asks every model in turn, from
-several clients, for a minute and a half.
+``python -m tests.serve.picture http://127.0.0.1:8000 docs/status.png`` asks every model in turn,
+from several clients, for a minute and a half.
 """
 
 from __future__ import annotations

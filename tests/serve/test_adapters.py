@@ -47,20 +47,6 @@ def test_an_adapter_comes_changes_and_goes(http, folder, server):
         shutil.rmtree(path)
 
 
-def test_the_syncer_of_the_gateway_api_inference_extension_is_understood(http, folder):
-    """It names a base model with every adapter, often with nothing."""
-    path = folder / "adapters" / "synced"
-    shutil.copytree(folder / "adapters" / "vanilla", path)
-    try:
-        for base, ignored in (("", None), ("model", None), ("other/model", "base_model_name")):
-            loaded = load(http, "synced", path, base_model_name=base)
-            assert loaded.status_code == 200, loaded.text
-            assert loaded.headers.get("x-ignored-fields") == ignored
-            assert unload(http, "synced").status_code == 200
-    finally:
-        shutil.rmtree(path)
-
-
 def test_a_load_says_that_an_adapters_own_template_is_not_used(http, folder):
     path = folder / "adapters" / "templated"
     shutil.copytree(folder / "adapters" / "vanilla", path)
