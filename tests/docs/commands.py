@@ -94,10 +94,18 @@ def _check_lm_eval(arguments: list[str]) -> None:
         assert name in run, name
 
 
+def _check_files(arguments: list[str]) -> None:
+    """Files of the repository are there; the program itself is asked nothing."""
+    named = [argument for argument in arguments if argument.startswith("examples/")]
+    assert all((ROOT / argument).exists() for argument in named), named
+
+
 CHECKS = {
     "bdlora": check_bdlora,
     "curl": _check_curl,
+    "docker": _check_files,
     "grep": lambda arguments: None,
+    "kubectl": _check_files,
     "lm-eval": _check_lm_eval,
     "ls": lambda arguments: None,
     "make": check_make,

@@ -207,6 +207,18 @@ def test_the_image_is_pinned_and_installs_what_is_tested():
     assert (2, 7, 3) <= tuple(int(part) for part in pin.strip(".").split(".")) < (3,)
 
 
+def test_the_documents_name_the_versions_that_are_installed():
+    """The table in docs/serving-a100.md."""
+    page = (ROOT / "docs" / "serving-a100.md").read_text()
+    table = dict(re.findall(r"^\| ([\w -]+) \| ([\d.]+(?:post\d+)?)", page, re.MULTILINE))
+    pins = (ROOT / "constraints-dev.txt").read_text() + " ".join(instructions("RUN"))
+    for part in ("torch", "triton", "megatron-core", "flash-attn"):
+        (told,) = (version for name, version in table.items() if name.lower() == part)
+        assert re.search(rf"(?m)\b{part}=={re.escape(told.strip('.'))}(?=[;\s]|$)", pins), part
+    (base, *_) = instructions("FROM")
+    assert base.startswith(f"nvidia/cuda:{table['CUDA']}.")
+
+
 def test_the_image_runs_the_server_and_not_as_root(api):
     (command,) = instructions("ENTRYPOINT")
     (arguments,) = instructions("CMD")
