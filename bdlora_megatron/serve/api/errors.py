@@ -133,16 +133,17 @@ def as_api_error(error: Exception) -> APIError:
 def told(error: Exception) -> APIError:
     """As ``as_api_error``, for an answer that is sent: the status page will show it.
 
-    What is wrong with a body may repeat some of it, so the page names the place alone.
+    What is wrong with a body may repeat some of it, so the page names the field alone.
     """
     answer, asked = as_api_error(error), ASKED.get()
     if asked is None or answer.status == _GONE:
         return answer
     fault = answer.body["error"]
-    message, kind = str(answer), fault["code"] or fault["param"]
+    message, field = str(answer), (fault["param"] or "").partition(".")[0]
     if answer.status == 400 and asked.path not in _OPEN:
-        place = "" if fault["param"] is None else f" in {fault['param']}"
+        place = f" in {field}" if field else ""
         message = f"{fault['code'] or fault['type']}{place}: {asked.path}"
+    kind = f"{asked.path} {fault['code']} {field}"
     asked.faults.add(answer.status, message, kind=kind, model=asked.model)
     return answer
 

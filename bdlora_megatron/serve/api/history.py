@@ -139,7 +139,7 @@ class Faults:
         # In order of the last time.
         self._kinds: OrderedDict[tuple[Any, ...], Fault] = OrderedDict()
 
-    def add(self, status: int, message: str, *, kind: str | None, model: str | None) -> None:
+    def add(self, status: int, message: str, *, kind: str, model: str | None) -> None:
         """Note an error; ``kind`` tells those of a status and a model apart."""
         self.total[status] += 1
         before = self._kinds.pop((status, kind, model), None)

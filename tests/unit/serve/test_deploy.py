@@ -70,7 +70,7 @@ def exposed(api):
         counter.labels("a").inc()
     for histogram in (metrics.first_token_s, metrics.per_token_s):
         histogram.labels("a").observe(0.1)
-    api.faults.add(404, "no", kind=None, model=None)
+    api.faults.add(404, "no", kind="", model=None)
     return {
         sample.name: set(sample.labels)
         for family in text_string_to_metric_families(metrics.text().decode())

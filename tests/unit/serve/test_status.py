@@ -94,13 +94,13 @@ def test_errors_are_counted_by_kind_and_bounded():
     faults = Faults(most=3)
     for number in range(5):
         faults.add(429, f"{number} are waiting", kind="rate", model="a")
-    faults.add(404, "x" * 5000, kind=None, model="z")
+    faults.add(404, "x" * 5000, kind="", model="z")
     first, second = faults.told(None)
     assert (first["status"], len(first["message"])) == (404, 300)
     assert (second["count"], second["message"]) == (5, "4 are waiting")
     assert [fault["model"] for fault in faults.told(["a"])] == ["a"]
     for number in range(9):
-        faults.add(500, "broken", kind=None, model=f"m{number}")
+        faults.add(500, "broken", kind="", model=f"m{number}")
     assert [fault["model"] for fault in faults.told(None)] == ["m8", "m7", "m6"]
     assert faults.total == {429: 5, 404: 1, 500: 9}
 
@@ -127,18 +127,23 @@ def test_models_say_where_they_are_and_what_they_do(api):
 def test_a_limited_key_learns_nothing_of_other_models(api):
     api.refuse({"gone": "broken", "other": "broken too"})
     api.changing = {"hidden": "loading"}
+    now = [0.0]
+    api.history = History(clock=lambda: now[0])
     api.history.add("b", tokens=7)
+    now[0] = api.history.piece_s
     ask(api, ("POST", "/v1/completions", {"model": "b", "prompt": "x"}))
     ask(api, ("POST", "/v1/completions", {"model": "a", "prompt": "x"}))
     ask(api, ("POST", "/v1/completions", {"model": "b", "prompt": "x"}), key="only-a-key")
     told = status(api, "only-a-key")
     assert set(rows(told)) == {"a", "gone"}
+    assert told["history"]["tokens_s"][-1] == 0
     assert [(fault["status"], fault["model"]) for fault in told["errors"]] == [(503, "a")]
     for name in ("base", "b", "other", "hidden"):
         assert f'"{name}"' not in json.dumps(told)
     (answer,) = ask(api, ("GET", "/status.json", None), key=None)
     assert answer.status_code == 401
     everything = status(api)
+    assert everything["history"]["tokens_s"][-1] * api.history.piece_s == 7
     assert {(fault["status"], fault["model"]) for fault in everything["errors"]} == {
         (503, "a"), (503, "b"), (404, "b"), (401, None),
     }  # fmt: skip
@@ -152,6 +157,8 @@ def test_errors_are_shown_without_what_was_sent(api):
         ("/v1/completions", {"model": "a", "prompt": {SECRET: SECRET}}),
         ("/v1/completions", {"model": "a", "prompt": SECRET, "suffix": SECRET}),
         ("/v1/completions", {"model": "a", "prompt": SECRET, "stop": [SECRET] * 999}),
+        ("/v1/completions", {"model": "a", "prompt": SECRET, "logit_bias": {SECRET: 1}}),
+        ("/v1/completions", {"model": "a", "prompt": SECRET, "structured_outputs": {SECRET: 1}}),
         ("/v1/chat/completions", {"model": "a", "messages": [{"role": SECRET}]}),
         ("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": 3}]}),
         ("/v1/chat/completions",
