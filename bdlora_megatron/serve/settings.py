@@ -97,6 +97,9 @@ class ServeSettings:
     adapter_dirs: Names = ()
     """Folders below which ``/v1/load_lora_adapter`` may find adapters; without any it is off."""
 
+    tool_call_parser: Literal["hermes", "llama3_json", "mistral"] | None = None
+    """How models write tool calls down; when unset, as the chat template writes them."""
+
     tensor_parallel_size: Count = 1
     """Tensor-parallel ranks."""
 

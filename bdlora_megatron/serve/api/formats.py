@@ -22,7 +22,7 @@ from bdlora_megatron.serve.api.errors import BadRequestError
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-__all__ = ["ResponseFormat", "StructuredOutputs", "grammar_of"]
+__all__ = ["ResponseFormat", "StructuredOutputs", "grammar_of", "schema_grammar"]
 
 # The library walks references and rules by recursion: a chain of thousands ends the process.
 _MOST_RULES = 1000
@@ -113,7 +113,7 @@ def grammar_of(format_: ResponseFormat | None, structured: StructuredOutputs | N
     if format_ is not None and formatted:
         schema = _OBJECT if format_.json_schema is None else format_.json_schema.schema_
         place = "response_format" + (".json_schema.schema" if format_.json_schema else "")
-        return _of_schema(schema, place, whitespace=True)
+        return schema_grammar(schema, place)[0]
     if structured is not None and asks:
         return _of_structured(structured)
     return None
@@ -146,11 +146,22 @@ def _of_structured(asked: StructuredOutputs) -> str:
             schema = json.loads(_text(schema, place))
         except (ValueError, RecursionError) as error:
             raise BadRequestError(f"{place}: not JSON: {error}", param=place) from error
-    return _of_schema(schema, place, whitespace=not asked.disable_any_whitespace)
+    return schema_grammar(schema, place, whitespace=not asked.disable_any_whitespace)[0]
 
 
-def _of_schema(schema: Any, place: str, *, whitespace: bool) -> str:
+def schema_grammar(
+    schema: Any, place: str, *, whitespace: bool = True, lenient: bool = False
+) -> tuple[str, bool]:
     """The grammar of the JSON texts that a schema allows.
+
+    Args:
+        schema: The schema.
+        place: What a fault calls it.
+        whitespace: There may be some between the parts.
+        lenient: Pass over what can't be held to.
+
+    Returns:
+        The grammar, and whether it holds to all of the schema.
 
     Raises:
         BadRequestError: There is none, or the schema is too large to be looked at.
@@ -160,16 +171,22 @@ def _of_schema(schema: Any, place: str, *, whitespace: bool) -> str:
     _look_through(schema, place)
     try:
         text = _text(json.dumps(schema), place)
-        # What a schema asks the library to overlook is not overlooked.
-        strict: JsonCompileOptions = {
-            "lenient": False,
-            "coerce_one_of": False,
+        # What a schema itself asks the library to overlook is not overlooked.
+        options: JsonCompileOptions = {
+            "lenient": lenient,
+            "coerce_one_of": lenient,
             "whitespace_flexible": whitespace,
         }
-        grammar = LLMatcher.grammar_from_json_schema(text, overrides=strict)
+        grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)
     except ValueError as error:
         raise BadRequestError(f"{place}: {error}"[:_TOLD], param=place) from error
-    return _checked(grammar, place)
+    faulty, told = _looked_at(grammar)
+    if lenient and not faulty:
+        return grammar, not told
+    if lenient and told[0].startswith("regex parse error"):
+        # Most often a pattern that looks around, which other libraries know.
+        return schema_grammar(_OBJECT, place)[0], False
+    return _checked(grammar, place), True
 
 
 def _look_through(schema: Any, place: str) -> None:
@@ -243,16 +260,17 @@ def _text(text: str, place: str) -> str:
 
 
 def _checked(grammar: str, place: str) -> str:
-    fault = _fault(grammar)
+    _, told = _looked_at(grammar)
+    fault = "; ".join(
+        "special tokens can't be asked for" if "<special_token>" in text else text for text in told
+    )
     if fault:
         raise BadRequestError(f"{place}: {fault}"[:_TOLD], param=place)
     return grammar
 
 
-@lru_cache(maxsize=32)
-def _fault(grammar: str) -> str:
-    """What is wrong with a grammar; the library's warnings tell what it would pass over."""
-    _, told = LLMatcher.validate_grammar_with_warnings(grammar)
-    return "; ".join(
-        "special tokens can't be asked for" if "<special_token>" in text else text for text in told
-    )
+@lru_cache(maxsize=256)
+def _looked_at(grammar: str) -> tuple[bool, tuple[str, ...]]:
+    """Whether a grammar is faulty, and why; the warnings tell what the library would pass over."""
+    faulty, told = LLMatcher.validate_grammar_with_warnings(grammar)
+    return faulty, tuple(told)

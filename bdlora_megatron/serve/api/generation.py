@@ -17,6 +17,7 @@ from bdlora_megatron.serve.api.formats import grammar_of
 from bdlora_megatron.serve.api.schema import GenerationFields
 from bdlora_megatron.serve.api.state import APIServer
 from bdlora_megatron.serve.api.text import TextDelta, TextStream, Tokenizer
+from bdlora_megatron.serve.api.tools.calling import Calling
 from bdlora_megatron.serve.messages import Grammar, Sampling
 
 __all__ = ["REQUEST_ID", "Answer", "Job", "Prompt", "answer", "plan", "stream"]
@@ -49,6 +50,7 @@ class Job:
         stop: Texts that end an answer.
         tokenizer: What its prompts were read by; the adapter may go, or change, meanwhile.
         cache_salt: Its prompts share blocks with those of the same salt alone.
+        calling: How its answers call tools, if they may.
     """
 
     adapter: str | None
@@ -59,6 +61,7 @@ class Job:
     stop: tuple[str, ...]
     tokenizer: Tokenizer
     cache_salt: str | None = None
+    calling: Calling | None = None
     arrived_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -106,6 +109,7 @@ def plan(
     *,
     max_tokens: int | None,
     logprobs: int | None,
+    calling: Calling | None = None,
 ) -> Job:
     """Check what a request asks for.
 
@@ -116,6 +120,7 @@ def plan(
         prompts: What to answer.
         max_tokens: The longest answer; what has room when None.
         logprobs: Report log-probabilities, and of so many tokens beside the chosen one.
+        calling: How the answers call tools; any form that is asked for is in its grammar.
 
     Raises:
         BadRequestError: It asks for what can't be.
@@ -134,11 +139,15 @@ def plan(
             code="context_length_exceeded",
             param="max_tokens",
         )
-    text = grammar_of(fields.response_format, fields.structured_outputs)
+    text = (
+        grammar_of(fields.response_format, fields.structured_outputs)
+        if calling is None
+        else calling.grammar
+    )
     if text is not None and fields.ignore_eos:
         raise BadRequestError(
-            "ignore_eos and a form of the answer contradict each other: at the form's end there "
-            "is an end token alone; send one",
+            "ignore_eos contradicts tools and forms of the answer: at their end there is an end "
+            "token alone; send one",
             param="ignore_eos",
         )
     stop_ids, tokenizer = frozenset(fields.stop_token_ids or ()), api.tokenizer_of(adapter)
@@ -172,6 +181,7 @@ def plan(
         stop=fields.stop_texts,
         tokenizer=tokenizer,
         cache_salt=fields.cache_salt,
+        calling=calling,
     )
 
 
@@ -279,7 +289,9 @@ async def answer(api: APIServer, job: Job) -> list[Answer]:
 
 async def _pieces(api: APIServer, job: Job, index: int) -> AsyncGenerator[TextDelta, None]:
     prompt = job.prompt_of(index)
-    text = TextStream(job.tokenizer, prompt.ids, job.stop, min_tokens=job.sampling.min_tokens)
+    shown = None if job.calling is None else job.calling.shown
+    least = job.sampling.min_tokens
+    text = TextStream(job.tokenizer, prompt.ids, job.stop, min_tokens=least, shown=shown)
     # The same seed for every prompt of a request, another for each answer to it.
     sampling = replace(job.sampling, seed=job.sampling.seed + index % job.count)
     if sampling.grammar is not None:

@@ -25,6 +25,8 @@ from bdlora_megatron.serve.api.schema import (
 )
 from bdlora_megatron.serve.api.state import APIServer
 from bdlora_megatron.serve.api.text import TextDelta, Tokenizer
+from bdlora_megatron.serve.api.tools.calling import Calling, calling, check_tools
+from bdlora_megatron.serve.api.tools.request import chosen
 from bdlora_megatron.serve.lines import json_line
 
 __all__ = ["chat_ids", "plan_body", "router", "until_gone"]
@@ -57,6 +59,8 @@ async def _planned(
     if any(asked):
         # What was found is remembered.
         await asyncio.to_thread(grammar_of, *asked)
+    if isinstance(body, ChatRequest) and body.told_tools:
+        await asyncio.to_thread(check_tools, body.tools)
     return plan_body(api, body, adapter)
 
 
@@ -126,6 +130,7 @@ def _plan_chat(api: APIServer, body: ChatRequest, adapter: str | None) -> Respon
     """
     if body.top_logprobs and not body.logprobs:
         raise BadRequestError("top_logprobs wants logprobs=true", param="top_logprobs")
+    called = _calling(api, body, adapter)
     ids, unread = chat_ids(api, body, adapter)
     job = plan(
         api,
@@ -134,10 +139,23 @@ def _plan_chat(api: APIServer, body: ChatRequest, adapter: str | None) -> Respon
         [Prompt("", ids)],
         max_tokens=body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        calling=called,
     )
     reply = ChatResponse(job)
-    reply.ignored = unread
+    reply.ignored = unread if called is None else (*unread, *called.loose)
     return reply
+
+
+def _calling(api: APIServer, body: ChatRequest, adapter: str | None) -> Calling | None:
+    """How answers call tools, if the request has any."""
+    choice = chosen(body.tools, body.tool_choice)
+    if choice is None:
+        return None
+    tokenizer = api.tokenizer_of(adapter)
+    form = grammar_of(body.response_format, body.structured_outputs)
+    return calling(
+        choice, api.written_by(tokenizer), tokenizer, parallel=body.parallel_tool_calls, form=form
+    )
 
 
 def chat_ids(
@@ -159,10 +177,10 @@ def chat_ids(
             param="continue_final_message",
         )
     tokenizer = api.tokenizer_of(adapter)
-    messages = [message.plain() for message in body.messages]
     ids = tuple(
         tokenizer.encode_chat(
-            messages,
+            body.plain(),
+            tools=[tool.plain() for tool in body.told_tools],
             special=body.add_special_tokens,
             continues=body.continue_final_message,
             prompts=prompts and not body.continue_final_message,
@@ -170,10 +188,10 @@ def chat_ids(
         )
     )
     unread = [
-        *(f"messages.{name}" for message in messages for name in message),
+        *(f"messages.{name}" for message in body.messages for name in message.plain()),
         *(f"chat_template_kwargs.{name}" for name in body.chat_template_kwargs),
     ]
-    told = tokenizer.template
+    told = tokenizer.tools_template if body.told_tools else tokenizer.template
     return ids, tuple(n for n in dict.fromkeys(unread) if n.partition(".")[2] not in told)
 
 
@@ -270,7 +288,9 @@ async def _events(
             while item is not None:
                 tokens += len(item[1].choices)
                 reply.found(item[0], item[1].cached)
-                yield chunk(reply.delta(*item))
+                said = reply.delta(*item)
+                if said is not None:
+                    yield chunk(said)
                 item = await anext(deltas, None)
     except Exception as error:
         yield _event(told(error).body)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import string
 import time
 import uuid
 from collections.abc import Sequence
@@ -10,6 +12,9 @@ from typing import Any
 from bdlora_megatron.serve.api.generation import Answer, Job
 from bdlora_megatron.serve.api.text import TextDelta
 from bdlora_megatron.serve.messages import Choice
+
+# Mistral's chat templates want ids of nine letters and digits, and no others mind.
+_ID_LETTERS, _ID_LENGTH = string.ascii_letters + string.digits, 9
 
 __all__ = ["ChatResponse", "CompletionResponse", "ResponseBody"]
 
@@ -76,8 +81,8 @@ class ResponseBody:
         """What a stream says of an answer before its first token, if anything."""
         raise NotImplementedError
 
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        """A piece of an answer in a stream."""
+    def delta(self, index: int, delta: TextDelta) -> dict[str, Any] | None:
+        """A piece of an answer in a stream; None if it says nothing yet."""
         raise NotImplementedError
 
     def choice(self, index: int, made: Answer) -> dict[str, Any]:
@@ -184,29 +189,67 @@ class ChatResponse(ResponseBody):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        calling = job.calling
+        self._readers = [calling.reader() for _ in range(job.answers)] if calling else []
+
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says of an answer before its first token, if anything."""
-        delta = {"role": "assistant", "content": ""}
+        # Where tools may be called, there may be no content.
+        delta = {"role": "assistant", "content": None if self._readers else ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        """A piece of an answer in a stream."""
-        return {
-            "index": index,
-            "delta": {"content": delta.text} if delta.text else {},
-            "logprobs": self._logprobs(delta.choices),
-            "finish_reason": delta.finish,
-        }
+    def delta(self, index: int, delta: TextDelta) -> dict[str, Any] | None:
+        """A piece of an answer in a stream; None if it says nothing yet."""
+        content, calls = self._said(index, delta.text, last=delta.finish is not None)
+        said: dict[str, Any] = {"content": content} if content else {}
+        if calls:
+            said["tool_calls"] = [{"index": number, **call} for number, call in calls.items()]
+        logprobs = self._logprobs(delta.choices)
+        if not (said or logprobs or delta.finish):
+            return None
+        finish = self._finish(index, delta)
+        return {"index": index, "delta": said, "logprobs": logprobs, "finish_reason": finish}
 
     def choice(self, index: int, made: Answer) -> dict[str, Any]:
         """A whole answer."""
         choices = [choice for delta in made.deltas for choice in delta.choices]
+        content, calls = self._said(index, made.text, last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if self._readers:
+            message["content"] = content or None
+        if calls:
+            message["tool_calls"] = list(calls.values())
         return {
             "index": index,
-            "message": {"role": "assistant", "content": made.text},
+            "message": message,
             "logprobs": self._logprobs(choices),
-            "finish_reason": made.deltas[-1].finish,
+            "finish_reason": self._finish(index, made.deltas[-1]),
         }
+
+    def _said(self, index: int, text: str, *, last: bool) -> tuple[str, dict[int, dict[str, Any]]]:
+        """Content, and pieces of calls by their numbers."""
+        if not self._readers:
+            return text, {}
+        said = self._readers[index].push(text, last=last)
+        calls = {}
+        for number, piece in said.calls.items():
+            function = {"arguments": piece.arguments}
+            call: dict[str, Any] = {"function": function}
+            if piece.name is not None:
+                function["name"] = piece.name
+                call |= {"id": _call_id(), "type": "function"}
+            calls[number] = call
+        return said.content, calls
+
+    def _finish(self, index: int, delta: TextDelta) -> str | None:
+        """OpenAI's reasons: whole calls are one, but not where the request named the function."""
+        calling = self.job.calling
+        if calling is None or calling.named or delta.finish != "stop":
+            return delta.finish
+        reader = self._readers[index]
+        return "tool_calls" if reader.count and not reader.inside else "stop"
 
     def _logprobs(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
         if self.job.sampling.logprobs is None:
@@ -229,3 +272,7 @@ class ChatResponse(ResponseBody):
             # Clients put the characters together that are torn between tokens.
             "bytes": list(spelt.spell_bytes(token)),
         }
+
+
+def _call_id() -> str:
+    return "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))

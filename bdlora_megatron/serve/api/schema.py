@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from bdlora_megatron.serve.api.body import Body
 from bdlora_megatron.serve.api.formats import ResponseFormat, StructuredOutputs
+from bdlora_megatron.serve.api.tools.request import Tool, ToolChoice, Tools
 
 __all__ = [
     "ChatMessage",
@@ -192,19 +193,47 @@ class Conversation(Body):
     """Messages, and how the chat template writes them down."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
+    tools: Tools = Field(default_factory=list)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def told_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return self.tools
+
+    def plain(self) -> list[dict[str, Any]]:
+        """The messages, as chat templates take them; results with the names of what was called."""
+        called = {
+            call.id: call.function.name
+            for message in self.messages
+            for call in message.tool_calls or ()
+        }
+        messages = [message.plain() for message in self.messages]
+        for message in messages:
+            # Hermes's templates refuse a result without, and OpenAI's clients send none.
+            if message["role"] == "tool" and message.get("tool_call_id") in called:
+                message.setdefault("name", called[message["tool_call_id"]])
+        return messages
+
 
 class ChatRequest(_WithLength, Conversation):
     """The body of ``/v1/chat/completions``."""
+
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool = True
 
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def told_tools(self) -> list[Tool]:
+        """The tools that the model is told of: none where it may call none."""
+        return [] if self.tool_choice == "none" else self.tools
 
 
 class _Tokenize(Body):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from fastapi import Request
 
@@ -20,6 +21,7 @@ from bdlora_megatron.serve.api.history import Faults, History
 from bdlora_megatron.serve.api.metrics import Metrics
 from bdlora_megatron.serve.api.own_text import own_text
 from bdlora_megatron.serve.api.text import Tokenizer
+from bdlora_megatron.serve.api.tools.formats import Written, look_at
 from bdlora_megatron.serve.files import Fingerprint
 from bdlora_megatron.serve.messages import Ready
 from bdlora_megatron.serve.settings import ApiKey, ServeSettings
@@ -94,6 +96,7 @@ class APIServer:
             else:
                 self.adapters[name] = card
         self.changing: dict[str, str] = {}
+        self._written: WeakKeyDictionary[Tokenizer, Written] = WeakKeyDictionary()
 
     # --- adapters ------------------------------------------------------------------------------
 
@@ -144,6 +147,12 @@ class APIServer:
         """The tokenizer and chat template of requests for an adapter; None is the base model."""
         card = self.adapters.get(adapter or "")
         return self.tokenizer if card is None or card.tokenizer is None else card.tokenizer
+
+    def written_by(self, tokenizer: Tokenizer) -> Written:
+        """What a tokenizer's chat template makes of tools and calls."""
+        if tokenizer not in self._written:
+            self._written[tokenizer] = look_at(tokenizer, self.settings.tool_call_parser)
+        return self._written[tokenizer]
 
     # --- keys ----------------------------------------------------------------------------------
 

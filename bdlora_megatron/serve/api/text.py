@@ -45,7 +45,7 @@ class Tokenizer:
             ConfigError: There is no tokenizer in it.
         """
         self._tokenizer: Any = _read_tokenizer(folder)
-        self._template = ""
+        self._template = self._tools_template = ""
         self._vocabulary: Vocabulary | None = None
         # A token that stands for itself: decoders change what stands at the beginning of a text.
         self._before = self.encode("a", special=False)[-1:]
@@ -65,7 +65,10 @@ class Tokenizer:
             ConfigError: There is no such thing.
         """
         made = Tokenizer(str(folder)) if "tokenizer" in own else copy.copy(self)
-        made._template = chat_template(folder) if "chat template" in own else self.template
+        if "chat template" in own:
+            made._template = made._tools_template = chat_template(folder)
+        else:
+            made._template, made._tools_template = self.template, self.tools_template
         made.stop_ids = self.stop_ids | made.stop_ids
         made._vocabulary = None
         return made
@@ -79,6 +82,30 @@ class Tokenizer:
         return template
 
     @property
+    def tools_template(self) -> str:
+        """The same of a conversation with tools, for which some models have another template."""
+        if self._tools_template or not self._tokenizer.chat_template:
+            return self._tools_template
+        template: str = self._tokenizer.get_chat_template(tools=[])
+        return template
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text to a grammar."""
+        return frozenset(
+            token
+            for token, added in self._tokenizer.added_tokens_decoder.items()
+            # llguidance takes every added token of this shape as a special one.
+            if added.special or re.fullmatch("<.*>", added.content, re.DOTALL)
+        )
+
+    def token_of(self, text: str) -> int | None:
+        """The token that is spelt so, as a whole; None without one."""
+        token: int | None = self._tokenizer.convert_tokens_to_ids(text)
+        spelt = None if token is None else self._tokenizer.convert_ids_to_tokens(token)
+        return token if spelt == text else None
+
+    @property
     def vocabulary(self) -> Vocabulary:
         """Its tokens, for grammars.
 
@@ -90,7 +117,7 @@ class Tokenizer:
             backend = getattr(self._tokenizer, "backend_tokenizer", None)
             if backend is None or not self.stop_ids:
                 what = "a fast tokenizer" if backend is None else "a token that ends an answer"
-                raise ConfigError(f"structured output wants {what}, and this model has none")
+                raise ConfigError(f"grammars and tools want {what}, and this model has none")
             # Padding changes no token, and training leaves it behind.
             known = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
             text = json.dumps(known)
@@ -131,19 +158,34 @@ class Tokenizer:
         return ids
 
     def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        special: bool = False,
-        continues: bool = False,
-        prompts: bool = True,
-        variables: Mapping[str, Any] | None = None,
+        self, messages: Sequence[Mapping[str, Any]], *, special: bool = False, **how: Any
     ) -> list[int]:
         """Token ids of a conversation, up to where the answer begins.
 
         Args:
-            messages: ``role`` and ``content`` of each, and what else templates look at.
+            messages: As for ``write_chat``.
             special: As for ``encode``; templates write such tokens by themselves.
+            how: As for ``write_chat``.
+
+        Raises:
+            ConfigError: As ``write_chat``.
+        """
+        return self.encode(self.write_chat(messages, **how), special=special)
+
+    def write_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        continues: bool = False,
+        prompts: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as the model reads it.
+
+        Args:
+            messages: ``role`` and ``content`` of each, and what else templates look at.
+            tools: What the model may call, as OpenAI's API has it.
             continues: The answer goes on with the last message.
             prompts: Write what stands before an answer.
             variables: What else the template is told.
@@ -151,7 +193,8 @@ class Tokenizer:
         Raises:
             ConfigError: The model has no chat template, or it refuses the conversation.
         """
-        if not self.template:
+        template = self.tools_template if tools else self.template
+        if not template:
             raise ConfigError(
                 "this model has no chat template; use /v1/completions, or put a chat_template "
                 "into its tokenizer_config.json"
@@ -161,9 +204,11 @@ class Tokenizer:
         if taken:
             raise ConfigError(f"chat_template_kwargs has {taken}, which no template is told")
         try:
-            text = write(
+            text: str = write(
                 list(messages),
-                chat_template=self.template,
+                # Templates take an empty list as one of tools.
+                tools=list(tools) or None,
+                chat_template=template,
                 add_generation_prompt=prompts,
                 continue_final_message=continues,
                 tokenize=False,
@@ -172,7 +217,7 @@ class Tokenizer:
         except Exception as error:
             # Whatever a program that came with the model makes of what a client sent.
             raise ConfigError(f"the model's chat template refuses the messages: {error}") from error
-        return self.encode(text, special=special)
+        return text
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of some tokens."""
@@ -293,6 +338,7 @@ class TextStream:
         stop: Sequence[str],
         *,
         min_tokens: int = 0,
+        shown: Mapping[int, str] | None = None,
     ) -> None:
         """Begin an answer.
 
@@ -301,8 +347,10 @@ class TextStream:
             prompt: The prompt's token ids.
             stop: Texts that end the answer and are cut off.
             min_tokens: A stop text that is whole after so many tokens or fewer ends nothing.
+            shown: Special tokens that are shown, with their texts.
         """
         self._tokenizer = tokenizer
+        self._shown = shown or {}
         self._stop = tuple(stop)
         self._early = min_tokens
         # Characters at the beginning of what is held in which no stop text may end.
@@ -322,6 +370,9 @@ class TextStream:
             What can be shown now; None if that is nothing. With a finish reason, the answer is
             over, also where the engine would go on.
         """
+        if token.choice.token in self._shown:
+            # What is torn before it stays so.
+            self._held += self._new_text(last=True) + self._shown[token.choice.token]
         self._ids.append(token.choice.token)
         self._choices.append(token.choice)
         self._prompt += token.prompt
