@@ -67,11 +67,15 @@ _CHANGE: Mapping[str, tuple[Any, ...]] = {
 }
 #: Former names of what the server carries out, with how it is asked for now.
 _FORMER: Mapping[str, str] = {
-    f"guided_{name}": f"structured_outputs={{{name!r}: ...}}"
-    for name in ("json", "regex", "choice", "grammar")
+    "functions": "tools",
+    "function_call": "tool_choice",
+    **{
+        f"guided_{name}": f"structured_outputs={{{name!r}: ...}}"
+        for name in ("json", "regex", "choice", "grammar")
+    },
 }
-#: Fields that ask for something beside the answer, with the values that ask for nothing. Without
-#: tools there is nothing to call in parallel.
+#: Fields that ask for something beside the answer, with the values that ask for nothing. Texts call
+#: no tools, in parallel or not.
 _BESIDE: Mapping[str, tuple[Any, ...]] = {
     "metadata": (),
     "parallel_tool_calls": (True, False),

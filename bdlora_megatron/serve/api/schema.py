@@ -141,7 +141,10 @@ class CalledFunction(Body):
     @field_validator("arguments")
     @classmethod
     def _is_json(cls, text: str) -> str:
-        json.loads(text or "{}")
+        try:
+            json.loads(text or "{}")
+        except RecursionError as error:
+            raise ValueError("too deep to be read; flatten it") from error
         return text
 
 

@@ -134,8 +134,8 @@ def test_fields_below_the_top_are_named_by_their_paths(api):
 
 
 CHANGING = {
-    "use_beam_search": True, "tools": [{"type": "function"}], "tool_choice": "required",
-    "functions": [{}], "modalities": ["text", "audio"], "reasoning_effort": "low",
+    "use_beam_search": True, "functions": [{}], "modalities": ["text", "audio"],
+    "reasoning_effort": "low",
     "skip_special_tokens": False, "length_penalty": 1.2, "guided_json": {},
     "guided_choice": ["a"], "bad_words": ["a"], "prompt_logprobs": 0,
     "allowed_token_ids": [1], "truncate_prompt_tokens": 5, "chat_template": "x",
@@ -194,6 +194,7 @@ def test_a_form_becomes_a_grammar_over_the_models_tokens(api, form):
         ({"response_format": {"type": "json_schema", "json_schema": {
             "name": "x", "schema": {"type": "array", "uniqueItems": True}}}}, "uniqueItems"),
         ({"guided_regex": "a"}, "send structured_outputs=.'regex'"),
+        ({"functions": [{"name": "f"}]}, "send tools"),
     ],
     ids=str,
 )  # fmt: skip
@@ -220,6 +221,8 @@ def test_an_unknown_part_of_a_form_is_named_as_ignored(api):
     [
         {"prompt": "a", "suffix": "x"},
         {"prompt": "a", "top_logprobs": 3},
+        {"prompt": "a", "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"prompt": "a", "tool_choice": "required"},
         {"messages": MESSAGES, "echo": True},
         {"messages": MESSAGES, "best_of": 2},
     ],
@@ -241,6 +244,8 @@ def test_fields_of_the_other_endpoint_are_refused_where_they_would_matter(api, b
             {"type": "text", "text": "\ud83d"}]}]}),
         ("chat/completions", {"messages": [*MESSAGES, {**CALLED[0], "tool_calls": [
             {**CALL, "function": {"name": "x", "arguments": "{"}}]}]}),
+        ("chat/completions", {"messages": [*MESSAGES, {**CALLED[0], "tool_calls": [
+            {**CALL, "function": {"name": "x", "arguments": "[" * 100000}}]}]}),
         ("completions", {"prompt": "a", "logit_bias": {"\ud83d": 1}}),
         ("completions", {"prompt": "a", "model": "\ud83d"}),
         ("chat/completions", {"messages": [{"role": "user", "content": None}]}),

@@ -16,7 +16,8 @@ Answer with <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call>.<|end|>
 {%- if message.role == "assistant" and message.tool_calls %}<|assistant|>{{ message.content }}
 {%- for call in message.tool_calls %}
 {%- if not loop.first or message.content %}{{ "\n" }}{% endif -%}
-<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>
+{%- set given = call.function.arguments | tojson -%}
+<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ given }}}\n</tool_call>
 {%- endfor %}<|end|>
 {% elif message.role == "tool" %}
 {%- if not message.name is defined %}{{ raise_exception("a result has no name") }}{% endif -%}

@@ -117,7 +117,7 @@ def chosen(tools: Sequence[Tool], choice: str | ToolChoice | None) -> Choice | N
         BadRequestError: It asks for a call of what is not there.
     """
     if not tools:
-        if choice not in {None, "none", "auto"}:
+        if isinstance(choice, ToolChoice) or choice == "required":
             raise BadRequestError("tool_choice asks for a call; send tools", param="tool_choice")
         return None
     listed = tuple(enumerate(tools))
