@@ -11,6 +11,14 @@ CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+#: The same, but for tools: their names, and calls between tags. A token here is a letter.
+TOOL_CHAT = (
+    "{% for tool in tools or [] %}({{ tool.function.name }}){% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}"
+    '<tool_call>{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}</tool_call>'
+    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 ADAPTERS: dict[str, dict[str, Any]] = {
     "vanilla": {"r": 4},
     "blocks": {"r": 8, "use_bdlora": 4},
@@ -97,6 +105,7 @@ def make_adapter(model: Path, folder: Path, *, seed: int, **settings: Any) -> Pa
 def make(folder: Path) -> Path:
     """The model and all of ``ADAPTERS`` below a folder."""
     model = make_model(Path(folder) / "model")
+    (model / "chat_template.jinja").write_text(TOOL_CHAT)
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
         make_adapter(model, Path(folder) / "adapters" / name, seed=seed, **settings)
     return Path(folder)

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from tests.serve import models
-from tests.serve.clients.common import Task, chat
+from tests.serve.clients.common import Go, Task, chat
 from tests.serve.conftest import SIZES
 from tests.serve.servers import RunningServer
 
@@ -65,8 +65,9 @@ def post(server):
 
 
 @pytest.fixture(scope="module")
-def task(server):
-    return Task(f"{server.url}/v1", KEY, FEW, MODELS, PROMPTS, "hello" * 100, TOKENS)
+def task(server, tokenizer):
+    spaces = [tokenizer.encode(c)[0] for c in " \n\r\t"]
+    return Task(f"{server.url}/v1", KEY, FEW, MODELS, PROMPTS, "hello" * 100, TOKENS, spaces)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ ERRORS = {
     },
     "langchain": {
         "length": "OpenAIContextOverflowError", "name": "OpenAIModelNotFoundError",
-        "key": "OpenAIAuthenticationError", "tools": "OpenAIInvalidRequestError",
+        "key": "OpenAIAuthenticationError",
     },
     "litellm": {
         "length": "ContextWindowExceededError", "name": "NotFoundError",
@@ -196,6 +197,25 @@ ERRORS = {
 def test_refusals_are_the_errors_that_each_client_has_for_them(client):
     name, told = client
     assert told["errors"] == ERRORS[name]
+
+
+def test_tools_are_called_by_each_way_to_ask_for_it(client, post):
+    name, told = client
+    if name == "openai":
+        pytest.skip("tests/serve/test_tool_calls.py has it")
+    for model, (called, *arguments, said_) in zip(MODELS, told["tools"], strict=True):
+        assert called == "Go"
+        assert all(Go.model_validate(one) for one in arguments)
+        assert all(one == arguments[0] for one in arguments), "by the most probable tokens"
+        call_ = {"id": "abcdEF123", "type": "function", "function": {
+            "name": "Go", "arguments": json.dumps(arguments[0])}}  # fmt: skip
+        messages = [
+            *chat(PROMPTS[3]),
+            {"role": "assistant", "content": None, "tool_calls": [call_]},
+            {"role": "tool", "tool_call_id": "abcdEF123", "content": "done"},
+        ]
+        how = {"max_tokens": TOKENS, "temperature": 0}
+        assert said_ == said(post("/v1/chat/completions", model=model, messages=messages, **how))
 
 
 def test_models_headers_and_fields_of_others(client, plain):

@@ -136,16 +136,19 @@ class CalledFunction(Body):
     """What a tool call calls."""
 
     name: str
-    arguments: str = ""
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("arguments")
+    @field_validator("arguments", mode="before")
     @classmethod
-    def _is_json(cls, text: str) -> str:
+    def _read(cls, arguments: Any) -> Any:
+        # By OpenAI's API they come as JSON; templates want them as values.
+        if not isinstance(arguments, str):
+            return arguments
         try:
-            json.loads(text or "{}")
+            value = json.loads(arguments or "{}")
         except RecursionError as error:
             raise ValueError("too deep to be read; flatten it") from error
-        return text
+        return {} if value is None else value
 
 
 class ToolCall(Body):
@@ -157,8 +160,7 @@ class ToolCall(Body):
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it, its arguments as values."""
-        arguments = json.loads(self.function.arguments or "{}")
-        function = {"name": self.function.name, "arguments": arguments}
+        function = {"name": self.function.name, "arguments": self.function.arguments}
         return {"id": self.id, "type": self.type, "function": function}
 
 

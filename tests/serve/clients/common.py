@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
 
 
 @dataclass
@@ -22,6 +24,7 @@ class Task:
         prompts: Texts.
         long: A prompt that no model here has room for.
         tokens: The length of each answer.
+        spaces: Tokens that a model writes for ever, if it knows nothing and may.
     """
 
     url: str
@@ -31,6 +34,7 @@ class Task:
     prompts: list[str]
     long: str
     tokens: int
+    spaces: list[int]
 
     @property
     def asked(self) -> list[tuple[str, str]]:
@@ -41,6 +45,23 @@ class Task:
 def chat(prompt: str) -> list[dict[str, str]]:
     """A conversation of one message."""
     return [{"role": "user", "content": prompt}]
+
+
+class Place(BaseModel):
+    """Where."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    x: Literal[1, 2, 3]
+
+
+class Go(BaseModel):
+    """Go there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    to: Place
+    fast: bool
 
 
 def error_of(ask: Callable[[], Any]) -> str:

@@ -7,10 +7,10 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-from langchain_core.messages import HumanMessage
+from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
-from tests.serve.clients.common import Task, error_of, run
+from tests.serve.clients.common import Go, Task, error_of, run
 
 
 def ask(task: Task) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def ask(task: Task) -> dict[str, Any]:
         "texts": found,
         "conversation": _conversation(chats[task.models[0]], task),
         "logprobs": _logprobs(chats[task.models[0]], task),
+        "tools": _tools(how, task),
         "errors": _errors(chats[task.models[0]], how, task),
     }
 
@@ -72,15 +73,35 @@ def _logprobs(chat: ChatOpenAI, task: Task) -> dict[str, Any]:
     }
 
 
+def _tools(how: dict[str, Any], task: Task) -> list[Any]:
+    """Arguments by each way to get some, and what an agent's next step says."""
+    bias = dict.fromkeys(task.spaces, -100)
+    longer = {**how, "max_tokens": 150, "logit_bias": bias}
+    found = []
+    for model in task.models:
+        chat, prompt = ChatOpenAI(model=model, **longer), task.prompts[3]
+        bound = chat.bind_tools([Go], tool_choice="any", parallel_tool_calls=False)
+        answer = bound.invoke(prompt)
+        (call,), (streamed,) = answer.tool_calls, reduce(add, bound.stream(prompt)).tool_calls
+        (named,) = chat.bind_tools([Go], tool_choice="Go").invoke(prompt).tool_calls
+        structured = chat.with_structured_output(Go, method="function_calling").invoke(prompt)
+        said = ChatOpenAI(model=model, **how).invoke(
+            [HumanMessage(prompt), answer, ToolMessage("done", tool_call_id=call["id"])]
+        )
+        found.append([
+            call["name"], call["args"], streamed["args"], named["args"],
+            structured.model_dump(), said.content,
+        ])  # fmt: skip
+    return found
+
+
 def _errors(chat: ChatOpenAI, how: dict[str, Any], task: Task) -> dict[str, str]:
-    tool = {"name": "add", "description": "adds", "parameters": {"type": "object"}}
     prompt = task.prompts[0]
     stranger = {**how, "api_key": "a-strange-key"}
     return {
         "length": error_of(lambda: chat.invoke(task.long)),
         "name": error_of(lambda: ChatOpenAI(model="nobody", **how).invoke(prompt)),
         "key": error_of(lambda: ChatOpenAI(model=task.models[0], **stranger).invoke(prompt)),
-        "tools": error_of(lambda: chat.bind_tools([tool]).invoke(prompt)),
     }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import litellm
 
-from tests.serve.clients.common import Task, chat, error_of, run
+from tests.serve.clients.common import Go, Task, chat, error_of, run
 
 
 def ask(task: Task) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def ask(task: Task) -> dict[str, Any]:
                 model="short", messages=chat(task.prompts[0]), max_tokens=task.tokens, temperature=0
             )
         ),
+        "tools": _tools(task, how),
         "errors": _errors(task, how),
     }
 
@@ -131,6 +133,30 @@ def _logprobs(task: Task, how: dict[str, Any]) -> dict[str, Any]:
         "text": scored.choices[0].text,
         "values": scored.choices[0].logprobs.token_logprobs,
     }
+
+
+def _tools(task: Task, how: dict[str, Any]) -> list[Any]:
+    """Arguments, whole and streamed, and what is said of the result."""
+    function = {"name": "Go", "description": "goes", "parameters": Go.model_json_schema()}
+    asked = {
+        **how, "max_tokens": 150, "logit_bias": {str(token): -100 for token in task.spaces},
+        "tools": [{"type": "function", "function": function}], "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }  # fmt: skip
+    found = []
+    for model in task.models:
+        messages: list[Any] = chat(task.prompts[3])
+        name = f"hosted_vllm/{model}"
+        made = litellm.completion(model=name, messages=messages, **asked).choices[0].message
+        (call,) = made.tool_calls
+        chunks = list(litellm.completion(model=name, messages=messages, stream=True, **asked))
+        (streamed,) = litellm.stream_chunk_builder(chunks).choices[0].message.tool_calls
+        result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+        again = [*messages, made.model_dump(), result]
+        said = litellm.completion(model=name, messages=again, **how).choices[0].message.content
+        arguments = [json.loads(one.function.arguments) for one in (call, streamed)]
+        found.append([call.function.name, *arguments, said])
+    return found
 
 
 def _errors(task: Task, how: dict[str, Any]) -> dict[str, str]:

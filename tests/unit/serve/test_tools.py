@@ -638,10 +638,22 @@ def test_a_template_reads_tools_and_what_was_called(apis, family):
     # The tags are tokens, not their letters.
     for mark, token in api.tokenizer._tokenizer.get_added_vocab().items():
         assert (mark in text) == (token in prompt.ids)
-    answer_before = {**HISTORY[1], "tool_calls": [{**CALL, "function": {
-        "name": "add", "arguments": "{"}}]}  # fmt: skip
-    with pytest.raises(ValueError, match="arguments"):
-        plan(api, messages=[*CHAT, answer_before])
+
+
+def test_arguments_of_before_are_an_object_however_they_are_sent(apis):
+    api = apis["hermes", True]
+
+    def told(arguments):
+        function = {"name": "add", "arguments": arguments}
+        before = {"role": "assistant", "tool_calls": [{**CALL, "function": function}]}
+        (prompt,) = plan(api, messages=[*CHAT, before]).job.prompts
+        return api.tokenizer.decode(prompt.ids).rpartition('"arguments": ')[2].partition("\n")[0]
+
+    assert told('{"a": 1}') == told({"a": 1}) == told(' {"a":1}') == '{"a": 1}}'
+    assert told("") == told("null") == told({}) == told(None) == "{}}"
+    for wrong in ("{", "[1]", '"{}"', "3", 3, "[" * 100000):
+        with pytest.raises(ValueError, match="arguments"):
+            told(wrong)
 
 
 @pytest.mark.parametrize("family", FORMATS)
