@@ -529,6 +529,28 @@ def test_nobody_sends_parameters_that_switch_the_check_off(apis):
         plan(apis["hermes", True], tools=[tool(schema, strict=True)])
 
 
+TREE = {
+    "$ref": "#/$defs/T",
+    "$defs": {"T": {
+        "type": "object", "required": ["l"], "additionalProperties": False,
+        "properties": {"l": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/T"}]}},
+    }},
+}  # fmt: skip
+
+
+EITHER = {"anyOf": [POINT, {"$ref": "#/$defs/T"}], "$defs": TREE["$defs"]}
+
+
+@pytest.mark.parametrize("schema", [TREE, EITHER], ids=str)
+def test_parameters_may_refer_to_themselves(apis, schema):
+    """As pydantic writes a recursive model: a reference beside the definitions."""
+    reply = plan(apis["hermes", True], tools=[tool(schema, strict=True)], tool_choice=named("f"))
+    for seed in range(4):
+        (call,) = answer(reply, say(reply, seed=seed))["message"]["tool_calls"]
+        value = json.loads(call["function"]["arguments"])
+        assert jsonschema_rs.validator_for(schema).is_valid(value), value
+
+
 def test_parameters_without_a_type_are_still_an_object(apis):
     for parameters in ({}, {"properties": {"a": {"enum": [1]}}, "additionalProperties": False}):
         reply = plan(apis["hermes", True], tools=[tool(parameters)], tool_choice="required")

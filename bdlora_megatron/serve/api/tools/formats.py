@@ -31,6 +31,7 @@ class Format:
         between: What stands between two items of one marker, if one has several.
         closing: What follows the last item.
         mark: What stands between a name and its arguments, in an item that is no JSON.
+        number: What comes before that, with an identifier, from some models.
         bare: An answer may also begin with an item, without the marker.
     """
 
@@ -40,19 +41,19 @@ class Format:
     between: str = ""
     closing: str = ""
     mark: str = ""
+    number: str = ""
     bare: bool = False
 
     @property
     def markers(self) -> tuple[str, ...]:
         """What may be a token of its own, and then a special one."""
-        told = self.opening, self.closing, self.mark, _CALL_ID if self.mark else ""
+        told = self.opening, self.closing, self.mark, self.number
         return tuple(text for text in told if len(text) > 1)
 
 
-_CALL_ID = "[CALL_ID]"
 _HERMES = Format(opening="<tool_call>", key="arguments", closing="</tool_call>")
 _LIST = Format(opening="[TOOL_CALLS]", key="arguments", before="[", between=",", closing="]")
-_MARKED = Format(opening="[TOOL_CALLS]", mark="[ARGS]")
+_MARKED = Format(opening="[TOOL_CALLS]", mark="[ARGS]", number="[CALL_ID]")
 #: The plainest, for a model that knows none.
 BARE = Format(opening="<|python_tag|>", key="parameters", between=";", bare=True)
 

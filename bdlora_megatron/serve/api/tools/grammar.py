@@ -103,9 +103,12 @@ def _calls(
     ]
     if format_.before:
         rules.append(f"BEFORE: /{_W}{_literal(format_.before)}/")
+    number = f"({markers.one(format_.number)} NUMBER)?" if format_.number else ""
+    if number:
+        rules.append("NUMBER: /[a-zA-Z0-9]{9}/")
     for i, function in enumerate(functions):
         if format_.key is None:
-            head, end = f"{json.dumps(function.name)} {markers.one(format_.mark)}", ""
+            head, end = f"{json.dumps(function.name)} {number} {markers.one(format_.mark)}", ""
         else:
             head, end = f"HEAD{i}", "END"
             key = f'{_W},{_W}"{format_.key}"{_W}:{_W}'

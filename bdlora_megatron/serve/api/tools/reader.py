@@ -228,7 +228,7 @@ def _heads(format_: Format) -> tuple[_Head, _Head]:
 
     if format_.key is None:
         mark = [*units(format_.mark), _W]
-        number = [*units("[CALL_ID]"), "[a-zA-Z0-9]+"]
+        number = [*units(format_.number), "[a-zA-Z0-9]+"]
         head = _head([_W, name, *mark], [_W, name, *number, *mark])
         return head, head
     item = [_W]
