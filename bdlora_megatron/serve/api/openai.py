@@ -25,7 +25,7 @@ from bdlora_megatron.serve.api.schema import (
 )
 from bdlora_megatron.serve.api.state import APIServer
 from bdlora_megatron.serve.api.text import TextDelta, Tokenizer
-from bdlora_megatron.serve.api.tools.calling import Calling, calling, check_tools
+from bdlora_megatron.serve.api.tools.calling import Calling, calling, check_parameters
 from bdlora_megatron.serve.api.tools.request import chosen
 from bdlora_megatron.serve.lines import json_line
 
@@ -59,8 +59,10 @@ async def _planned(
     if any(asked):
         # What was found is remembered.
         await asyncio.to_thread(grammar_of, *asked)
-    if isinstance(body, ChatRequest) and body.told_tools:
-        await asyncio.to_thread(check_tools, body.tools)
+    if isinstance(body, ChatRequest):
+        choice = chosen(body.tools, body.tool_choice)
+        if choice is not None:
+            await asyncio.to_thread(check_parameters, choice)
     return plan_body(api, body, adapter)
 
 

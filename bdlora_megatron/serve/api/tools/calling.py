@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bdlora_megatron.serve.api.errors import BadRequestError
 from bdlora_megatron.serve.api.formats import schema_grammar
 from bdlora_megatron.serve.api.text import Tokenizer
 from bdlora_megatron.serve.api.tools.formats import BARE, Format, Written
-from bdlora_megatron.serve.api.tools.grammar import Callable, Markers, grammar_of_calls
+from bdlora_megatron.serve.api.tools.grammar import Function, Markers, grammar_of_calls
 from bdlora_megatron.serve.api.tools.reader import CallReader
 from bdlora_megatron.serve.api.tools.request import Choice, Tool
 
-__all__ = ["Calling", "calling", "check_tools"]
+__all__ = ["Calling", "calling", "check_parameters"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ def calling(
     loose = []
     for place, tool in choice.tools:
         arguments, whole = _arguments(place, tool)
-        functions.append(Callable(tool.function.name, arguments))
+        functions.append(Function(tool.function.name, arguments))
         if not whole:
             loose.append(f"tools.{place}.function.parameters")
     found = {text: tokenizer.token_of(text) for text in format_.markers}
@@ -139,11 +139,11 @@ def _check(written: Written) -> None:
         )
 
 
-def check_tools(tools: Sequence[Tool]) -> None:
-    """Read the parameters of all tools; what was found is remembered.
+def check_parameters(choice: Choice) -> None:
+    """Read the parameters of all that may be called; what was found is remembered.
 
     Raises:
         BadRequestError: As ``_arguments``.
     """
-    for place, tool in enumerate(tools):
+    for place, tool in choice.tools:
         _arguments(place, tool)

@@ -13,7 +13,7 @@ from typing import Any
 
 from bdlora_megatron.serve.api.tools.formats import Format
 
-__all__ = ["Callable", "Markers", "grammar_of_calls"]
+__all__ = ["Function", "Markers", "grammar_of_calls"]
 
 # Bounded: some small models write spaces until they are cut.
 _W = "[ \\n\\r\\t]{0,4}"
@@ -22,7 +22,7 @@ _GAP = "GAP: /[ \\n\\r\\t]{1,4}/"
 
 
 @dataclass(frozen=True, slots=True)
-class Callable:
+class Function:
     """A function, and the grammar of its arguments as llguidance takes it."""
 
     name: str
@@ -49,7 +49,7 @@ class Markers:
 
 def grammar_of_calls(
     format_: Format,
-    functions: Sequence[Callable],
+    functions: Sequence[Function],
     markers: Markers,
     *,
     free: bool,
@@ -85,7 +85,7 @@ def grammar_of_calls(
 
 
 def _calls(
-    format_: Format, functions: Sequence[Callable], markers: Markers, *, several: bool
+    format_: Format, functions: Sequence[Function], markers: Markers, *, several: bool
 ) -> list[str]:
     """Rules: ``calls`` are all of them, ``tail`` is what follows a marker, ``more`` comes after."""
     opening, closing = markers.one(format_.opening), ""
@@ -117,7 +117,7 @@ def _calls(
     return rules
 
 
-def _free(format_: Format, functions: Sequence[Callable], markers: Markers) -> list[str]:
+def _free(format_: Format, functions: Sequence[Function], markers: Markers) -> list[str]:
     """Rules: free text, perhaps with calls at its end."""
     spelt, other = json.dumps(format_.opening), _tokens(markers.others)
     rules = [_TEXT, f"spelt[lazy]: TEXT? {spelt}", f"spelt_first[lazy]: FIRST? {spelt}"]
