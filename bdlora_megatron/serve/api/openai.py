@@ -194,7 +194,8 @@ def chat_ids(
         *(f"chat_template_kwargs.{name}" for name in body.chat_template_kwargs),
     ]
     told = tokenizer.tools_template if body.told_tools else tokenizer.template
-    return ids, tuple(n for n in dict.fromkeys(unread) if n.partition(".")[2] not in told)
+    named = [n for n in dict.fromkeys(unread) if n.partition(".")[2] not in told]
+    return ids, tuple(["tools", *named] if body.told_tools and "tools" not in told else named)
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

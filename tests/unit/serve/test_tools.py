@@ -623,6 +623,7 @@ def test_a_model_that_is_not_told_of_tools_calls_what_it_must_and_nothing_else(p
     for choice in ("required", named("add")):
         reply = plan(plain, tool_choice=choice)
         assert calls_of(answer(reply, say(reply, seed=1)))
+        assert reply.ignored == ("tools",)
 
 
 def test_what_a_client_says_of_tools_beside_their_fields_is_named(apis):
@@ -742,8 +743,11 @@ def test_a_model_may_have_a_template_of_its_own_for_tools(tmp_path):
     assert plan(api).job.calling.format == FORMATS["hermes"]
 
 
-def test_tools_are_tokenized_as_requests_with_them_are_read(apis):
+def test_tools_are_tokenized_as_requests_with_them_are_read(apis, plain):
     api = apis["hermes", True]
     with TestClient(make_app(api)) as client:
         made = client.post("/tokenize", json={"messages": CHAT, "tools": TOOLS}).json()
     assert tuple(made["tokens"]) == plan(api).job.prompts[0].ids
+    with TestClient(make_app(plain)) as client:
+        got = client.post("/tokenize", json={"messages": CHAT, "tools": TOOLS})
+    assert got.headers["x-ignored-fields"] == "tools"
