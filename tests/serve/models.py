@@ -17,7 +17,7 @@ TOOL_CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}"
     '<tool_call>{"name": "{{ call.function.name }}", '
     '"arguments": {{ call.function.arguments | tojson }}}</tool_call>'
-    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% endfor %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 ADAPTERS: dict[str, dict[str, Any]] = {
     "vanilla": {"r": 4},
