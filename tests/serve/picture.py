@@ -1,7 +1,7 @@
 """A picture of a running server's status page, under some load.
 
 ``python -m tests.serve.picture http://127.0.0.1:8000 docs/status.png`` asks every model in turn,
-from several clients, for a minute and a half.
+from several clients, for four minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import httpx2 as httpx
 from playwright.sync_api import sync_playwright
 
-_LOAD_S = 90.0
+_LOAD_S = 240.0
 _SYSTEM = (
     "You are a careful clerk who answers in the words of an old play, briefly and to the point. "
 )
@@ -56,6 +56,7 @@ def _picture(url: str, target: str) -> None:
         page = browser.new_page(viewport={"width": 1100, "height": 1000})
         page.goto(url)
         page.fill("#prompt", "What is love?")
+        page.locator("#prompt").blur()
         page.wait_for_timeout(4000)
         page.screenshot(path=target, full_page=True)
         browser.close()
