@@ -24,6 +24,7 @@ from bdlora_megatron.errors import (
 from bdlora_megatron.runtime import record_collectives
 from bdlora_megatron.serve import AdapterShard, AdapterStore, ModelSlots, SlotCapacity, StoreOptions
 from bdlora_megatron.serve.adapter_files import AdapterFiles
+from bdlora_megatron.serve.messages import Places
 from tests.harness import run_ranks
 from tests.tp.serving_cases import make_adapter, serving_model
 from tests.tp.session import model_parallel
@@ -71,12 +72,15 @@ def _versions(rank, world_size):
         first = store.register("a", source(1))
         assert str(first) == "a@1"
         assert store.key("a") == first
+        assert store.places() == Places()
         assert ready(store, first) is not None
+        assert store.places() == Places(slot=("a",))
         before = held(store, first).clone()
         second = store.register("a", source(2))
         assert second > first
         assert store.key("a") == second
         assert store.names == ("a",)
+        assert store.places() == Places(), "the old version is in a slot, and nobody new gets it"
         # What runs on the old version finishes on it; nothing new begins on it.
         assert ready(store, second) is not None
         assert torch.equal(held(store, first), before)
@@ -102,7 +106,9 @@ def _versions(rank, world_size):
         assert third.version == 3
         # One that is unregistered while it loads frees what was reserved for it.
         store.prefetch(third)
+        assert store.places() == Places(loading=("a",))
         store.unregister("a")
+        assert store.places() == Places()
         store.advance(wait_s=SOON_S)
         assert store.host_bytes_used == 0
         assert not store._entries
@@ -256,7 +262,10 @@ def _capacity(rank, world_size):
         store.advance(wait_s=SOON_S)
         store.advance(wait_s=SOON_S)
         assert [key in store._host for key in keys] == [False] * 3 + [True] * 3
+        assert store.places() == Places(host=tuple(key.name for key in keys[3:]))
         assert store.acquire(keys[3]) is not None
+        assert store.places().slot == (keys[3].name,)
+        assert store.places().host == tuple(key.name for key in keys[4:])
         store.pin(keys[3])
         assert store.acquire(keys[4]) is not None
         assert store.acquire(keys[5]) is None, "both slots are in use"
