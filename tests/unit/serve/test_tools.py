@@ -475,6 +475,21 @@ def test_a_stop_text_in_a_call_ends_it_and_logprobs_are_all_told(apis, family):
         assert call["function"]["arguments"].strip() == "{"
 
 
+@pytest.mark.parametrize("family", [name for name in FORMATS if name != "llama3_json"])
+def test_whole_calls_are_a_reason_to_finish_and_half_a_call_is_none(apis, family):
+    text = written(family, "7", "{}") + written(family, "add", '{"a": 42}', first=False)
+    text += "]" if family == "mistral" else ""
+    for stop, finish in ((None, "tool_calls"), ("42", "stop")):
+        reply = plan(apis[family, True], stop=stop)
+        ids = [*reply.job.tokenizer.encode(text, special=False), 1]
+        tokens = [Token(0, Choice(i), "stop" if i == 1 else None) for i in ids]
+        choice = answer(reply, tokens)
+        assert choice["finish_reason"] == finish
+        first, second = choice["message"]["tool_calls"]
+        assert first["function"] == {"name": "7", "arguments": "{}"}
+        assert second["function"]["arguments"] == ('{"a": 42}' if stop is None else '{"a": ')
+
+
 # --- schemas ------------------------------------------------------------------------------------
 
 
