@@ -24,6 +24,7 @@ __all__ = [
     "Numbering",
     "ProjectionFacts",
     "facts_of",
+    "heads_fit",
     "hybrid_layers",
     "hybrid_numbering",
     "numbering_of",
@@ -387,3 +388,15 @@ def _positions(pattern: str) -> list[str]:
             positions.append(rest[0])
             rest = rest[1:]
     return positions
+
+
+def heads_fit(tp_size: int, num_heads: int, num_kv_heads: int) -> bool:
+    """Whether ranks can hold whole heads, repeating key-value heads where they are too few.
+
+    Args:
+        tp_size: Tensor-parallel ranks.
+        num_heads: Query heads.
+        num_kv_heads: Key-value heads.
+    """
+    shared = num_kv_heads % tp_size == 0 or tp_size % num_kv_heads == 0
+    return num_heads % tp_size == 0 and shared

@@ -36,6 +36,7 @@ from bdlora_megatron.layers.anatomy import (
     model_class,
     num_decoder_layers,
 )
+from bdlora_megatron.layers.geometry import check_own_heads
 from bdlora_megatron.runtime import refuse_together
 from bdlora_megatron.runtime.versions.checkpoint import renumber_layers, save_distributed
 
@@ -310,6 +311,7 @@ def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
     for full_name, layer in layers:
         if layer.adapter is None:
             continue
+        check_own_heads(full_name, layer.config)
         for plan in layer.adapter.plans:
             entry = ModuleEntry(num_blocks=plan.num_blocks, scale=plan.scale)
             for key in decoder_keys(full_name, plan.projection.name, numbering):

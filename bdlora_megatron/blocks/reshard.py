@@ -14,7 +14,7 @@ from torch import Tensor
 from bdlora_megatron.blocks.factors import BlockFactors, block_views, from_block_views
 from bdlora_megatron.errors import ConfigError, ShapeError
 
-__all__ = ["compact", "pad_rank", "reshard", "resharded_rank"]
+__all__ = ["compact", "pad_rank", "replicate", "reshard", "resharded_rank"]
 
 
 def reshard(factors: BlockFactors, num_blocks: int) -> BlockFactors:
@@ -68,6 +68,38 @@ def reshard(factors: BlockFactors, num_blocks: int) -> BlockFactors:
             new_packed[m, low - begin : high - begin, ranks] = rows
             new_dense[m, ranks] = dense[n]
     return from_block_views(new_packed, new_dense, blocked=factors.blocked, scale=factors.scale)
+
+
+def replicate(factors: BlockFactors, heads: int, replicas: int) -> BlockFactors:
+    """The update of a module whose heads are each repeated, one copy after the other. Exact.
+
+    Where B has blocks, a copy takes those of its head along, and A's rows for them.
+
+    Args:
+        factors: The update of the heads, R and N, with B blocked.
+        heads: How many they are; B's rows are so many stretches of one length.
+        replicas: Copies of each.
+
+    Returns:
+        The update of all copies. A vanilla one keeps A and its rank. With blocks, rank and blocks
+        grow by `replicas`, after a reshard to `heads` blocks if one crosses two heads' border.
+    """
+    if factors.num_blocks == 1:
+        return replace(factors, B=_repeat(factors.B, heads, replicas))
+    if factors.num_blocks % heads:
+        factors = reshard(factors, heads)
+    return replace(
+        factors,
+        A=_repeat(factors.A, heads, replicas),
+        B=_repeat(factors.B, heads, replicas),
+        num_blocks=factors.num_blocks * replicas,
+    )
+
+
+def _repeat(rows: Tensor, groups: int, times: int) -> Tensor:
+    """Rows whose every group stands there several times."""
+    grouped: Tensor = rows.unflatten(0, (groups, -1))
+    return grouped.repeat_interleave(times, dim=0).flatten(0, 1)
 
 
 def _by_stretch(factors: BlockFactors, num_blocks: int) -> BlockFactors:

@@ -21,6 +21,7 @@ from bdlora_megatron.layers.anatomy import (
 )
 from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.factors import Factor
+from bdlora_megatron.layers.geometry import check_own_heads
 
 __all__ = ["collect_adapter"]
 
@@ -51,6 +52,7 @@ def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) 
     for full_name, layer in lora_layers(model):
         if layer.adapter is None:
             continue
+        check_own_heads(full_name, layer.config)
         for plan in layer.adapter.plans:
             key = _key(full_name, plan.projection.name, numbering)
             if key in modules:

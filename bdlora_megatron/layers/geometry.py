@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from bdlora_megatron.decoder import facts_of
 from bdlora_megatron.errors import ShapeError, UnsupportedError
 
-__all__ = ["LayerGeometry", "Projection", "Stretch", "layer_geometry"]
+__all__ = ["LayerGeometry", "Projection", "Stretch", "check_own_heads", "layer_geometry"]
 
 
 class Stretch(NamedTuple):
@@ -39,12 +39,19 @@ class Projection:
             such as ``gate`` and ``up`` of a gated ``linear_fc1`` taken as one projection, whose
             rank holds ``[gate_i; up_i]``. Empty where they are one.
         groups: Hugging Face interleaves these stretches by so many groups.
+        replicas: How many ranks hold each of its heads; ``out_features`` counts every one.
     """
 
     name: str
     out_features: int
     parts: tuple[Stretch, ...] = ()
     groups: int = 1
+    replicas: int = 1
+
+    @property
+    def own_features(self) -> int:
+        """Its rows without replicas, as adapters have them."""
+        return self.out_features // self.replicas
 
     @property
     def part_sizes(self) -> tuple[int, ...]:
@@ -100,6 +107,35 @@ def layer_geometry(
     return LayerGeometry(projections=(Projection(name="", out_features=out_features),))
 
 
+def _kv_head_replicas(config: Any) -> int:
+    """How many ranks hold each key-value head, all of which ``num_query_groups`` counts."""
+    return int(getattr(config, "kv_head_replicas", 1))
+
+
+def check_own_heads(name: str, config: Any) -> None:
+    """Refuse to train or save an adapter on heads that several ranks hold a copy of.
+
+    Args:
+        name: The layer's name or path.
+        config: The model's ``TransformerConfig``.
+
+    Raises:
+        UnsupportedError: The layer was built for serving (``ModelShape.for_serving``) and repeats
+            key-value heads.
+    """
+    replicas = _kv_head_replicas(config)
+    if replicas == 1 or name.rpartition(".")[2] != "linear_qkv":
+        return
+    heads = config.num_query_groups // replicas
+    fit = [str(size) for size in range(1, heads + 1) if heads % size == 0]
+    raise UnsupportedError(
+        f"{name} was loaded to serve, with each of {heads} key-value heads on {replicas} ranks; "
+        "nothing sums the copies' gradients. To train or save an "
+        f"adapter, use a tensor-parallel size of {', '.join(fit)}, without for_serving, or leave "
+        "linear_qkv out of target_modules"
+    )
+
+
 def _check_qkv(config: Any, out_features: int, tp_size: int) -> None:
     if getattr(config, "attention_output_gate", False):
         raise UnsupportedError(
@@ -111,7 +147,8 @@ def _check_qkv(config: Any, out_features: int, tp_size: int) -> None:
         raise UnsupportedError(
             f"num_query_groups={groups} over {tp_size} tensor-parallel ranks: a rank would hold "
             f"part of a key-value head; use a tensor-parallel size that divides {groups}, or leave "
-            "linear_qkv out of target_modules"
+            "linear_qkv out of target_modules; to serve, load the model with for_serving=True, "
+            "which repeats the heads"
         )
     wanted = config.kv_channels * (config.num_attention_heads + 2 * groups)
     if wanted != out_features:
@@ -125,11 +162,12 @@ def _qkv(config: Any, out_features: int, *, fused: bool) -> LayerGeometry:
     if fused:
         return LayerGeometry(projections=(Projection(name="", out_features=out_features),))
     groups = config.num_query_groups or config.num_attention_heads
-    heads = {"q": config.num_attention_heads, "k": groups, "v": groups}
+    replicas = _kv_head_replicas(config)
+    heads = {"q": (config.num_attention_heads, 1), "k": (groups, replicas), "v": (groups, replicas)}
     return LayerGeometry(
         projections=tuple(
-            Projection(name=name, out_features=config.kv_channels * count)
-            for name, count in heads.items()
+            Projection(name=name, out_features=config.kv_channels * count, replicas=copies)
+            for name, (count, copies) in heads.items()
         ),
         groups=groups,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bdlora_megatron.blocks import BlockFactors, pad_rank, reshard
+from bdlora_megatron.blocks import BlockFactors, pad_rank, replicate, reshard
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert.adapter.lazy import LazyModules, module_facts
 from bdlora_megatron.convert.adapter.neutral import Adapter as NeutralAdapter
@@ -35,7 +35,7 @@ from bdlora_megatron.layers.apply import (
     replace_module,
 )
 from bdlora_megatron.layers.classes import LINEAR_CLASSES, lora_layer
-from bdlora_megatron.layers.geometry import LayerGeometry, Projection
+from bdlora_megatron.layers.geometry import LayerGeometry, Projection, check_own_heads
 from bdlora_megatron.layers.lora_linear import LoRALinear
 
 __all__ = [
@@ -93,15 +93,18 @@ def load_adapter(
         ShapeError: Factors do not fit their layers. The error lists all of them, and the model is
             unchanged.
         TargetError: The adapter holds modules that the model does not have. Likewise.
-        UnsupportedError: It is to be trained, and the model cannot be (``check_backward``).
+        UnsupportedError: It is to be trained, and the model cannot be (``check_backward``), or
+            repeats key-value heads to be served.
 
     Collectives: none in layouts ``bdlora`` and ``slora``; one broadcast for each replicated factor
     in ``half_sharded``.
     """
     options = options or LoadOptions()
+    linears = decoder_linears(model)
     if options.trainable:
         check_backward(model)
-    linears = decoder_linears(model)
+        for target in linears:
+            check_own_heads(target.full_name, target.module.config)
     adapter = in_models_names(adapter, linears)
     check_covered(model, adapter, linears)
     check_shapes(adapter, linears)
@@ -230,7 +233,7 @@ def check_shapes(adapter: NeutralAdapter, linears: list[DecoderLinear]) -> None:
         for projection in target.geometry.projections:
             key = target.keys.get(projection.name)
             factors = None if key is None else adapter.modules.get(key)
-            wanted = (projection.out_features, target.in_features)
+            wanted = (projection.own_features, target.in_features)
             if factors is not None and (factors.out_features, factors.in_features) != wanted:
                 got = (factors.out_features, factors.in_features)
                 problems.append(f"{key}: the adapter is for {got}, the layer is {wanted}")
@@ -288,6 +291,9 @@ def fit(
 ) -> BlockFactors:
     """Bring factors into a form that ``tp_size`` ranks can share in ``layout``; exact."""
     factors = in_layer_order(factors, projection.part_sizes, projection.groups)
+    if projection.replicas > 1:
+        # One head on each rank.
+        factors = replicate(factors, tp_size // projection.replicas, projection.replicas)
     if layout is Layout.BDLORA:
         return factors if factors.num_blocks % tp_size == 0 else reshard(factors, tp_size)
     dense = reshard(factors, 1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bdlora_megatron.config import Layout, LoRAConfig
 from bdlora_megatron.errors import ConfigError, UnsupportedError
 from bdlora_megatron.layers.adapters import Adapter, AdapterOptions, ProjectionPlan
-from bdlora_megatron.layers.geometry import LayerGeometry, layer_geometry
+from bdlora_megatron.layers.geometry import LayerGeometry, check_own_heads, layer_geometry
 from bdlora_megatron.layers.sharing import share_and_shrink, share_input
 from bdlora_megatron.layers.slots import LayerSlots
 from bdlora_megatron.runtime.versions.layers import weight_is_rebuilt
@@ -237,8 +237,12 @@ class LoRALinear(nn.Module):
 
         Returns:
             The adapter.
+
+        Raises:
+            UnsupportedError: The layer repeats key-value heads.
         """
         geometry = self.geometry(name, fused=lora.fused)
+        check_own_heads(name, self.config)
         plans = [
             ProjectionPlan(
                 projection=projection, rank=lora.rank, num_blocks=lora.blocks, scale=lora.scale

@@ -18,7 +18,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
 from torch import Tensor, nn
 
-from bdlora_megatron.decoder import ModelClass
+from bdlora_megatron.decoder import ModelClass, heads_fit
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.models.config import HFConfig
 from bdlora_megatron.runtime import device
@@ -48,7 +48,7 @@ def transformer_config(
     """Megatron-Core's configuration of the model, for the parallel sizes now in force.
 
     Args:
-        hf: The model.
+        hf: The model; from ``for_serving`` to repeat key-value heads.
         dtype: Type of the parameters.
         settings: Further fields of ``TransformerConfig``, such as ``sequence_parallel`` or
             ``recompute_granularity``. Dropout is 0 unless it is set here.
@@ -74,7 +74,10 @@ def transformer_config(
             "decide; leave them out"
         )
     defaults = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-    return TransformerConfig(**{**defaults, **(settings or {}), **fixed})
+    config = TransformerConfig(**{**defaults, **(settings or {}), **fixed})
+    # For ``layers.geometry``: Megatron-Core takes every copy for a head of its own.
+    config.kv_head_replicas = hf.kv_head_replicas
+    return config
 
 
 def default_layer_spec(hf: HFConfig) -> ModuleSpec:
@@ -318,8 +321,20 @@ def _check_division(hf: HFConfig, tp_size: int) -> None:
     if problems:
         raise ShapeError(
             f"the model cannot be divided over {tp_size} tensor-parallel ranks: "
-            f"{'; '.join(problems)}"
+            f"{'; '.join(problems)}; use one of {', '.join(map(str, _sizes(hf)))}"
         )
+
+
+def _sizes(hf: HFConfig) -> list[int]:
+    sizes = range(1, hf.num_heads + 1)
+    most = hf.num_heads if shares_kv_heads() else hf.num_kv_heads
+    return [
+        size
+        for size in sizes
+        if size <= most
+        and heads_fit(size, hf.num_heads, hf.num_kv_heads)
+        and hf.ffn_size % size == 0
+    ]
 
 
 class _PaddingLogits:

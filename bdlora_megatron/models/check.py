@@ -63,9 +63,9 @@ def base_shape(config: HFConfig) -> BaseShape:
         hidden_size=config.hidden_size,
         ffn_size=config.ffn_size,
         q_size=config.num_heads * config.head_dim,
-        kv_size=config.num_kv_heads * config.head_dim,
+        kv_size=config.own_kv_heads * config.head_dim,
         num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
+        num_kv_heads=config.own_kv_heads,
         head_dim=config.head_dim,
         num_layers=config.num_layers,
     )

@@ -4,7 +4,8 @@ Every whole Megatron parameter is a stack of row ranges of Hugging Face tensors,
 which each tensor-parallel rank holds one contiguous part: rows of a column-parallel layer, columns
 of a row-parallel one. Plain names and numbers; no tensor and no process group.
 
-    linear_qkv   for each key-value head: its query heads' rows, its key's, its value's
+    linear_qkv   for each key-value head: its query heads' rows, its key's, its value's; a head
+                 that several ranks hold is there once for each, with that rank's query heads
     linear_fc1   for each rank: its share of gate_proj, then its share of up_proj
 """
 
@@ -115,7 +116,7 @@ def layer_sources(hf: HFConfig, layer: int, tp_size: int) -> dict[str, WeightSou
 
 
 def _layer_shapes(hf: HFConfig, prefix: str) -> dict[str, tuple[int, ...]]:
-    q, kv = hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
+    q, kv = hf.num_heads * hf.head_dim, hf.own_kv_heads * hf.head_dim
     linears = {
         "self_attn.q_proj": (q, hf.hidden_size),
         "self_attn.k_proj": (kv, hf.hidden_size),
@@ -148,9 +149,14 @@ def _qkv(hf: HFConfig, attention: str, kind: str) -> WeightSource:
     queries = hf.num_heads // hf.num_kv_heads * hf.head_dim
     parts = []
     for group in range(hf.num_kv_heads):
-        for which, rows in (("q", queries), ("k", hf.head_dim), ("v", hf.head_dim)):
+        head = group // hf.kv_head_replicas
+        for which, place, rows in (
+            ("q", group, queries),
+            ("k", head, hf.head_dim),
+            ("v", head, hf.head_dim),
+        ):
             name = f"{attention}{which}_proj.{kind}"
-            parts.append(RowRange(name, group * rows, (group + 1) * rows))
+            parts.append(RowRange(name, place * rows, (place + 1) * rows))
     return WeightSource(tuple(parts), "rows")
 
 

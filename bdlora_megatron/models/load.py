@@ -35,7 +35,7 @@ _CHUNK_ROWS = 1024
 _SHOWN = 20
 
 
-def load_hf_model(
+def load_hf_model(  # noqa: PLR0913 - what serving and training choose of a model
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -44,6 +44,7 @@ def load_hf_model(
     layer_spec: ModuleSpec | None = None,
     model_class: ModelClass = "auto",
     vp_stage: int | None = None,
+    for_serving: bool = False,
 ) -> Any:
     """Load a Llama-family model at the current tensor- and pipeline-parallel size.
 
@@ -60,6 +61,8 @@ def load_hf_model(
         model_class: ``hybrid`` for a ``HybridModel`` (Megatron-Core 0.19 and newer), ``gpt`` for a
             ``GPTModel``; by default the first if the release has it.
         vp_stage: Which chunk of this pipeline stage, where stages hold several.
+        for_serving: Repeat key-value heads where they are fewer than the tensor-parallel ranks, so
+            that each rank holds whole heads. Adapters then load on them and do not train.
 
     Returns:
         This rank's part of the model, in training mode. If the vocabulary is rounded up to a
@@ -75,6 +78,8 @@ def load_hf_model(
         None, except one all-reduce of an embedding that is tied across pipeline stages.
     """
     hf = read_hf_config(folder)
+    if for_serving:
+        hf = hf.for_serving(parallel_state.get_tensor_model_parallel_world_size())
     # Before the model takes memory: what is wrong with the files is known from their headers.
     with TensorFiles(folder) as files:
         _check_tensors(hf, files, str(folder))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from bdlora_megatron.decoder import DEFAULT_TARGETS, LINEARS
+from bdlora_megatron.decoder import DEFAULT_TARGETS, LINEARS, heads_fit
 from bdlora_megatron.errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
     from bdlora_megatron.blocks import ModuleShape
 
 __all__ = ["Linear", "ModelShape"]
+
+ShapeT = TypeVar("ShapeT", bound="ModelShape")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +27,15 @@ class Linear:
         out_features: Output size of each projection over all ranks.
         blocked: Which factor of a BD-LoRA is block-diagonal: ``"B"`` beside a column-parallel
             layer, ``"A"`` beside a row-parallel one.
+        replicas: How often each projection's heads are counted in ``out_features``; see
+            ``ModelShape.kv_head_replicas``.
     """
 
     name: str
     in_features: int
     out_features: tuple[int, ...]
     blocked: Literal["A", "B"]
+    replicas: tuple[int, ...] = ()
 
     def local_sizes(self, tp: int) -> tuple[int, int]:
         """One rank's input size, and its output size over all projections.
@@ -65,10 +70,12 @@ class ModelShape:
         hidden_size: Width of the residual stream.
         ffn_size: Width inside the gated MLP.
         num_heads: Query heads.
-        num_kv_heads: Key-value heads; divides ``num_heads``.
+        num_kv_heads: Key-value heads, replicas among them; divides ``num_heads``.
         head_dim: Width of a head; not always ``hidden_size / num_heads``.
         vocab_size: Rows of the embedding as stored, without padding.
         tied: The output layer uses the embedding's weight.
+        kv_head_replicas: How many ranks hold each of the model's own key-value heads, where they
+            are fewer than the ranks: then ``num_kv_heads`` is the number of ranks. Else 1.
     """
 
     num_layers: int
@@ -79,6 +86,34 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tied: bool = False
+    kv_head_replicas: int = 1
+
+    def for_serving(self: ShapeT, tp: int) -> ShapeT:
+        """The model as ``tp`` ranks serve it: each holds whole key-value heads.
+
+        Where there are fewer of them than ranks, each head is repeated on the ranks that hold the
+        query heads which read it.
+
+        Args:
+            tp: Tensor-parallel ranks.
+
+        Returns:
+            The same model; with one key-value head for each rank if it has fewer.
+
+        Raises:
+            ConfigError: Its layers do not divide; with the sizes that would do.
+        """
+        if tp < 1 or not self._fits(tp, replicated=True):
+            raise ConfigError(self._refusal(tp, replicated=True))
+        if self.num_kv_heads >= tp:
+            return self
+        replicas = tp // self.num_kv_heads
+        return replace(self, num_kv_heads=tp, kv_head_replicas=replicas * self.kv_head_replicas)
+
+    @property
+    def own_kv_heads(self) -> int:
+        """Key-value heads without replicas."""
+        return self.num_kv_heads // self.kv_head_replicas
 
     def linears(self, targets: Sequence[str] = DEFAULT_TARGETS) -> tuple[Linear, ...]:
         """The tensor-parallel layers of one decoder layer, in order.
@@ -98,6 +133,10 @@ class ModelShape:
                 in_features=sizes[linear.in_size],
                 out_features=tuple(sizes[part.out_size] for part in linear.projections),
                 blocked=linear.blocked,
+                replicas=tuple(
+                    self.kv_head_replicas if part.out_size == "kv_size" else 1
+                    for part in linear.projections
+                ),
             )
             for linear in LINEARS
             if linear.name in targets
@@ -122,16 +161,26 @@ class ModelShape:
         Raises:
             ConfigError: With the sizes that would do.
         """
-        if tp < 1 or self.num_kv_heads % tp or self.num_heads % tp or self.ffn_size % tp:
-            fit = [
-                size
-                for size in range(1, self.num_kv_heads + 1)
-                if not (self.num_kv_heads % size or self.num_heads % size or self.ffn_size % size)
-            ]
-            raise ConfigError(
-                f"tp={tp} does not divide {self.num_heads} heads, {self.num_kv_heads} key-value "
-                f"heads and an MLP of {self.ffn_size}; use one of {', '.join(map(str, fit))}"
+        if tp < 1 or not self._fits(tp, replicated=False):
+            raise ConfigError(self._refusal(tp, replicated=False))
+
+    def _fits(self, tp: int, *, replicated: bool) -> bool:
+        whole = replicated or self.num_kv_heads % tp == 0
+        return whole and heads_fit(tp, self.num_heads, self.num_kv_heads) and not self.ffn_size % tp
+
+    def _refusal(self, tp: int, *, replicated: bool) -> str:
+        sizes = range(1, self.num_heads + 1)
+        fit = [str(size) for size in sizes if self._fits(size, replicated=replicated)]
+        more = ""
+        if tp >= 1 and self._fits(tp, replicated=True):
+            more = (
+                f"; tp={tp} is for serving alone, which repeats key-value heads on several ranks: "
+                "nothing sums the copies' gradients"
             )
+        return (
+            f"tp={tp} does not divide {self.num_heads} heads, {self.num_kv_heads} key-value "
+            f"heads and an MLP of {self.ffn_size}; use one of {', '.join(fit)}{more}"
+        )
 
     def check_stages(self, stages: int) -> None:
         """Refuse a pipeline-parallel size that the layers do not divide by.

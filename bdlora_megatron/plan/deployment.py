@@ -66,7 +66,8 @@ class LayoutPlan:
         memory: Bytes on one rank.
         decode: One step of all requests.
         prefill: One prompt.
-        train: Forward, backward and AdamW over one adapter.
+        train: Forward, backward and AdamW over one adapter; None where the ranks share key-value
+            heads, as training does not.
     """
 
     layout: Layout
@@ -74,7 +75,7 @@ class LayoutPlan:
     memory: MemoryPlan
     decode: StepTime
     prefill: StepTime
-    train: StepTime
+    train: StepTime | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +86,7 @@ class Plan:
         deployment: What was asked.
         base_decode: The decoding step without adapters.
         base_prefill: The prefill step without adapters.
-        base_train: Forward and backward of the frozen base model.
+        base_train: Forward and backward of the frozen base model; None as for the layouts.
         layouts: BD-LoRA at the LoRA's parameters, then the layouts of unconverted adapters.
         unconverted: The faster of these, for adapters that are trained already.
     """
@@ -93,7 +94,7 @@ class Plan:
     deployment: Deployment
     base_decode: StepTime
     base_prefill: StepTime
-    base_train: StepTime
+    base_train: StepTime | None
     layouts: tuple[LayoutPlan, ...]
     unconverted: Layout
 
@@ -143,24 +144,31 @@ class Plan:
         )
 
     def _training(self) -> str:
-        asked, slora = self.deployment, self._of(Layout.SLORA)
+        asked, base, slora = self.deployment, self.base_train, self._of(Layout.SLORA).train
+        if base is None or slora is None:
+            own = [size for size in range(1, asked.tp) if _trains(asked.shape, size)]
+            return (
+                f"training: not on {asked.tp} ranks, which share {asked.shape.num_kv_heads} "
+                f"key-value heads; on {', '.join(map(str, own))}"
+            )
         header = ("layout", "rank", "train ms", "sent for adapters", "AdamW", "train vs S-LoRA")
         rows = [
             (
                 plan.layout.value,
                 str(plan.rank),
-                f"{1e3 * plan.train.total:.1f}",
-                f"{1e3 * plan.train.adapter_communication:.2f}",
-                f"{1e3 * plan.train.optimizer:.2f}",
-                f"{slora.train.total / plan.train.total:.2f}x",
+                f"{1e3 * train.total:.1f}",
+                f"{1e3 * train.adapter_communication:.2f}",
+                f"{1e3 * train.optimizer:.2f}",
+                f"{slora.total / train.total:.2f}x",
             )
             for plan in self.layouts
+            if (train := plan.train) is not None
         ]
         split = "on" if asked.sequence_parallel else "off"
         return (
             f"a training step of {asked.sequences} x {asked.sequence} tokens, one adapter, nothing "
             f"recomputed, sequence parallelism {split}; frozen base model alone: "
-            f"{1e3 * self.base_train.total:.1f} ms\n\n{format_table(header, rows)}"
+            f"{1e3 * base.total:.1f} ms\n\n{format_table(header, rows)}"
         )
 
     def _of(self, layout: Layout) -> LayoutPlan:
@@ -254,7 +262,7 @@ def make_plan(deployment: Deployment) -> Plan:
     """
     asked = deployment
     _check(asked)
-    asked.shape.check_tp(asked.tp)
+    served, trains = asked.shape.for_serving(asked.tp), _trains(asked.shape, asked.tp)
     decode = Step(tokens=asked.requests, context=asked.context)
     # A prompt's tokens see half of it on average.
     prefill = Step(tokens=asked.prompt, context=asked.prompt // 2, reads_cache=False)
@@ -277,26 +285,40 @@ def make_plan(deployment: Deployment) -> Plan:
                 layout=layout,
                 rank=rank,
                 memory=memory_plan(
-                    asked.shape,
+                    served,
                     one,
                     asked.hardware.device,
                     asked.tp,
                     requests=asked.requests,
                     context=asked.context,
                 ),
-                decode=predict_step(asked.shape, decode, asked.hardware, asked.tp, many),
-                prefill=predict_step(asked.shape, prefill, asked.hardware, asked.tp, one),
-                train=predict_training(asked.shape, train, asked.hardware, asked.tp, one),
+                decode=predict_step(served, decode, asked.hardware, asked.tp, many),
+                prefill=predict_step(served, prefill, asked.hardware, asked.tp, one),
+                train=(
+                    predict_training(asked.shape, train, asked.hardware, asked.tp, one)
+                    if trains
+                    else None
+                ),
             )
         )
     return Plan(
         deployment=asked,
-        base_decode=predict_step(asked.shape, decode, asked.hardware, asked.tp),
-        base_prefill=predict_step(asked.shape, prefill, asked.hardware, asked.tp),
-        base_train=predict_training(asked.shape, train, asked.hardware, asked.tp),
+        base_decode=predict_step(served, decode, asked.hardware, asked.tp),
+        base_prefill=predict_step(served, prefill, asked.hardware, asked.tp),
+        base_train=(
+            predict_training(asked.shape, train, asked.hardware, asked.tp) if trains else None
+        ),
         layouts=tuple(layouts),
         unconverted=min(layouts[1:], key=lambda plan: plan.decode.total).layout,
     )
+
+
+def _trains(shape: ModelShape, tp: int) -> bool:
+    try:
+        shape.check_tp(tp)
+    except ConfigError:
+        return False
+    return True
 
 
 def _check(asked: Deployment) -> None:

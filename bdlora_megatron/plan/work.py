@@ -185,19 +185,20 @@ def local_factors(linear: Linear, load: AdapterLoad, tp: int) -> list[tuple[int,
         raise ConfigError(f"rank={load.rank}; a positive rank is needed")
     column = linear.blocked == "B"
     return [
-        _local(linear.in_features, out_features, load, tp, blocks, column=column)
-        for out_features in linear.out_features
+        _local(linear.in_features, out_features, load, tp, blocks, column=column, replicas=replicas)
+        for out_features, replicas in zip(linear.out_features, linear.replicas, strict=True)
     ]
 
 
 def _local(
-    I: int, O: int, load: AdapterLoad, tp: int, blocks: int, *, column: bool
+    I: int, O: int, load: AdapterLoad, tp: int, blocks: int, *, column: bool, replicas: int
 ) -> tuple[int, int, int, int]:
     """Local shapes of A ``[rows, columns]`` and B ``[rows, columns]``."""
     R = load.rank
     if load.layout is Layout.BDLORA:
         if column:
-            return R // tp, I, O // tp, R // blocks
+            # Where ranks share a head, each holds all of its blocks.
+            return replicas * R // tp, I, O // tp, R // blocks
         return R // tp, I // blocks, O, R // tp
     if load.layout is Layout.HALF_SHARDED:
         return (R, I, O // tp, R) if column else (R, I // tp, O, R)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import BdLoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 VOCAB, NUM_LAYERS = 101, 2
 COLUMN = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -50,8 +51,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_base(path: Path, **changes: Any) -> Path:
-    """Save a tiny random Llama: grouped queries, an odd vocabulary, norms that are not one."""
+def make_base(path: Path, *, family: str = "Llama", **changes: Any) -> Path:
+    """Save a tiny random model: grouped queries, an odd vocabulary, norms that are not one."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -65,9 +66,10 @@ def make_base(path: Path, **changes: Any) -> Path:
         "tie_word_embeddings": False,
         "initializer_range": 0.15,
     }
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    config = getattr(transformers, f"{family}Config")(**{**settings, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or name.endswith("bias"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(path)
     return path

@@ -39,8 +39,18 @@ def peft_mixed_logits(base, root):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("mixed")
-    base = make_base(root / "base")
+    return make_folder(tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids="kv{}".format)
+def few_heads(request, tmp_path_factory):
+    """A base model of Qwen2.5's shape, with biases, and fewer key-value heads than four ranks."""
+    root = tmp_path_factory.mktemp("few_heads")
+    return make_folder(root, family="Qwen2", num_key_value_heads=request.param, head_dim=8)
+
+
+def make_folder(root, **changes):
+    base = make_base(root / "base", **changes)
     for kind, settings in KINDS.items():
         make_adapter(base, root / kind, **settings)
     torch.save(peft_mixed_logits(base, root), root / "mixed.pt")
@@ -70,7 +80,7 @@ def _layout_of(kind, world_size):
 
 def _mix(rank, world_size, root):
     with model_parallel(world_size):
-        model = load_hf_model(root / "base", dtype=torch.float32).eval()
+        model = load_hf_model(root / "base", dtype=torch.float32, for_serving=True).eval()
         room = SlotCapacity(max_loras=len(KINDS) + 1, max_lora_rank=16, layouts=tuple(Layout))
         slots = ModelSlots(model, room)
         slot_of = {None: -1}
@@ -94,3 +104,7 @@ def _mix(rank, world_size, root):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_mixed_batch_is_pefts_and_each_request_alone(world_size, folder):
     run_ranks(world_size, _mix, folder)
+
+
+def test_ranks_share_key_value_heads_in_a_mixed_batch(few_heads):
+    run_ranks(4, _mix, few_heads)

@@ -16,6 +16,7 @@ from bdlora_megatron.blocks import (
     matching_rank,
     num_parameters,
     pad_rank,
+    replicate,
     reshard,
     resharded_rank,
     truncate,
@@ -529,3 +530,15 @@ def test_counts_and_matching_refuse_what_they_cannot_count():
         matching_rank(LLAMA["3.1-8B"], lora_rank=1, num_blocks=8)
     assert "or fewer blocks" in str(caught.value)
     assert matching_rank(LLAMA["3.1-8B"], lora_rank=4, num_blocks=8) == 8
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 4, 8])
+def test_replicas_have_the_update_of_their_head(num_blocks):
+    factors = make("B", num_blocks, 2, 32, 5)
+    made = replicate(factors, 4, 3)
+    # Vanilla: only B's rows are there again. Blocks of two heads become blocks of one.
+    assert made.rank == (2 if num_blocks == 1 else 3 * 2 * max(num_blocks, 4))
+    assert made.num_blocks == (1 if num_blocks == 1 else 3 * max(num_blocks, 4))
+    heads = dense_update(factors).unflatten(0, (4, 8))
+    wanted = heads.repeat_interleave(3, dim=0).flatten(0, 1)
+    torch.testing.assert_close(dense_update(made), wanted, **FP64)

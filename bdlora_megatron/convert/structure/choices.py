@@ -31,6 +31,7 @@ from bdlora_megatron.convert.structure.restructure import (
     check_fits,
     module_shapes,
 )
+from bdlora_megatron.decoder import facts_of
 from bdlora_megatron.errors import ConfigError
 
 __all__ = ["Choices", "ServingOption", "choices_for_tp"]
@@ -154,8 +155,9 @@ def choices_for_tp(adapter: Adapter, tp: int, *, tolerance: float = 0.01) -> Cho
         blocked = factors if factors.num_blocks % tp == 0 else reshard(factors, tp)
         compact_ranks.append(compact(blocked).rank)
         spectra.append(singular_values(factors, num_blocks=tp))
-    choices = _exact_choices(facts, compact_ranks, tp)
-    choices += _truncations(facts, compact_ranks, spectra, tp)
+    replicas = _replicas(adapter, tp)
+    choices = _exact_choices(facts, replicas, compact_ranks, tp)
+    choices += _truncations(facts, replicas, compact_ranks, spectra, tp)
     recommended, reason = _recommend(choices, tolerance)
     return Choices(
         adapter=adapter.name,
@@ -168,8 +170,19 @@ def choices_for_tp(adapter: Adapter, tp: int, *, tolerance: float = 0.01) -> Cho
     )
 
 
+def _replicas(adapter: Adapter, tp: int) -> list[int]:
+    """How many ranks hold each of a module's heads."""
+    heads = adapter.base.num_kv_heads or tp
+    shared = max(tp // heads, 1)
+    sizes = [facts_of(key.name)[1].out_size for key in adapter.modules]
+    return [shared if size == "kv_size" else 1 for size in sizes]
+
+
 def _exact_choices(
-    facts: Sequence[BlockFactors], compact_ranks: Sequence[int], tp: int
+    facts: Sequence[BlockFactors],
+    replicas: Sequence[int],
+    compact_ranks: Sequence[int],
+    tp: int,
 ) -> list[ServingOption]:
     shapes = module_shapes(facts)
     if all(fact.num_blocks % tp == 0 for fact in facts):
@@ -179,7 +192,11 @@ def _exact_choices(
                 mode="keep",
                 layout=Layout.BDLORA,
                 rank=max(fact.rank for fact in facts),
-                bytes_per_rank=sum(_nbytes(fact, fact.num_parameters) for fact in facts) // tp,
+                bytes_per_rank=sum(
+                    _nbytes(fact, copies * fact.num_parameters)
+                    for fact, copies in zip(facts, replicas, strict=True)
+                )
+                // tp,
                 error=0.0,
                 collectives=_NONE,
                 options="--structure keep",
@@ -190,14 +207,14 @@ def _exact_choices(
     ]
     bdlora = sum(
         # What already fits keeps its blocks, which may be a multiple of P.
-        _nbytes(fact, _blocked_parameters(shape, rank, max(fact.num_blocks, tp))) // tp
+        copies * _nbytes(fact, _blocked_parameters(shape, rank, max(fact.num_blocks, tp))) // tp
         if fact.num_blocks % tp == 0
-        else _nbytes(fact, _blocked_parameters(shape, rank, tp)) // tp
-        for fact, shape, rank in zip(facts, shapes, compact_ranks, strict=True)
+        else copies * _nbytes(fact, _blocked_parameters(shape, rank, tp)) // tp
+        for fact, copies, shape, rank in zip(facts, replicas, shapes, compact_ranks, strict=True)
     )
     return [
-        _vanilla("keep, S-LoRA layout", Layout.SLORA, facts, dense, tp),
-        _vanilla("keep, half sharded", Layout.HALF_SHARDED, facts, dense, tp),
+        _vanilla("keep, S-LoRA layout", Layout.SLORA, facts, replicas, dense, tp),
+        _vanilla("keep, half sharded", Layout.HALF_SHARDED, facts, replicas, dense, tp),
         ServingOption(
             name="exact",
             mode="exact",
@@ -212,16 +229,21 @@ def _exact_choices(
 
 
 def _vanilla(
-    name: str, layout: Layout, facts: Sequence[BlockFactors], ranks: Sequence[int], tp: int
+    name: str,
+    layout: Layout,
+    facts: Sequence[BlockFactors],
+    replicas: Sequence[int],
+    ranks: Sequence[int],
+    tp: int,
 ) -> ServingOption:
     """An adapter held as vanilla LoRA, both factors split or one of them replicated."""
     size = 0
-    for fact, rank in zip(facts, ranks, strict=True):
-        blocked = fact.out_features if fact.blocked == "B" else fact.in_features
+    for fact, copies, rank in zip(facts, replicas, ranks, strict=True):
+        blocked = copies * fact.out_features if fact.blocked == "B" else fact.in_features
         dense = fact.in_features if fact.blocked == "B" else fact.out_features
         if layout is Layout.SLORA:
             padded = -(-rank // tp) * tp
-            numbers = padded * (fact.in_features + fact.out_features) // tp
+            numbers = padded * (dense + blocked) // tp
         else:
             numbers = rank * (dense + blocked // tp)
         size += _nbytes(fact, numbers)
@@ -239,6 +261,7 @@ def _vanilla(
 
 def _truncations(
     facts: Sequence[BlockFactors],
+    replicas: Sequence[int],
     compact_ranks: Sequence[int],
     spectra: Sequence[Tensor],
     tp: int,
@@ -258,8 +281,8 @@ def _truncations(
             layout=Layout.BDLORA,
             rank=rank,
             bytes_per_rank=sum(
-                _nbytes(fact, _blocked_parameters(shape, rank, tp)) // tp
-                for fact, shape in zip(facts, shapes, strict=True)
+                copies * _nbytes(fact, _blocked_parameters(shape, rank, tp)) // tp
+                for fact, copies, shape in zip(facts, replicas, shapes, strict=True)
             ),
             error=_error(spectra, rank // tp),
             collectives=_NONE,

@@ -23,7 +23,7 @@ from bdlora_megatron.convert.adapter import Adapter, ModuleKey
 from bdlora_megatron.convert.adapter.lazy import LazyModules, module_facts
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.structure.changes import ModuleChange, StructureReport, measure
-from bdlora_megatron.decoder import facts_of
+from bdlora_megatron.decoder import facts_of, heads_fit
 from bdlora_megatron.errors import ConfigError, ShapeError
 
 __all__ = [
@@ -190,7 +190,8 @@ def check_fits(adapter: Adapter, tp: int, subject: str) -> None:
 
     Raises:
         AdapterFormatError: If a rank would hold part of a row, a column or a key-value head. The
-            modules and the sizes that fit are listed.
+            modules and the sizes that fit are listed. Ranks may share a key-value head, of which
+            each then serves a copy.
     """
     facts = module_facts(adapter)
     widths = {
@@ -198,9 +199,14 @@ def check_fits(adapter: Adapter, tp: int, subject: str) -> None:
         for key, fact in facts.items()
     }
     qkv = [str(key) for key in facts if facts_of(key.name)[0].name == "linear_qkv"]
-    heads = adapter.base.num_kv_heads if qkv else None
-    whole = math.gcd(*widths.values(), *([heads] if heads else []))
-    fitting = [size for size in range(1, min(whole, 1024) + 1) if whole % size == 0]
+    base = adapter.base
+    heads = (base.num_heads, base.num_kv_heads)
+    whole = math.gcd(*widths.values(), base.ffn_size or 0)
+    fitting = [
+        size
+        for size in range(1, min(whole, 1024) + 1)
+        if whole % size == 0 and _heads_fit(size, *heads)
+    ]
     advice = f"use a tensor-parallel size of {', '.join(map(str, fitting))}"
     problems = Problems()
     for key, width in widths.items():
@@ -220,13 +226,25 @@ def check_fits(adapter: Adapter, tp: int, subject: str) -> None:
             "how long they are; load the adapter as it is, which makes such blocks",
             *stretched,
         )
-    if heads and heads % tp:
+    if base.ffn_size and base.ffn_size % tp and base.ffn_size not in widths.values():
         problems.add(
-            f"the base model has {heads} key-value heads, and each of {tp} ranks would hold part "
-            f"of one, which is not served yet; {advice}",
+            f"the base model's MLP of {base.ffn_size} is not a multiple of {tp} ranks; {advice}"
+        )
+    if not _heads_fit(tp, *heads):
+        problems.add(
+            f"the base model has {heads[0] or 'an unknown number of'} query heads and {heads[1]} "
+            f"key-value heads, of which each of {tp} ranks would hold part of one; {advice}",
             *qkv,
         )
     problems.raise_if_any(subject)
+
+
+def _heads_fit(tp: int, num_heads: int | None, num_kv_heads: int | None) -> bool:
+    """Whether ranks can hold whole heads, as far as the heads are known."""
+    if num_kv_heads is None:
+        return True
+    # Without query heads, as many as fit.
+    return heads_fit(tp, num_heads or math.lcm(num_kv_heads, tp), num_kv_heads)
 
 
 def module_shapes(facts: Iterable[BlockFactors]) -> list[ModuleShape]:

@@ -214,6 +214,7 @@ def _load_model(settings: ServeSettings, more: Mapping[str, Any]) -> Any:
         settings={**captured, **more},
         layer_spec=_layer_spec(settings),
         model_class=settings.model_class,
+        for_serving=True,
     )
 
 

@@ -218,9 +218,10 @@ def base_of(folder, **changes):
     return folder
 
 
-def test_ranks_above_the_key_value_heads_are_refused_with_a_base(tmp_path, capsys):
-    folder, base = write(tmp_path / "in"), base_of(tmp_path / "base")
-    heads = "4 key-value heads, and each of 8 ranks would hold part of one"
+def test_ranks_above_the_heads_are_refused_with_a_base(tmp_path, capsys):
+    few = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20}
+    folder, base = write(tmp_path / "in"), base_of(tmp_path / "base", **few)
+    heads = "4 query heads and 2 key-value heads, of which each of 8 ranks would hold part of one"
     fits = "use a tensor-parallel size of 1, 2, 4 (in layers.0.self_attn.k_proj"
     for options in (
         ["--for-tp", "8"],

@@ -199,29 +199,25 @@ def test_all_modules_that_cannot_be_cut_are_named():
         restructure(source, Structure(mode="reshard", num_blocks=32))
     assert "out_features=80 is not a multiple of num_blocks=32" in str(caught.value)
     assert "layers.0.mlp.gate_proj, layers.1.mlp.gate_proj" in str(caught.value)
-    heads = "8 key-value heads, and each of 32 ranks would hold part of one"
+    heads = "8 query heads and 8 key-value heads, of which each of 32 ranks would hold part of one"
     assert heads in str(caught.value)
     assert "use a tensor-parallel size of 1, 2, 4, 8 (in layers.0.self_attn.q" in str(caught.value)
 
 
 @pytest.mark.parametrize("names", [("q_proj", "o_proj"), ("v_proj",), ("k_proj", "up_proj")])
 @pytest.mark.parametrize("mode", ["exact", "reshard", "truncate"])
-def test_ranks_that_would_split_a_key_value_head_are_refused(mode, names):
-    modules = {ModuleKey(layer=0, name=name): factors(name, rank=8, kv_heads=2) for name in names}
+def test_ranks_may_share_key_value_heads_and_no_query_heads(mode, names):
+    modules = {ModuleKey(layer=0, name=name): factors(name, rank=16, kv_heads=2) for name in names}
     source = adapter(modules, kv_heads=2)
-    rank = 8 if mode == "truncate" else None
-    for tp, fits in ((2, True), (4, False), (8, False)):
+    rank = 16 if mode == "truncate" else None
+    for tp in (2, 4, 8):
         structure = Structure(mode=mode, num_blocks=tp, rank=rank)
-        if fits:
-            assert len(restructure(source, structure).adapter.modules) == len(names)
-            continue
-        with pytest.raises(AdapterFormatError) as caught:
-            restructure(source, structure)
-        assert f"2 key-value heads, and each of {tp} ranks" in str(caught.value)
-        assert "use a tensor-parallel size of 1, 2 (in layers.0.self_attn." in str(caught.value)
-    # Without q, k and v no rank holds part of a head.
-    mlp = {ModuleKey(layer=0, name="up_proj"): factors("up_proj", rank=8)}
-    assert restructure(adapter(mlp, kv_heads=2), Structure(mode="exact", num_blocks=8))
+        for made in restructure(source, structure).adapter.modules.values():
+            assert made.num_blocks % tp == 0
+    with pytest.raises(AdapterFormatError) as caught:
+        restructure(source, Structure(mode=mode, num_blocks=16, rank=rank))
+    assert "8 query heads and 2 key-value heads, of which each of 16 ranks" in str(caught.value)
+    assert "use a tensor-parallel size of 1, 2, 4, 8" in str(caught.value)
 
 
 @pytest.mark.parametrize(
