@@ -39,9 +39,10 @@ from bdlora_megatron.convert.structure import (
 from bdlora_megatron.convert.write_options import WriteOptions
 from bdlora_megatron.errors import BDLoRAError, ConfigError, explain
 
-__all__ = ["add_parser", "run"]
+__all__ = ["DTYPES", "add_parser", "check_apart", "run"]
 
-_DTYPES = {
+#: Types of factors, by the names that options have.
+DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
@@ -82,7 +83,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         type=int,
         help="for truncate: no more parameters than a vanilla LoRA of this rank",
     )
-    add("--dtype", choices=list(_DTYPES), help="type of the factors (default: as they are)")
+    add("--dtype", choices=list(DTYPES), help="type of the factors (default: as they are)")
     add("--dense", action="store_true", help="write vanilla LoRA, with zeros between the blocks")
     add("--fused", action="store_true", help="bridge: one A for q, k, v and one for gate, up")
     add_reading_options(parser)
@@ -106,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _report(arguments, sources)
     conversion = _conversion(arguments)
     out = arguments.out
-    _check_apart(sources, out)
+    check_apart(sources, out)
     workers = min(_workers(arguments.workers), len(sources))
     jobs = [
         ConversionJob(
@@ -119,7 +120,13 @@ def run(arguments: argparse.Namespace) -> int:
         for source in sources
     ]
     with locked(out):
-        results = list(progress(run_jobs(jobs, workers=workers), total=len(jobs)))
+        results = list(
+            progress(
+                run_jobs(jobs, workers=workers),
+                total=len(jobs),
+                told=lambda result: f"{result.name}: {result.status}",
+            )
+        )
     order = {job.name: number for number, job in enumerate(jobs)}
     results.sort(key=lambda result: order[result.name])
     output.result(
@@ -209,7 +216,7 @@ def _conversion(arguments: argparse.Namespace) -> Conversion:
         ),
         options=WriteOptions(
             tp=tp,
-            dtype=_DTYPES.get(arguments.dtype),
+            dtype=DTYPES.get(arguments.dtype),
             overwrite=arguments.overwrite,
             dense=arguments.dense,
             fused=arguments.fused,
@@ -221,7 +228,12 @@ def _conversion(arguments: argparse.Namespace) -> Conversion:
     )
 
 
-def _check_apart(sources: list[Source], out: Path) -> None:
+def check_apart(sources: list[Source], out: Path) -> None:
+    """Keep results out of sources.
+
+    Raises:
+        ConfigError: If they would be written over or into one.
+    """
     target = out.resolve()
     for source in sources:
         folder = source.path.resolve()

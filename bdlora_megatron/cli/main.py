@@ -18,6 +18,7 @@ __all__ = ["main"]
 #: Imported when they are called: half of them need torch, which an API server is to do without.
 _COMMANDS = {
     "convert": "bdlora_megatron.cli.convert",
+    "compress": "bdlora_megatron.cli.compress",
     "inspect": "bdlora_megatron.cli.inspect",
     "verify": "bdlora_megatron.cli.verify",
     "merge": "bdlora_megatron.cli.merge",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from bdlora_megatron.cli.jobs import ConversionJob, JobResult, run_job
+from bdlora_megatron.runtime.workers import die_with_parent
 
 __all__ = ["run_jobs"]
 
@@ -73,12 +73,4 @@ def _start_worker(workers: int) -> None:
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "workers have a parent"
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-def _die_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """A worker that outlives a killed run would go on writing into its folder."""
-    parent.join()
-    os._exit(1)
+    die_with_parent()

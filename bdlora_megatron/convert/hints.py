@@ -52,6 +52,8 @@ def folder_hint(folder: Path) -> str | None:
     snapshots = [str(path) for path in _snapshots(folder)]
     if snapshots:
         return f"it is a cache of the Hugging Face hub; pass {' or '.join(snapshots[:4])}"
+    if (folder / "collection.json").is_file():
+        return f"it is a collection; pass {folder / 'adapters'}, or one of the folders in it"
     if any((folder / name).is_file() for name in ("adapters.safetensors", "adapters.npz")):
         return (
             "it is an adapter of MLX; in PEFT's format lora_a and lora_b are transposed, named "

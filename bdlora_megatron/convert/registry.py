@@ -18,6 +18,8 @@ from bdlora_megatron.convert.adapter.lazy import in_memory
 from bdlora_megatron.convert.bridge.config import BRIDGE_SIGNS
 from bdlora_megatron.convert.bridge.format import open_bridge, write_bridge
 from bdlora_megatron.convert.bridge.swift import is_swift, open_swift
+from bdlora_megatron.convert.collection.manifest import CORE_NAME
+from bdlora_megatron.convert.collection.reader import open_compressed
 from bdlora_megatron.convert.folders import new_folder
 from bdlora_megatron.convert.hints import folder_hint
 from bdlora_megatron.convert.megatron.format import MANIFEST_NAME, open_megatron, write_megatron
@@ -28,7 +30,7 @@ from bdlora_megatron.convert.peft.writer import write_peft
 from bdlora_megatron.convert.slora.format import MANIFEST_NAME as SLORA_NAME
 from bdlora_megatron.convert.slora.format import adapter_name, open_slora, write_slora
 from bdlora_megatron.convert.write_options import WriteOptions, prepare
-from bdlora_megatron.errors import AdapterFormatError, ConfigError
+from bdlora_megatron.errors import AdapterFormatError, ConfigError, UnsupportedError
 
 __all__ = [
     "FORMATS",
@@ -39,7 +41,7 @@ __all__ = [
     "write_adapter",
 ]
 
-FormatName: TypeAlias = Literal["peft", "megatron", "bridge", "slora"]
+FormatName: TypeAlias = Literal["peft", "megatron", "bridge", "slora", "compressed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +69,14 @@ class _Format:
     write: Callable[[Adapter, Path, WriteOptions], None]
 
 
-#: The first whose sign is there counts.
+def _refuse(adapter: Adapter, *_: object) -> None:
+    raise UnsupportedError(
+        f"adapter {adapter.name!r} cannot be written compressed by itself: its basis is that of a "
+        "collection; bdlora compress makes one"
+    )
+
+
+#: Those that are written too. The first whose sign is there counts.
 FORMATS: Mapping[FormatName, _Format] = {
     "peft": _Format(
         signs=(CONFIG_NAME,),
@@ -101,6 +110,14 @@ FORMATS: Mapping[FormatName, _Format] = {
 }
 
 
+_ALL: Mapping[FormatName, _Format] = {
+    **FORMATS,
+    "compressed": _Format(
+        signs=(CORE_NAME,), open=lambda path, _: open_compressed(path), write=_refuse
+    ),
+}
+
+
 def detect_format(path: str | Path) -> FormatName:
     """Tell an adapter's format from its files.
 
@@ -122,10 +139,10 @@ def detect_format(path: str | Path) -> FormatName:
     if is_swift(folder):
         # It has PEFT's config, and none of its tensors.
         return "bridge"
-    for name, kind in FORMATS.items():
+    for name, kind in _ALL.items():
         if any(next(folder.glob(sign), None) for sign in kind.signs):
             return name
-    signs = ", ".join(f"{sign} ({n})" for n, kind in FORMATS.items() for sign in kind.signs)
+    signs = ", ".join(f"{sign} ({n})" for n, kind in _ALL.items() for sign in kind.signs)
     hint = folder_hint(folder)
     why = f", {hint}" if hint else f": looked for {signs}; pass the folder that holds one of these"
     raise AdapterFormatError(f"{folder} is no adapter of a known format{why}")
@@ -245,9 +262,9 @@ def write_adapter(
 
 
 def _format(name: FormatName) -> _Format:
-    if name not in FORMATS:
-        raise ConfigError(f"format={name!r} is unknown; wanted one of {', '.join(FORMATS)}")
-    return FORMATS[name]
+    if name not in _ALL:
+        raise ConfigError(f"format={name!r} is unknown; wanted one of {', '.join(_ALL)}")
+    return _ALL[name]
 
 
 def _check_replaceable(path: Path) -> None:

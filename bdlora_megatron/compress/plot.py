@@ -1,0 +1,49 @@
+"""The errors of a compression as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bdlora_megatron.errors import MissingDependencyError
+
+__all__ = ["plot_errors"]
+
+
+def plot_errors(
+    adapters: Mapping[str, Sequence[float]], projections: Mapping[str, Sequence[float]], path: Path
+) -> None:
+    """Draw the errors of adapters in rising order, and their spread in each projection, as PNG.
+
+    Args:
+        adapters: The errors of each kind of adapters.
+        projections: The errors in each projection.
+        path: The picture.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+    """
+    try:
+        # The figure alone, without pyplot's windows and global state.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"drawing needs matplotlib ({error}); "
+            "install the extra: pip install 'bdlora-megatron[plot]'"
+        ) from error
+    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for kind, errors in adapters.items():
+        if errors:
+            left.plot(sorted(errors), marker=".", label=f"{kind} ({len(errors)})")
+            left.legend(fontsize="small")
+    left.set(xlabel="adapters, by their error", ylabel="relative error (Frobenius)")
+    if projections:
+        right.boxplot(list(projections.values()), orientation="horizontal", whis=(0, 100))
+        right.set_yticks(range(1, len(projections) + 1), list(projections))
+    right.set(xlabel="relative error in modules of all layers, median, quartiles, range")
+    for axes in (left, right):
+        axes.grid(visible=True, alpha=0.3)
+    left.set_ylim(bottom=0)
+    right.set_xlim(left=0)
+    figure.savefig(path, format="png", dpi=150)

@@ -1,0 +1,1 @@
+"""Collections of adapters that share bases, as `bdlora compress` writes them."""
