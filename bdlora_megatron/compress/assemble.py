@@ -13,7 +13,12 @@ from safetensors import safe_open
 
 from bdlora_megatron.compress.clusters import Assignment
 from bdlora_megatron.compress.options import CompressOptions
-from bdlora_megatron.compress.report import AdapterResult, ClusterResult, CompressReport
+from bdlora_megatron.compress.report import (
+    AdapterResult,
+    ClusterResult,
+    CompressReport,
+    Reason,
+)
 from bdlora_megatron.compress.sources import AdapterFacts, FolderSource, Source
 from bdlora_megatron.compress.tasks import FinishTask
 from bdlora_megatron.convert.adapter import BaseShape, ModuleKey
@@ -79,16 +84,11 @@ def write_collection(folder: Path, finished: Finished) -> CompressReport:
         What each adapter loses, without time and memory.
     """
     losses = _losses(finished)
-    limit = finished.options.max_error
-    whole = {
-        i
-        for i, loss in enumerate(losses)
-        if loss.error is None or (limit is not None and loss.error > limit)
-    }
+    whole = _whole(finished, losses)
     kept = [
         cluster
         for cluster in range(finished.assignment.count)
-        if set(finished.assignment.members(cluster)) - whole
+        if set(finished.assignment.members(cluster)) - whole.keys()
     ]
     number = {cluster: i for i, cluster in enumerate(kept)}
     (folder / ADAPTERS).mkdir()
@@ -103,14 +103,45 @@ def write_collection(folder: Path, finished: Finished) -> CompressReport:
         clusters.append(ClusterResult(bytes=size, adapters=len(members)))
         for i, size in _write_cores(folder, finished, cluster, members, losses, number[cluster]):
             results[i] = _result(finished, i, losses[i], number[cluster], size)
-    for i in whole:
+    for i, reason in whole.items():
         size = _write_whole(folder, finished.sources[i])
-        results[i] = _result(finished, i, losses[i], None, size)
+        results[i] = replace(_result(finished, i, losses[i], None, size), reason=reason)
     adapters = sorted(results.values(), key=lambda result: result.name)
     write_json(folder / COLLECTION_NAME, _manifest(finished, modules, len(kept), adapters))
     return CompressReport(
         options=finished.options, clusters=tuple(clusters), adapters=tuple(adapters)
     )
+
+
+def _whole(finished: Finished, losses: Sequence[_Loss]) -> dict[int, Reason]:
+    """The adapters to keep whole, and why; all are compressed where no limit is set."""
+    limit = finished.options.max_error
+    whole: dict[int, Reason] = {
+        i: "error"
+        for i, loss in enumerate(losses)
+        if loss.error is None or (limit is not None and loss.error > limit)
+    }
+    if limit is None:
+        return whole
+    for cluster in range(finished.assignment.count):
+        members = [i for i in finished.assignment.members(cluster) if i not in whole]
+        if members and not _saves_room(finished, cluster, members):
+            whole |= dict.fromkeys(members, "room")
+    return whole
+
+
+def _saves_room(finished: Finished, cluster: int, members: Sequence[int]) -> bool:
+    """Whether basis and cores of a cluster take less than the factors of its adapters."""
+    dtype = finished.options.dtype
+    assert dtype is not None, "the driver has chosen one"
+    numbers, before = 0, 0
+    for key in {key for i in members for key in finished.facts[i].modules}:
+        own = [i for i in members if key in finished.facts[i].modules]
+        before += sum(finished.facts[i].modules[key].bytes for i in own)
+        with safe_open(finished.tasks[cluster, key].target, framework="pt") as file:
+            U, V, S = (file.get_slice(name).get_shape() for name in "UVS")
+        numbers += math.prod(U) + math.prod(V) + len(own) * math.prod(S[1:])
+    return numbers * dtype.itemsize < before
 
 
 def _losses(finished: Finished) -> list[_Loss]:

@@ -24,10 +24,12 @@ class Assignment:
     Attributes:
         cluster: Each adapter's.
         active: Whether its cluster's bases are fitted to it; others are outliers.
+        retried: Whether outliers that fit the bases without them were taken back.
     """
 
     cluster: tuple[int, ...]
     active: tuple[bool, ...]
+    retried: bool = False
 
     @property
     def count(self) -> int:
@@ -84,23 +86,28 @@ def after_round(
     Returns:
         Where they go; an equal assignment where nobody moves and no outlier is left. Outliers are
         set aside when nobody moves, the worse half first: the bases lose what was in them for the
-        sake of outliers, and the others may then do.
+        sake of outliers, and the others may then do. Those that do once none is left are taken
+        back, once.
     """
     own = list(assignment.cluster)
     for i in range(len(own)):
         best = _first_least(errors[i])
         if errors[i, own[i]] - errors[i, best] > _NO_GAIN:
             own[i] = best
-    active = list(assignment.active)
+    active, retried = list(assignment.active), assignment.retried
     if tuple(own) == assignment.cluster and max_error is not None:
-        over = [i for i in range(len(own)) if active[i] and shares[i, own[i]] > max_error]
+        reached = [float(shares[i, cluster]) for i, cluster in enumerate(own)]
+        over = [i for i in range(len(own)) if active[i] and reached[i] > max_error]
         if over:
-            middle = sorted(float(shares[i, own[i]]) for i in over)[len(over) // 2]
+            middle = sorted(reached[i] for i in over)[len(over) // 2]
             for i in over:
                 # All that are equally bad go together, or the order would decide.
-                active[i] = float(shares[i, own[i]]) < middle - _NO_GAIN
+                active[i] = reached[i] < middle - _NO_GAIN
+        elif not retried:
+            active = [was or share <= max_error for was, share in zip(active, reached, strict=True)]
+            retried = active != list(assignment.active)
     _fill_empty(own, active, errors, assignment.count)
-    return _numbered(own, active)
+    return _numbered(own, active, retried=retried)
 
 
 def _fill_empty(own: list[int], active: list[bool], errors: Tensor, count: int) -> None:
@@ -108,16 +115,17 @@ def _fill_empty(own: list[int], active: list[bool], errors: Tensor, count: int) 
     for cluster in range(count):
         if cluster in own:
             continue
-        able = [i for i in range(len(own)) if active[i] and own.count(own[i]) > 1]
+        fitted = [c for c, is_active in zip(own, active, strict=True) if is_active]
+        able = [i for i in range(len(own)) if active[i] and fitted.count(own[i]) > 1]
         worst = max(able, key=lambda i: (float(errors[i, own[i]]), -i), default=None)
         if worst is not None and errors[worst, own[worst]] > _NO_GAIN:
             own[worst] = cluster
 
 
-def _numbered(own: list[int], active: list[bool]) -> Assignment:
+def _numbered(own: list[int], active: list[bool], *, retried: bool = False) -> Assignment:
     """Clusters numbered by their first member, without gaps."""
     number = {cluster: i for i, cluster in enumerate(dict.fromkeys(own))}
-    return Assignment(cluster=tuple(number[c] for c in own), active=tuple(active))
+    return Assignment(cluster=tuple(number[c] for c in own), active=tuple(active), retried=retried)
 
 
 def _first_least(values: Tensor) -> int:

@@ -51,7 +51,7 @@ class CompressOptions:
     """The type of bases and cores; the widest of the adapters' own when unset."""
 
     def __post_init__(self) -> None:
-        blocks = self.tp or 1
+        blocks = 1 if self.tp is None else self.tp
         checks = {
             f"core={self.core!r}; wanted one of {', '.join(CORES)}": self.core in CORES,
             f"form={self.form!r}; wanted one of {', '.join(FORMS)}": self.form in FORMS,

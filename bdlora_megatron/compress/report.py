@@ -7,15 +7,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from bdlora_megatron.compress.options import CompressOptions
 from bdlora_megatron.compress.plot import plot_errors
 from bdlora_megatron.convert.adapter.tables import format_bytes
 from bdlora_megatron.errors import MissingDependencyError
 
-__all__ = ["AdapterResult", "ClusterResult", "CompressReport", "write_report"]
+__all__ = ["AdapterResult", "ClusterResult", "CompressReport", "Reason", "write_report"]
 
+#: Why an adapter is kept whole: it would lose too much, or its cluster would save no room.
+Reason: TypeAlias = Literal["error", "room"]
 REPORT_JSON, REPORT_MD, REPORT_PNG = "report.json", "report.md", "errors.png"
 
 
@@ -30,6 +32,8 @@ class AdapterResult:
         bytes_before: Of its factors.
         bytes_after: Of its cores, or of its factors if it is kept whole.
         modules: The error of each module.
+        reason: Why it is kept whole, if it is: it would lose too much (`error`), or its cluster
+            would save no room (`room`).
     """
 
     name: str
@@ -38,6 +42,7 @@ class AdapterResult:
     bytes_before: int
     bytes_after: int
     modules: Mapping[str, float]
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,11 +109,12 @@ class CompressReport:
         ]
         if compressed:
             lines.append(f"relative error: {spread([a.error or 0.0 for a in compressed])}")
-        if self.whole:
-            lines.append(
-                f"{len(self.whole)} kept whole, which would lose more than "
-                f"{self.options.max_error:g} of their norm: {_named(self.whole)}"
-            )
+        for reason, why in (
+            ("error", f"would lose more than {self.options.max_error} of their norm"),
+            ("room", "are in clusters that would save no room"),
+        ):
+            if own := [adapter for adapter in self.whole if adapter.reason == reason]:
+                lines.append(f"{len(own)} kept whole, which {why}: {_named(own)}")
         lines += [
             f"cluster {number}: its basis ({format_bytes(cluster.bytes)}) and cores take more room "
             "than its adapters did; fewer clusters or a smaller rank would win more"
@@ -196,7 +202,7 @@ def _adapter_row(adapter: AdapterResult) -> tuple[str, ...]:
     worst = max(adapter.modules, key=lambda key: adapter.modules[key], default=None)
     return (
         adapter.name,
-        "whole" if adapter.cluster is None else str(adapter.cluster),
+        f"whole ({adapter.reason})" if adapter.cluster is None else str(adapter.cluster),
         "not fitted" if adapter.error is None else f"{adapter.error:.3g}",
         "" if worst is None else f"{worst} ({adapter.modules[worst]:.3g})",
         format_bytes(adapter.bytes_before),
