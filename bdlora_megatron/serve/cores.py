@@ -94,12 +94,11 @@ class CoreSlots:
         layers: dict[str, tuple[Tensor | None, ...]] = {}
         left = dict(cores)
         for name, keys in self._slots.keys_of_layers():
-            own = self._layers[name]
             found = [
-                self._share(left.pop(keys[projection]), keys[projection])
-                if projection in keys and keys[projection] in left
+                self._share(left.pop(key), key, projection.replicas)
+                if (key := keys.get(projection.name)) in left
                 else None
-                for projection in own.projections
+                for projection in self._slots.layers[name].geometry.projections
             ]
             if any(core is not None for core in found):
                 layers[name] = tuple(found)
@@ -113,12 +112,17 @@ class CoreSlots:
             layers=layers, num_bytes=sum(core.numel() * core.element_size() for core in every)
         )
 
-    def _share(self, core: Tensor, key: ModuleKey) -> Tensor:
+    def _share(self, core: Tensor, key: ModuleKey, replicas: int) -> Tensor:
         if core.ndim != 3 or core.shape[1] != core.shape[2]:
             raise ShapeError(f"{key}: a core of shape {list(core.shape)}; wanted [N, k / N, k / N]")
         blocks, ranks = len(core), self._slots.tp_group.size()
         if blocks == 1:
             own = core[0]
+        elif replicas > 1:
+            raise ShapeError(
+                f"{key}: {blocks} blocks over key-value heads that {replicas} ranks each hold a "
+                "copy of; compress in the shared form, or serve on fewer ranks"
+            )
         elif blocks % ranks:
             raise ShapeError(
                 f"{key}: {blocks} blocks over {ranks} tensor-parallel ranks; compress for a "
