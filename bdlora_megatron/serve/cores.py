@@ -6,20 +6,54 @@ here, each into a slot of its own kind, and loading one moves its cores alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bdlora_megatron.convert.adapter import ModuleKey
+from bdlora_megatron.blocks import BlockFactors
+from bdlora_megatron.convert.adapter import Adapter, ModuleKey
+from bdlora_megatron.convert.adapter.lazy import LazyModules
+from bdlora_megatron.convert.collection.reader import Collection, ModuleBasis, expanded
 from bdlora_megatron.errors import CapacityError, ConfigError, ShapeError, TargetError
 from bdlora_megatron.layers.cores import LayerCores
 from bdlora_megatron.ops import GroupedBatch, SlotTables
 from bdlora_megatron.serve.allocator import SlotAllocator
 from bdlora_megatron.serve.slots import ModelSlots
 
-__all__ = ["CoreShard", "CoreSlots"]
+__all__ = ["CoreShard", "CoreSlots", "open_basis"]
+
+
+@contextmanager
+def open_basis(collection: Collection, cluster: int) -> Iterator[Adapter]:
+    """Open a cluster's basis as an adapter of scale 1: B is U and A is V^T.
+
+    Args:
+        collection: What ``read_collection`` gave.
+        cluster: The cluster's number.
+
+    Yields:
+        The adapter, for ``ModelSlots.shard``; its modules are read when they are looked up.
+
+    Raises:
+        AdapterFormatError: The file is missing or broken.
+    """
+
+    def alone(key: ModuleKey, basis: ModuleBasis) -> BlockFactors:
+        return expanded(key, basis, basis.U.new_ones(basis.U.shape[0], basis.U.shape[2]))
+
+    with collection.basis(cluster) as basis:
+        yield Adapter(
+            name=f"cluster {cluster}",
+            modules=LazyModules(
+                {key: alone(key, facts) for key, facts in basis.facts.items()},
+                lambda key: alone(key, basis[key]),
+                subject=f"cannot read cluster {cluster} of {collection.folder}",
+            ),
+            base=collection.manifest.base,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +114,9 @@ class CoreSlots:
         """Cut this rank's share of an adapter's cores.
 
         Args:
-            cores: For each module ``[N, k / N, k / N]``: the core of each block of the basis, one
-                where the basis has no blocks. The adapter's scale is in them.
+            cores: For each module ``[N, k / N, k / N]``, or ``[N, k / N]`` if they are diagonal:
+                the core of each block of the basis, one where the basis has no blocks. The
+                adapter's scale is in them. ``Collection.cores`` opens such a mapping.
 
         Returns:
             The share, in pinned memory where the device is CUDA.
@@ -113,6 +148,8 @@ class CoreSlots:
         )
 
     def _share(self, core: Tensor, key: ModuleKey, replicas: int) -> Tensor:
+        if core.ndim == 2:
+            core = torch.diag_embed(core)
         if core.ndim != 3 or core.shape[1] != core.shape[2]:
             raise ShapeError(f"{key}: a core of shape {list(core.shape)}; wanted [N, k / N, k / N]")
         blocks, ranks = len(core), self._slots.tp_group.size()

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bdlora_megatron.blocks import BlockFactors
-from bdlora_megatron.convert import Adapter, ModuleKey
+from bdlora_megatron.compress import (
+    CompressOptions,
+    FolderSource,
+    compress_adapters,
+    read_collection,
+)
+from bdlora_megatron.convert import Adapter, ModuleKey, write_adapter
 from bdlora_megatron.errors import CapacityError, ConfigError, ShapeError, TargetError
 from bdlora_megatron.layers import LoadOptions, load_adapter, remove_lora
 from bdlora_megatron.runtime import record_collectives
 from bdlora_megatron.serve import CoreSlots, ModelSlots, SlotCapacity
+from bdlora_megatron.serve.cores import open_basis
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.models import tokens
@@ -180,6 +189,47 @@ def test_sixty_four_adapters_of_eight_bases_in_one_batch(world_size):
     run_ranks(world_size, _many)
 
 
+def _collection(rank, world_size, folder):
+    """What ``bdlora compress`` wrote, in slots, is each adapter as it reads expanded."""
+    with model_parallel(world_size):
+        model = serving_model(world_size)
+        collection = read_collection(folder)
+        expected, names = {}, ("a", "b", "c", "d")
+        for name in names:
+            with collection.adapter(name) as adapter:
+                load_adapter(model, adapter, LoadOptions())
+            expected[name] = logits(model)
+        remove_lora(model)
+        slots = ModelSlots(model, SlotCapacity(max_loras=2, max_lora_rank=8))
+        room = CoreSlots(slots, max_cores=4, max_rank=8)
+        bases = []
+        for cluster in range(collection.manifest.clusters):
+            with open_basis(collection, cluster) as basis:
+                bases.append(slots.load(cluster, slots.shard(basis)))
+        slot_of = {}
+        for name in names:
+            with collection.cores(name) as cores:
+                core = room.load(name, room.shard(cores))
+            slot_of[name] = (bases[collection.entry(name).cluster], core)
+        assert len({basis for basis, _ in slot_of.values()}) == 2
+        _hold(model, slots, room, slot_of, expected, [("a", "b"), ("c", "a"), ("d", "c")])
+
+
+@pytest.mark.parametrize("kind", ["shared", "diagonal", "blocked"])
+def test_a_compressed_collection_runs_as_its_adapters_do(tmp_path, kind):
+    for number, name in enumerate("abcd"):
+        # Two that are alike and two others.
+        shared = basis(number // 2)
+        adapter = whole(shared, {key: core / 4 for key, core in cores_of(number).items()})
+        write_adapter(replace(adapter, name=name), tmp_path / name, "peft")
+    blocked = {"form": "blocked", "tp": 2} if kind == "blocked" else {}
+    core = {"core": "diagonal"} if kind == "diagonal" else {}
+    options = CompressOptions(clusters=2, rank=K, **blocked, **core)
+    sources = [FolderSource(name=name, path=tmp_path / name) for name in "abcd"]
+    compress_adapters(sources, tmp_path / "out", options)
+    run_ranks(2, _collection, tmp_path / "out")
+
+
 def _refusals(rank, world_size):
     with model_parallel(world_size):
         model = serving_model(world_size)
@@ -197,7 +247,7 @@ def _refusals(rank, world_size):
         for core, error, match in [
             (torch.zeros(1, 5, 5), CapacityError, "a core of rank 5 on each rank"),
             (torch.zeros(3, 2, 2), ShapeError, "3 blocks over 2 tensor-parallel ranks"),
-            (torch.zeros(4, 4), ShapeError, r"a core of shape \[4, 4\]"),
+            (torch.zeros(4), ShapeError, r"a core of shape \[4\]"),
             (torch.zeros(1, 3, 4), ShapeError, r"a core of shape \[1, 3, 4\]"),
         ]:
             with pytest.raises(error, match=match):
