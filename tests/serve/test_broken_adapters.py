@@ -133,8 +133,8 @@ def test_an_adapter_that_cannot_be_served_is_refused_when_the_server_starts(brok
     assert name not in [card["id"] for card in listed["data"]]
     (reason,) = [card["reason"] for card in listed["refused"] if card["id"] == name]
     assert says.lower() in reason.lower()
-    shown = {each["name"]: each["reason"] for each in http.get("/status.json").json()["refused"]}
-    assert shown[name] == reason
+    (shown,) = [m for m in http.get("/status.json").json()["models"] if m["name"] == name]
+    assert (shown["state"], shown["reason"]) == ("refused", reason)
     logged = [json.loads(line) for line in server.log.read_text().splitlines() if "refused" in line]
     assert f"adapter '{name}' is refused: {reason}" in [line["message"] for line in logged]
     (ready,) = [line for line in logged if line["message"] == "ready"]

@@ -85,9 +85,11 @@ def _models(api: APIServer, key: ApiKey | None, names: list[str]) -> list[dict[s
         )
     coming = {name: what for name, what in api.changing.items() if name not in names}
     refused = api.refused_for(key)
-    for name, state in {**coming, **dict.fromkeys(refused, "refused")}.items():
+    # One that was refused may come after all.
+    for name, state in {**dict.fromkeys(refused, "refused"), **coming}.items():
         if key is None or key.models is None or name in key.models:
-            models.append({"name": name, "state": state, "reason": refused.get(name)})
+            reason = refused.get(name) if state == "refused" else None
+            models.append({"name": name, "state": state, "reason": reason})
     return models
 
 

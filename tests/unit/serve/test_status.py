@@ -109,15 +109,17 @@ def test_models_say_where_they_are_and_what_they_do(api):
     api.refuse({"worn": "its rank is too large"})
     api.changing = {"b": "loading", "new": "loading"}
     told = rows(status(api))
-    assert list(told) == ["base", "a", "b", "new", "worn"]
+    assert list(told) == ["base", "a", "b", "worn", "new"]
     assert [told[name]["state"] for name in told] == [
-        "base model", "in a slot", "loading", "loading", "refused",
+        "base model", "in a slot", "loading", "refused", "loading",
     ]  # fmt: skip
     assert told["worn"]["reason"] == "its rank is too large"
     assert [(told[n]["running"], told[n]["waiting"]) for n in ("base", "a", "b")] == [
         (1, 0), (1, 0), (1, 2),
     ]  # fmt: skip
     assert (told["a"]["version"], told["base"]["version"]) == (1, None)
+    api.changing["worn"] = "loading"
+    assert rows(status(api))["worn"] == {"name": "worn", "state": "loading", "reason": None}
     api.changing.clear()
     assert rows(status(api))["b"]["state"] == "in host memory"
     api.client.places = Places()
