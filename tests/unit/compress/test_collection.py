@@ -171,6 +171,39 @@ def test_planted_clusters_are_found(tmp_path):
     assert min(adapter.error for adapter in one.adapters) > 0.3
 
 
+def test_clusters_are_found_by_samples_too(tmp_path, monkeypatch):
+    """Of modules, of candidates for seeds and of rows, with few adapters open at a time."""
+    monkeypatch.setattr("bdlora_megatron.compress.tasks._SKETCH", 24)
+    monkeypatch.setattr("bdlora_megatron.compress.driver._CANDIDATES", 5)
+    monkeypatch.setattr("bdlora_megatron.compress.opened._MOST", 2)
+    folders = [f for seed in range(2) for f in alike(tmp_path / "src", 6, seed=seed)]
+    # An adapter of one module, which may not be among those that are looked at.
+    for layer, module in spaces(numbers(0), 6):
+        tensors = within(numbers(5), {(layer, module): spaces(numbers(0), 6)[layer, module]}, 2)
+        folders.append(save(tmp_path / "src" / module, tensors, rank=2))
+    report = compress(tmp_path / "out", folders, rank=6, clusters=2, cluster_modules=2)
+    found = {adapter.name: adapter.cluster for adapter in report.adapters}
+    groups = [{found[f"{seed}{number:02}"] for number in range(6)} for seed in range(2)]
+    assert groups in ([{0}, {1}], [{1}, {0}])
+    for module in WIDTHS:
+        assert {found[module]} == groups[0], module
+    assert max(adapter.error for adapter in report.adapters) < 1e-6
+
+
+def test_the_type_is_the_widest_of_all(tmp_path):
+    src = tmp_path / "src"
+    half = alike(src, 2, dtype=torch.bfloat16)
+    mixed = [*half, *alike(src, 1, seed=1, dtype=torch.float16)]
+    for folders, dtype in ((half, "bfloat16"), (mixed, "float32")):
+        out = tmp_path / dtype
+        report = compress(out, folders, rank=6)
+        collection = read_collection(out)
+        assert collection.manifest.dtype == dtype
+        with collection.adapter(half[0].name) as adapter:
+            assert {factors.dtype for factors in adapter.modules.values()} == {torch.float32}
+        assert_report_is_true(report, out, folders)
+
+
 def test_what_loses_too_much_is_kept_whole(tmp_path):
     folders = alike(tmp_path / "src", 6, noise=0.01)
     odd = [alike(tmp_path / "src", 1, seed=seed)[0] for seed in (7, 8)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -73,7 +75,7 @@ def test_it_is_no_worse_than_a_truncated_hosvd_and_never_gets_worse(outputs, inp
         assert_orthonormal(basis)
         assert lost2(pairs, basis.U, basis.V) <= lost2(pairs, *hosvd(pairs, 5)) + 1e-9
         steps = basis.energies
-        assert all(after >= before - 1e-12 for before, after in zip(steps, steps[1:], strict=False))
+        assert all(after >= before - 1e-12 for before, after in pairwise(steps))
         # Energies are what is kept: all of it less the error.
         assert len(pairs) - steps[-1] == pytest.approx(lost2(pairs, basis.U, basis.V), abs=1e-9)
 
@@ -142,7 +144,7 @@ def test_diagonal_cores_never_get_worse_and_beat_those_of_the_full_basis(outputs
     assert own >= lost2(pairs, full.U, full.V)
     steps = basis.energies
     assert len(steps) > 2
-    assert all(after >= before - 1e-12 for before, after in zip(steps, steps[1:], strict=False))
+    assert all(after >= before - 1e-12 for before, after in pairwise(steps))
     assert len(pairs) - steps[-1] == pytest.approx(own, abs=1e-9)
 
 

@@ -192,7 +192,7 @@ def test_a_core_alone_means_nothing(collection, tmp_path):
         read_adapter(collection / "adapters" / "c")
     with pytest.raises(AdapterFormatError, match="it is a collection; pass"):
         read_adapter(collection)
-    with pytest.raises(AdapterFormatError, match="holds no collection.json"):
+    with pytest.raises(AdapterFormatError, match=r"holds no collection\.json"):
         read_collection(tmp_path)
 
 
