@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from bdlora_megatron.decoder import ModelClass, heads_fit
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
 from bdlora_megatron.models.config import HFConfig
+from bdlora_megatron.models.frequencies import set_frequencies
 from bdlora_megatron.runtime import device
 from bdlora_megatron.runtime.versions.layers import (
     has_hybrid_model,
@@ -143,7 +143,8 @@ def build_model(
 
     Raises:
         ShapeError: The layers cannot be divided over the pipeline's stages.
-        UnsupportedError: Attention would see less than ``max_sequence_length`` positions.
+        UnsupportedError: Attention would see less than ``max_sequence_length`` positions, or
+            their frequencies would change within it.
     """
     hf.check_stages(_segments(config))
     length = max_sequence_length or hf.max_positions
@@ -152,6 +153,13 @@ def build_model(
             f"sliding_window={hf.sliding_window} of this model is shorter than "
             f"max_sequence_length={length}, and windows are not supported; pass "
             f"max_sequence_length={hf.sliding_window} or less and keep sequences within it"
+        )
+    short = hf.rope.original_positions
+    if hf.rope.kind == "longrope" and short < length:
+        raise UnsupportedError(
+            f"rope_type='longrope' of this model turns to other frequencies beyond {short} "
+            f"positions, and max_sequence_length={length}; they are not supported: pass "
+            f"max_sequence_length={short} or less"
         )
     # Random numbers that the checkpoint overwrites would take longer than reading it.
     config.perform_initialization = False
@@ -165,13 +173,14 @@ def build_model(
         "share_embeddings_and_output_weights": hf.tied,
         "position_embedding_type": "rope",
         "rotary_base": hf.rope.theta,
+        "rotary_percent": hf.rope.partial,
         "seq_len_interpolation_factor": hf.rope.factor if hf.rope.kind == "linear" else None,
     }
-    scaling = {"rope_scaling": hf.rope.kind == "llama3", "rope_scaling_factor": hf.rope.factor}
     if getattr(config, "is_hybrid_model", False):
-        model = _hybrid_model(hf, config, spec, settings, scaling)
+        model = _hybrid_model(hf, config, spec, settings)
     else:
-        model = GPTModel(config=config, transformer_layer_spec=spec, **settings, **scaling)
+        model = GPTModel(config=config, transformer_layer_spec=spec, **settings)
+    set_frequencies(model, hf)
     config.perform_initialization = True
     # Megatron-Core's own ``vocab_size`` counts the padding.
     model.unpadded_vocab_size = hf.vocab_size
@@ -207,7 +216,6 @@ def _hybrid_model(
     config: TransformerConfig,
     spec: ModuleSpec,
     settings: Mapping[str, Any],
-    scaling: Mapping[str, Any],
 ) -> Any:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -215,24 +223,13 @@ def _hybrid_model(
     segments = _segments(config)
     segment = "*-" * (hf.num_layers // segments)
     with hybrid_norms():
-        model = HybridModel(
+        return HybridModel(
             config=config,
             hybrid_stack_spec=hybrid_stack_spec(spec),
             hybrid_layer_pattern="|".join([segment] * segments),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             **settings,
         )
-    if scaling["rope_scaling"]:
-        # HybridModel passes no scaling on.
-        model.rotary_pos_emb = RotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=settings["rotary_base"],
-            use_cpu_initialization=config.use_cpu_initialization,
-            cp_group=model.pg_collection.cp,
-            **scaling,
-        )
-    return model
 
 
 def hybrid_stack_spec(spec: ModuleSpec) -> ModuleSpec:
@@ -286,7 +283,8 @@ def _fixed_fields(hf: HFConfig, dtype: torch.dtype) -> dict[str, Any]:
         "qk_layernorm": hf.qk_norm,
         "gated_linear_unit": True,
         "activation_func": nn.functional.silu,
-        "add_bias_linear": hf.linear_bias,
+        # One switch for both; what the files have no bias for gets zeros.
+        "add_bias_linear": hf.proj_bias or hf.mlp_bias,
         "add_qkv_bias": hf.qkv_bias,
         "rotary_interleaved": False,
         "params_dtype": dtype,

@@ -18,7 +18,18 @@ from bdlora_megatron.models.shape import ModelShape
 
 __all__ = ["HFConfig", "parse_hf_config", "read_hf_config", "stop_ids"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+_GEMMA = (
+    "its norms multiply by 1 + weight and a second norm follows attention and MLP, and its "
+    "embedding is scaled, for which Megatron-Core's layers here have no place"
+)
+#: Why families that people ask for are not read.
+_WHY_NOT = {
+    "gemma": _GEMMA,
+    "gemma2": f"{_GEMMA}; nor do they cap attention's scores and logits",
+    "gemma3": _GEMMA,
+    "gemma3_text": _GEMMA,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,12 +37,15 @@ class HFConfig(ModelShape):
     """What a Llama-family model is made of: its sizes, and what else changes the mathematics.
 
     Attributes:
-        model_type: ``llama`` (SmolLM2 too), ``mistral``, ``qwen2`` or ``qwen3``.
+        model_type: ``llama`` (SmolLM2 too), ``mistral``, ``phi3`` (Phi-4 too), ``qwen2`` or
+            ``qwen3``.
         max_positions: Longest sequence the model was made for.
         norm_eps: Epsilon of every RMSNorm.
         rope: Rotary embedding.
         qkv_bias: ``q_proj``, ``k_proj`` and ``v_proj`` have biases.
-        linear_bias: ``o_proj`` and the MLP's layers have biases too.
+        proj_bias: ``o_proj`` has one.
+        mlp_bias: ``gate_proj``, ``up_proj`` and ``down_proj`` have biases.
+        fused_projections: Files and adapters have ``qkv_proj`` and ``gate_up_proj``.
         qk_norm: Queries and keys are normalised, head by head.
         sliding_window: Positions that attention sees, where any layer limits them.
         eos_token_ids: Tokens that end a sequence.
@@ -42,7 +56,9 @@ class HFConfig(ModelShape):
     norm_eps: float
     rope: RopeSettings
     qkv_bias: bool
-    linear_bias: bool
+    proj_bias: bool
+    mlp_bias: bool
+    fused_projections: bool = False
     qk_norm: bool
     sliding_window: int | None
     eos_token_ids: tuple[int, ...]
@@ -91,8 +107,10 @@ def parse_hf_config(raw: Mapping[str, Any], *, where: str = "config.json") -> HF
     """
     family = raw.get("model_type")
     if family not in FAMILIES:
+        why = f": {_WHY_NOT[family]}" if family in _WHY_NOT else ""
         raise UnsupportedError(
-            f"{where}: model_type={family!r} is not supported; supported are {', '.join(FAMILIES)}"
+            f"{where}: model_type={family!r} is not supported{why}; supported are "
+            f"{', '.join(FAMILIES)}"
         )
     reader = _Reader(raw)
     config = _read(reader, family)
@@ -132,8 +150,9 @@ def _read(reader: _Reader, family: str) -> HFConfig:
     raw = reader.raw
     num_heads = reader.positive("num_attention_heads")
     hidden_size = reader.positive("hidden_size")
-    # Llama 1 has no key-value heads of its own; the other families always name theirs.
-    num_kv_heads = reader.positive("num_key_value_heads", num_heads if family == "llama" else None)
+    # Llama 1 and Phi-3 may have none of their own; the other families always name theirs.
+    own = num_heads if family in {"llama", "phi3"} else None
+    num_kv_heads = reader.positive("num_key_value_heads", own)
     if num_heads % num_kv_heads:
         reader.malformed.append(
             f"num_attention_heads={num_heads} is not a multiple of "
@@ -144,7 +163,8 @@ def _read(reader: _Reader, family: str) -> HFConfig:
     if raw.get("quantization_config") is not None:
         reader.unsupported.append("quantization_config is set; use the model's unquantised weights")
     num_layers = reader.positive("num_hidden_layers")
-    qkv_bias, linear_bias = _biases(reader, family)
+    qkv_bias, proj_bias, mlp_bias = _biases(reader, family)
+    head_dim = _head_dim(reader, family, hidden_size, num_heads)
     return HFConfig(
         model_type=family,
         num_layers=num_layers,
@@ -152,13 +172,15 @@ def _read(reader: _Reader, family: str) -> HFConfig:
         ffn_size=reader.positive("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(reader, family, hidden_size, num_heads),
+        head_dim=head_dim,
         vocab_size=reader.positive("vocab_size"),
         max_positions=reader.positive("max_position_embeddings"),
         norm_eps=_norm_eps(reader),
-        rope=read_rope(raw, reader.malformed, reader.unsupported),
+        rope=read_rope(raw, reader.malformed, reader.unsupported, family=family, head_dim=head_dim),
         qkv_bias=qkv_bias,
-        linear_bias=linear_bias,
+        proj_bias=proj_bias,
+        mlp_bias=mlp_bias,
+        fused_projections=family == "phi3",
         qk_norm=family == "qwen3",
         tied=reader.flag("tie_word_embeddings"),
         sliding_window=_sliding_window(reader, family, num_layers),
@@ -188,21 +210,14 @@ def _norm_eps(reader: _Reader) -> float:
     return 1e-6
 
 
-def _biases(reader: _Reader, family: str) -> tuple[bool, bool]:
-    """Whether q, k, v have biases, and whether all other linear layers have."""
+def _biases(reader: _Reader, family: str) -> tuple[bool, bool, bool]:
+    """Whether q, k, v have biases, whether ``o_proj`` has one, and whether the MLP has."""
     if family == "qwen2":
-        return True, False
-    if family == "mistral":
-        return False, False
+        return True, False, False
+    if family in {"mistral", "phi3"}:
+        return False, False, False
     attention = reader.flag("attention_bias")
-    mlp = reader.flag("mlp_bias") if family == "llama" else False
-    if attention != mlp:
-        # add_bias_linear, Megatron-Core's one switch for o_proj and the MLP together.
-        reader.unsupported.append(
-            f"attention_bias={attention} with mlp_bias={mlp}; Megatron-Core's attention output and "
-            "MLP either all have biases or none has"
-        )
-    return attention, attention and mlp
+    return attention, attention, reader.flag("mlp_bias") if family == "llama" else False
 
 
 def _sliding_window(reader: _Reader, family: str, num_layers: int) -> Literal[None] | int:
@@ -217,8 +232,8 @@ def _sliding_window(reader: _Reader, family: str, num_layers: int) -> Literal[No
             reader.unsupported.append(f"layer_types {', '.join(unknown)} are not supported")
         limited = "sliding_attention" in kinds
     else:
-        limited = raw.get("sliding_window", 4096) is not None
-        if family != "mistral":
+        limited = raw.get("sliding_window", None if family == "phi3" else 4096) is not None
+        if family.startswith("qwen"):
             # Full attention comes first; 0 leaves none of it.
             full = reader.positive("max_window_layers", 28, least=0)
             limited = reader.flag("use_sliding_window") and full < num_layers and limited

@@ -16,7 +16,7 @@ from typing import Literal
 
 from bdlora_megatron.models.config import HFConfig
 
-__all__ = ["RowRange", "WeightSource", "hf_shapes", "layer_sources", "model_sources"]
+__all__ = ["ZEROS", "RowRange", "WeightSource", "hf_shapes", "layer_sources", "model_sources"]
 
 Split = Literal["rows", "columns", "none"]
 
@@ -35,12 +35,22 @@ class WeightSource:
     """A whole Megatron parameter.
 
     Attributes:
-        parts: The stack, from the first row down; rows that no part reaches are zero.
+        parts: The stack, from the first row down; rows that no part reaches are zero, and all
+            are where there is none.
         split: What tensor-parallel ranks divide among themselves.
     """
 
     parts: tuple[RowRange, ...]
     split: Split
+
+
+ZEROS = WeightSource((), "none")
+_BIASES = (
+    "self_attention.linear_qkv.bias",
+    "self_attention.linear_proj.bias",
+    "mlp.linear_fc1.bias",
+    "mlp.linear_fc2.bias",
+)
 
 
 def hf_shapes(hf: HFConfig) -> dict[str, tuple[int, ...]]:
@@ -98,14 +108,18 @@ def layer_sources(hf: HFConfig, layer: int, tp_size: int) -> dict[str, WeightSou
         "self_attention.linear_qkv.weight": _qkv(hf, attention, "weight"),
         "mlp.linear_fc1.weight": _gate_and_up(hf, mlp, "weight", tp_size),
     }
+    if hf.proj_bias or hf.mlp_bias:
+        # Megatron-Core has biases on either side if the files have them on one.
+        sources |= dict.fromkeys(_BIASES, ZEROS)
     if hf.qkv_bias:
         sources["self_attention.linear_qkv.bias"] = _qkv(hf, attention, "bias")
-    if hf.linear_bias:
-        sources["mlp.linear_fc1.bias"] = _gate_and_up(hf, mlp, "bias", tp_size)
-        # Added after the ranks' sum, so every rank holds the whole.
+    # Those of row layers are added after the ranks' sum, so every rank holds the whole.
+    if hf.proj_bias:
         sources["self_attention.linear_proj.bias"] = _whole(
             f"{attention}o_proj.bias", hf.hidden_size, "none"
         )
+    if hf.mlp_bias:
+        sources["mlp.linear_fc1.bias"] = _gate_and_up(hf, mlp, "bias", tp_size)
         sources["mlp.linear_fc2.bias"] = _whole(f"{mlp}down_proj.bias", hf.hidden_size, "none")
     if hf.qk_norm:
         for which in ("q", "k"):
@@ -117,13 +131,20 @@ def layer_sources(hf: HFConfig, layer: int, tp_size: int) -> dict[str, WeightSou
 
 def _layer_shapes(hf: HFConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     q, kv = hf.num_heads * hf.head_dim, hf.own_kv_heads * hf.head_dim
-    linears = {
+    apart: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (q, hf.hidden_size),
         "self_attn.k_proj": (kv, hf.hidden_size),
         "self_attn.v_proj": (kv, hf.hidden_size),
-        "self_attn.o_proj": (hf.hidden_size, q),
         "mlp.gate_proj": (hf.ffn_size, hf.hidden_size),
         "mlp.up_proj": (hf.ffn_size, hf.hidden_size),
+    }
+    fused: dict[str, tuple[int, ...]] = {
+        "self_attn.qkv_proj": (q + 2 * kv, hf.hidden_size),
+        "mlp.gate_up_proj": (2 * hf.ffn_size, hf.hidden_size),
+    }
+    linears = {
+        **(fused if hf.fused_projections else apart),
+        "self_attn.o_proj": (hf.hidden_size, q),
         "mlp.down_proj": (hf.hidden_size, hf.ffn_size),
     }
     shapes: dict[str, tuple[int, ...]] = {
@@ -132,8 +153,9 @@ def _layer_shapes(hf: HFConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     }
     for name, shape in linears.items():
         shapes[f"{prefix}{name}.weight"] = shape
-        is_qkv = name.endswith(("q_proj", "k_proj", "v_proj"))
-        if hf.qkv_bias if is_qkv else hf.linear_bias:
+        biases = {"o_proj": hf.proj_bias, "gate_proj": hf.mlp_bias, "up_proj": hf.mlp_bias}
+        biases |= {"down_proj": hf.mlp_bias}
+        if biases.get(name.rpartition(".")[2], hf.qkv_bias):
             shapes[f"{prefix}{name}.bias"] = shape[:1]
     if hf.qk_norm:
         shapes[f"{prefix}self_attn.q_norm.weight"] = (hf.head_dim,)
@@ -146,6 +168,8 @@ def _whole(name: str, rows: int, split: Split) -> WeightSource:
 
 
 def _qkv(hf: HFConfig, attention: str, kind: str) -> WeightSource:
+    q, kv = hf.num_heads * hf.head_dim, hf.own_kv_heads * hf.head_dim
+    first = {"q": 0, "k": q, "v": q + kv} if hf.fused_projections else {}
     queries = hf.num_heads // hf.num_kv_heads * hf.head_dim
     parts = []
     for group in range(hf.num_kv_heads):
@@ -155,16 +179,20 @@ def _qkv(hf: HFConfig, attention: str, kind: str) -> WeightSource:
             ("k", head, hf.head_dim),
             ("v", head, hf.head_dim),
         ):
-            name = f"{attention}{which}_proj.{kind}"
-            parts.append(RowRange(name, place * rows, (place + 1) * rows))
+            name = f"{attention}{'qkv' if first else which}_proj.{kind}"
+            start = first.get(which, 0) + place * rows
+            parts.append(RowRange(name, start, start + rows))
     return WeightSource(tuple(parts), "rows")
 
 
 def _gate_and_up(hf: HFConfig, mlp: str, kind: str, tp_size: int) -> WeightSource:
     rows = hf.ffn_size // tp_size
+    names = (("gate", 0), ("up", 0))
+    if hf.fused_projections:
+        names = (("gate_up", 0), ("gate_up", hf.ffn_size))
     parts = [
-        RowRange(f"{mlp}{which}_proj.{kind}", rank * rows, (rank + 1) * rows)
+        RowRange(f"{mlp}{name}_proj.{kind}", first + rank * rows, first + (rank + 1) * rows)
         for rank in range(tp_size)
-        for which in ("gate", "up")
+        for name, first in names
     ]
     return WeightSource(tuple(parts), "rows")

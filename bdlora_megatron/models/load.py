@@ -122,6 +122,9 @@ def load_hf_weights(model: nn.Module, hf: HFConfig, files: TensorFiles) -> None:
                 f"{name} {list(parameter.shape)} has no counterpart in a {hf.model_type} "
                 "checkpoint; build the model with build_model"
             )
+        if not source.parts:
+            parameter.zero_()
+            continue
         share = _share(source, files, size)
         if tuple(parameter.shape) != share:
             raise ShapeError(

@@ -31,6 +31,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+#: Phi-3 has no head width of its own.
+PHI3 = {"hidden_size": 64, "head_dim": None, "tie_word_embeddings": False, "pad_token_id": 0}
 # Head width follows from the hidden size: 48 / 8.
 PLAIN_HEADS = {"hidden_size": 48, "head_dim": None}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,6 +48,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-few-kv": ("Llama", {"num_key_value_heads": 2}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
+    "llama-attention-biases": ("Llama", {"attention_bias": True}),
+    "llama-mlp-biases": ("Llama", {"mlp_bias": True, "num_key_value_heads": 8}),
+    "qwen3-biases": ("Qwen3", {"attention_bias": True}),
+    "llama3-other-limits": (
+        "Llama",
+        {
+            "rope_parameters": {
+                **LLAMA3_ROPE,
+                "high_freq_factor": 9.0,
+                "original_max_position_embeddings": 32,
+            },
+            "head_dim": 32,
+        },
+    ),
+    "yarn": ("Qwen2", {"rope_parameters": YARN, "head_dim": 16}),
+    "phi3": ("Phi3", PHI3),
+    "phi3-partial": (
+        "Phi3",
+        {**PHI3, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    ),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            **PHI3,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.5,
+                "rope_theta": 100.0,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [3.0, 9.0],
+            },
+        },
+    ),
     "linear-rope": (
         "Llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 77.0, "factor": 3.0}},

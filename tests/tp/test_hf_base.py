@@ -310,6 +310,12 @@ REFUSED = {
 }
 
 
+def test_longrope_is_refused_beyond_its_short_factors(tmp_path):
+    make_model("phi3-longrope", tmp_path)
+    match = "frequencies beyond 16 positions, and max_sequence_length=64"
+    run_ranks(1, _refused, tmp_path, UnsupportedError, match, {})
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals(name, tmp_path):
     world_size, kind, match, options = REFUSED[name]

@@ -1,6 +1,7 @@
 """What is read from a Hugging Face ``config.json``, and what is refused."""
 
 import json
+import math
 
 import pytest
 import transformers
@@ -53,9 +54,12 @@ def test_llama_31():
         vocab_size=128256,
         max_positions=131072,
         norm_eps=1e-5,
-        rope=RopeSettings(kind="llama3", theta=500000.0, factor=8.0),
+        rope=RopeSettings(
+            kind="llama3", theta=500000.0, factor=8.0, low=1.0, high=4.0, original_positions=8192
+        ),
         qkv_bias=False,
-        linear_bias=False,
+        proj_bias=False,
+        mlp_bias=False,
         qk_norm=False,
         tied=False,
         sliding_window=None,
@@ -140,19 +144,58 @@ def test_rotary_settings_of_both_transformers(name):
     )
 
 
+def phi3(**rope):
+    rest = {"partial_rotary_factor": 0.75, "max_position_embeddings": 131072}
+    own = {"original_max_position_embeddings": 4096}
+    return llama(model_type="phi3", rope_scaling=rope, head_dim=96, **rest, **own)
+
+
+def test_stretched_embeddings_as_published():
+    qwen25 = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    found = parse_hf_config(qwen(rope_scaling=qwen25)).rope
+    assert (found.kind, found.factor, found.original_positions) == ("yarn", 4.0, 32768)
+    assert (found.low, found.high, found.truncate) == (1.0, 32.0, True)
+    assert found.attention_factor == 0.1 * math.log(4.0) + 1.0
+    for name in ("longrope", "su"):
+        found = parse_hf_config(phi3(type=name, short_factor=[1.0] * 36)).rope
+        assert (found.kind, found.rotary_dim(96), found.original_positions) == (
+            "longrope", 72, 4096
+        )  # fmt: skip
+        assert found.attention_factor == math.sqrt(1 + math.log(32) / math.log(4096))
+    with pytest.raises(ConfigError, match="has 35 numbers; 36 are needed"):
+        parse_hf_config(phi3(type="longrope", short_factor=[1.0] * 35))
+    with pytest.raises(ConfigError, match="short_factor=None"):
+        parse_hf_config(phi3(type="longrope"))
+
+
+def test_phi3_has_fused_projections_and_may_leave_its_heads_unsaid():
+    found = parse_hf_config(llama(model_type="phi3", num_key_value_heads=None))
+    assert found.fused_projections
+    assert found.num_kv_heads == found.num_heads
+    assert found.sliding_window is None
+    assert parse_hf_config(llama(model_type="phi3", sliding_window=2047)).sliding_window == 2047
+
+
+@pytest.mark.parametrize(
+    ("changes", "biases"),
+    [
+        ({"attention_bias": True}, (True, True, False)),
+        ({"mlp_bias": True}, (False, False, True)),
+        ({"model_type": "qwen3", "attention_bias": True}, (True, True, False)),
+    ],
+)
+def test_biases_on_one_side(changes, biases):
+    found = parse_hf_config(llama(**changes))
+    assert (found.qkv_bias, found.proj_bias, found.mlp_bias) == biases
+
+
 UNSUPPORTED = {
     "family": ({"model_type": "gemma3"}, r"model_type='gemma3'.*supported are llama"),
     "moe": ({"model_type": "mixtral"}, "model_type='mixtral'"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "unquantised weights"),
-    "attention-bias": ({"attention_bias": True}, "attention_bias=True with mlp_bias=False"),
-    "mlp-bias": ({"mlp_bias": True}, "attention_bias=False with mlp_bias=True"),
-    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type='yarn'"),
+    "gemma2": ({"model_type": "gemma2"}, "norms multiply by 1 .*nor do they cap .*are llama"),
     "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "rope_type='dynamic'"),
-    "llama3-numbers": (
-        {"rope_scaling": {**LLAMA_31["rope_scaling"], "high_freq_factor": 8.0}},
-        "high_freq_factor=8.0; Megatron-Core has 4 built in",
-    ),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     "rope-by-layer": (
         {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
