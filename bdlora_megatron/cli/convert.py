@@ -270,6 +270,11 @@ def _summary(results: list[JobResult], out: Path) -> str:
     header = ("adapter", "status", "rank", "size", "relative error", "time")
     counts = Counter(result.status for result in results)
     said = output.told_of({result.name: result.warnings for result in results})
+    said += [
+        f"{result.name} acts from the invocation tokens {tokens} on"
+        for result in results
+        if (tokens := (result.summary or {}).get("invocation_tokens"))
+    ]
     failures = [
         f"{result.name} failed: {result.error}" for result in results if result.error is not None
     ]

@@ -73,6 +73,7 @@ def _inspected(path: Path, arguments: argparse.Namespace) -> _Found:
             facts = module_facts(adapter)
             broken = _broken_modules(adapter)
             base, name, metadata = adapter.base, adapter.name, dict(adapter.metadata)
+            invocation = adapter.invocation_tokens
     except (BDLoRAError, OSError) as error:
         return _Found(
             text=f"refused: {explain(error, path)}",
@@ -87,13 +88,14 @@ def _inspected(path: Path, arguments: argparse.Namespace) -> _Found:
         "format": kind,
         "refused": refused,
         "base": known,
+        "invocation_tokens": None if invocation is None else list(invocation),
         "metadata": metadata,
         "bytes": sum(map(_nbytes, facts.values())),
         "modules": [_as_dict(key, fact) for key, fact in facts.items()],
     }
     causes = [cause for error in broken for cause in brief_causes(error, path)]
     return _Found(
-        text=_text(name, kind, facts, known, refused),
+        text=_text(name, kind, facts, known, invocation, refused),
         data=data,
         facts=facts,
         causes=list(dict.fromkeys(causes)),
@@ -156,6 +158,7 @@ def _text(
     kind: str,
     facts: Mapping[ModuleKey, BlockFactors],
     base: Mapping[str, int],
+    invocation: tuple[int, ...] | None,
     refused: list[str],
 ) -> str:
     rows = [
@@ -176,6 +179,7 @@ def _text(
     lines = [
         f"{name}: format {kind}, {len(facts)} modules, {size}",
         f"base model: {', '.join(f'{side} {width}' for side, width in base.items())}",
+        *([] if invocation is None else [f"acts from the invocation tokens {list(invocation)} on"]),
         "",
         format_table(header, rows),
         "",

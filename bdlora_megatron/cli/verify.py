@@ -29,7 +29,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "verify",
         help="tell whether two adapters compute the same",
         description="Measure how far two adapters' updates are apart, module by module in fp64, "
-        "whatever their formats, ranks and blocks; of two folders of adapters, each with the one "
+        "whatever their formats, ranks and blocks, and whether they act from the same invocation "
+        "tokens on; of two folders of adapters, each with the one "
         "of its name. Tensors that PEFT would ignore for their names count as missing. Exit "
         "status: 0 the same within the tolerance, 1 different, 2 one cannot be read or they are "
         "of two base models.",
@@ -110,6 +111,8 @@ def _text(verdict: _Verdict, tolerance: float) -> str:
     told = (
         f"same function within {tolerance:g}"
         if verdict.same
+        else f"DIFFERENT: {_acts(comparison)}"
+        if not comparison.acts_alike
         else f"DIFFERENT: more than {tolerance:g} apart"
         if not comparison.is_same(tolerance)
         else "DIFFERENT in PEFT, the same in the numbers"
@@ -127,6 +130,15 @@ def _text(verdict: _Verdict, tolerance: float) -> str:
             f"{told}; largest relative difference {largest.relative:.3g} in {largest.key}",
         ]
     )
+
+
+def _acts(comparison: Comparison) -> str:
+    """On which tokens each of the two acts."""
+    one, other = (
+        "on every token" if tokens is None else f"from {list(tokens)} on"
+        for tokens in comparison.invocation_tokens
+    )
+    return f"one acts {one}, the other {other}"
 
 
 def _run_many(arguments: argparse.Namespace) -> int:
@@ -177,6 +189,8 @@ def _verdict_on(
         return {"verdict": "refused", "why": explain(error, first)}
     largest = verdict.comparison.largest
     why = "" if verdict.same else f"largest in {largest.key}"
+    if not verdict.comparison.acts_alike:
+        why = _acts(verdict.comparison)
     if verdict.ignored:
         why = "; ".join(f"PEFT would ignore {n} tensors of {p}" for p, n in verdict.ignored.items())
     return {

@@ -126,8 +126,15 @@ def merge_adapter(base: Path, adapter: Adapter, out: Path) -> MergeReport:
         AdapterFormatError: The base has no weight for a module, or one of another shape; all such
             modules are listed. Or a module's numbers are not finite.
         ConfigError: The base's files are missing or broken, or something is at `out`.
-        UnsupportedError: The base is quantised, or a sum exceeds the range of its type.
+        UnsupportedError: The adapter acts on a part of the tokens only, the base is quantised, or
+            a sum exceeds the range of its type.
     """
+    if adapter.invocation_tokens:
+        raise UnsupportedError(
+            f"adapter {adapter.name!r} acts from its invocation tokens "
+            f"{list(adapter.invocation_tokens)} on, and merged weights act on every token; serve "
+            "it as an adapter"
+        )
     with TensorFiles(base) as files:
         names, shapes = files.files, files.shapes
     places = _places(adapter, shapes)

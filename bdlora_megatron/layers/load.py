@@ -20,7 +20,7 @@ from bdlora_megatron.convert.adapter.neutral import Adapter as NeutralAdapter
 from bdlora_megatron.convert.adapter.neutral import ModuleKey
 from bdlora_megatron.convert.adapter.rows import in_layer_order
 from bdlora_megatron.decoder import parts_of
-from bdlora_megatron.errors import ShapeError, TargetError
+from bdlora_megatron.errors import ShapeError, TargetError, UnsupportedError
 from bdlora_megatron.layers.adapters import ProjectionPlan
 from bdlora_megatron.layers.anatomy import (
     decoder_layer,
@@ -100,6 +100,13 @@ def load_adapter(
     in ``half_sharded``.
     """
     options = options or LoadOptions()
+    if adapter.invocation_tokens:
+        raise UnsupportedError(
+            f"adapter {adapter.name!r} acts from its invocation tokens "
+            f"{list(adapter.invocation_tokens)} on (Activated LoRA), and a model's own adapter "
+            "acts on every token; serve it with bdlora serve, or with ModelSlots, whose batches "
+            "say which tokens it acts on"
+        )
     linears = decoder_linears(model)
     if options.trainable:
         check_backward(model)

@@ -1,8 +1,8 @@
 """The neutral adapter, which every format is read into and written from.
 
 ``neutral`` defines it, ``lazy`` reads one module at a time, ``problems`` collects what is wrong,
-``compare`` says whether two compute the same, ``rows`` puts rows in a layer's order and back,
-``scale`` and ``tables`` help formats and reports.
+``invocation`` reads the tokens of Activated LoRA, ``compare`` says whether two compute the same,
+``rows`` puts rows in a layer's order and back, ``scale`` and ``tables`` help formats and reports.
 """
 
 from bdlora_megatron.convert.adapter.lazy import (

@@ -44,11 +44,13 @@ class Comparison:
     Attributes:
         first: Name of one.
         second: Name of the other.
+        invocation_tokens: From which tokens on each of them acts; None is every token.
         modules: Every module that either has, in order.
     """
 
     first: str
     second: str
+    invocation_tokens: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
     modules: tuple[ModuleDifference, ...]
 
     @property
@@ -56,13 +58,18 @@ class Comparison:
         """The module with the largest relative difference."""
         return max(self.modules, key=lambda module: module.relative)
 
+    @property
+    def acts_alike(self) -> bool:
+        """Whether both act on the same tokens of every text."""
+        return self.invocation_tokens[0] == self.invocation_tokens[1]
+
     def is_same(self, tolerance: float) -> bool:
-        """Whether no module differs by more.
+        """Whether no module differs by more, and both act on the same tokens.
 
         Returns:
             True if they compute the same, within the tolerance.
         """
-        return all(module.relative <= tolerance for module in self.modules)
+        return self.acts_alike and all(module.relative <= tolerance for module in self.modules)
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON takes it."""
@@ -73,6 +80,7 @@ class Comparison:
         return {
             "first": self.first,
             "second": self.second,
+            "invocation_tokens": list(self.invocation_tokens),
             "largest_relative": self.largest.relative,
             "modules": modules,
         }
@@ -107,6 +115,7 @@ def compare_adapters(first: Adapter, second: Adapter) -> Comparison:
     return Comparison(
         first=first.name,
         second=second.name,
+        invocation_tokens=(first.invocation_tokens, second.invocation_tokens),
         modules=tuple(_difference(key, first.modules, second.modules) for key in keys),
     )
 

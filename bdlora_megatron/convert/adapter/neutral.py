@@ -99,12 +99,15 @@ class Adapter:
         modules: The update of every adapted module. Column-parallel ones block B, row-parallel
             ones A, also with one block. Readers may give a mapping that loads on access.
         base: What is known of the base model.
+        invocation_tokens: Token ids from whose last occurrence on it acts (Activated LoRA); None
+            for one that acts on every token.
         metadata: Where it came from, for people and for writers; nothing here changes the numbers.
     """
 
     name: str
     modules: Mapping[ModuleKey, BlockFactors]
     base: BaseShape = field(default_factory=BaseShape)
+    invocation_tokens: tuple[int, ...] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 

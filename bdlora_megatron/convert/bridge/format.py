@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bdlora_megatron.blocks import BlockFactors, pad_rank
+from bdlora_megatron.convert.adapter.invocation import UNSAYABLE
 from bdlora_megatron.convert.adapter.lazy import map_modules, module_facts
 from bdlora_megatron.convert.adapter.neutral import MODULE_NAMES, Adapter, BaseShape, ModuleKey
 from bdlora_megatron.convert.adapter.problems import Problems
@@ -130,7 +131,7 @@ def write_bridge(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     """
     facts = module_facts(adapter)
     subject = f"cannot write adapter {adapter.name!r} for Megatron-Bridge"
-    _check_writable(facts, options, subject)
+    _check_writable(adapter, facts, options, subject)
     rank = -(-max(f.rank for f in facts.values()) // options.tp) * options.tp
     padded = map_modules(with_one_scale(adapter), lambda _, f: pad_rank(f, rank), subject=subject)
     facts = module_facts(padded)
@@ -250,9 +251,14 @@ def _in_order(B: Tensor, tp: int) -> Tensor:
 
 
 def _check_writable(
-    facts: Mapping[ModuleKey, BlockFactors], options: WriteOptions, subject: str
+    adapter: Adapter,
+    facts: Mapping[ModuleKey, BlockFactors],
+    options: WriteOptions,
+    subject: str,
 ) -> None:
     problems = Problems()
+    if adapter.invocation_tokens:
+        problems.add(UNSAYABLE)
     blocked = [str(key) for key, factors in facts.items() if factors.num_blocks > 1]
     if blocked:
         problems.add(

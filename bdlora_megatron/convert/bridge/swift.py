@@ -82,6 +82,11 @@ def open_swift(
     ignored = find_refused(raw, problems, ignore_unknown=ignore_unknown)
     if ignored:
         logger.warning("%s: %s: %s", folder, READ_WITHOUT, ", ".join(ignored))
+    if config.invocation_tokens:
+        problems.add(
+            "alora_invocation_tokens is set, which Megatron-SWIFT's layers do not heed; take it "
+            "out if the adapter acts on every token"
+        )
     if config.rank_pattern or config.alpha_pattern:
         problems.add("rank_pattern or alpha_pattern is set; convert it with ms-swift itself")
     subject = f"cannot read the adapter in {weights}"

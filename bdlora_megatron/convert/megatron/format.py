@@ -72,7 +72,13 @@ def open_megatron(folder: Path) -> Iterator[Adapter]:
     modules, widths = pair_modules(tensors, settings, manifest.base, problems, subject=subject)
     base = merge_base(manifest.base, widths, problems)
     problems.raise_if_any(subject)
-    yield Adapter(name=manifest.name, modules=modules, base=base, metadata=manifest.metadata)
+    yield Adapter(
+        name=manifest.name,
+        modules=modules,
+        base=base,
+        invocation_tokens=manifest.invocation_tokens,
+        metadata=manifest.metadata,
+    )
 
 
 def write_megatron(adapter: Adapter, folder: Path, options: WriteOptions) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from bdlora_megatron.convert.adapter.invocation import parse_invocation
 from bdlora_megatron.convert.adapter.neutral import (
     ALL_MODULE_NAMES,
     Adapter,
@@ -24,6 +25,8 @@ __all__ = ["Manifest", "ModuleEntry", "manifest_of", "read_manifest", "write_man
 VERSION = 1
 _LARGEST = 16 << 20
 _KEYS = frozenset({"format", "version", "name", "tp", "base", "metadata", "modules"})
+#: Only where it is set: readers that do not know it refuse it.
+_INVOCATION = "invocation_tokens"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +53,7 @@ class Manifest:
         base: What is known of the base model.
         metadata: The adapter's.
         modules: Every module.
+        invocation_tokens: The adapter's.
     """
 
     format: str
@@ -58,6 +62,7 @@ class Manifest:
     base: BaseShape = field(default_factory=BaseShape)
     metadata: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[ModuleKey, ModuleEntry]
+    invocation_tokens: tuple[int, ...] | None = None
 
 
 def manifest_of(adapter: Adapter, facts: Mapping[ModuleKey, Any], format: str, tp: int) -> Manifest:
@@ -70,6 +75,7 @@ def manifest_of(adapter: Adapter, facts: Mapping[ModuleKey, Any], format: str, t
         base=adapter.base,
         metadata=adapter.metadata,
         modules=modules,
+        invocation_tokens=adapter.invocation_tokens,
     )
 
 
@@ -84,6 +90,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "metadata": dict(manifest.metadata),
         "modules": {_text(key): asdict(entry) for key, entry in manifest.modules.items()},
     }
+    if manifest.invocation_tokens:
+        raw[_INVOCATION] = list(manifest.invocation_tokens)
     path.write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
 
 
@@ -110,8 +118,17 @@ def read_manifest(path: Path, format: str) -> Manifest:
     if not all(isinstance(value, str) for value in metadata.values()):
         problems.add("metadata holds more than strings")
     modules = _modules(_typed(raw, "modules", dict, {}, problems), problems)
+    invocation = parse_invocation(_INVOCATION, raw.get(_INVOCATION), problems)
     problems.raise_if_any(f"{path} is malformed")
-    return Manifest(format=format, name=name, tp=tp, base=base, metadata=metadata, modules=modules)
+    return Manifest(
+        format=format,
+        name=name,
+        tp=tp,
+        base=base,
+        metadata=metadata,
+        modules=modules,
+        invocation_tokens=invocation,
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -130,7 +147,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(raw: Mapping[str, Any], known: frozenset[str], problems: Problems) -> None:
-    for key in sorted(raw.keys() - known):
+    for key in sorted(raw.keys() - known - {_INVOCATION}):
         problems.add(f"unknown key {key!r}; {nearest(key, known)}")
     for key in sorted(known - raw.keys()):
         problems.add(f"key {key!r} is missing; write the adapter again")

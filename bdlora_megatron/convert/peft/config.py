@@ -10,14 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from bdlora_megatron.blocks import Blocked
+from bdlora_megatron.convert.adapter.invocation import parse_invocation
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.hints import unreadable
 from bdlora_megatron.convert.peft.patterns import Patience, first_match, why_unsafe
 from bdlora_megatron.errors import AdapterFormatError
 
-__all__ = ["BDLoRAOptions", "ModuleSettings", "PeftConfig", "parse_peft_config", "read_raw_config"]
+__all__ = [
+    "ALORA",
+    "BDLoRAOptions",
+    "ModuleSettings",
+    "PeftConfig",
+    "parse_peft_config",
+    "read_raw_config",
+]
 
 CONFIG_NAME = "adapter_config.json"
+#: PEFT's name for the tokens from which an Activated LoRA acts.
+ALORA = "alora_invocation_tokens"
 # A rank and an alpha for each module of a model with a thousand layers fit in a tenth.
 _LARGEST_CONFIG = 16 << 20
 
@@ -67,6 +77,7 @@ class PeftConfig:
         rank_pattern: Rank by pattern of module paths.
         alpha_pattern: Alpha by pattern of module paths.
         bdlora: Block-diagonal options, None for vanilla LoRA.
+        invocation_tokens: From where an Activated LoRA acts, None for one that acts everywhere.
         patience: The time left for matching the patterns.
     """
 
@@ -76,6 +87,7 @@ class PeftConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     bdlora: BDLoRAOptions | None
+    invocation_tokens: tuple[int, ...] | None = None
     patience: Patience = field(default_factory=Patience, compare=False, repr=False)
 
     def settings_for(self, module_path: str) -> ModuleSettings:
@@ -148,6 +160,12 @@ def parse_peft_config(raw: Mapping[str, Any]) -> PeftConfig:
     options = raw.get("use_bdlora")
     if options is not None:
         _check_bdlora(options, problems)
+    invocation = parse_invocation(ALORA, raw.get(ALORA), problems)
+    if invocation and raw.get("task_type") != "CAUSAL_LM":
+        problems.add(
+            f"{ALORA} is set and task_type is {raw.get('task_type')!r}, for which PEFT lets the "
+            'adapter act on no token; set task_type to "CAUSAL_LM"'
+        )
     problems.raise_if_any(f"{CONFIG_NAME} is malformed")
     return PeftConfig(
         rank=raw.get("r", 8),
@@ -156,6 +174,7 @@ def parse_peft_config(raw: Mapping[str, Any]) -> PeftConfig:
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
         bdlora=None if options is None else _bdlora(options),
+        invocation_tokens=invocation,
     )
 
 

@@ -21,6 +21,7 @@ __all__ = ["READ_WITHOUT", "check_ignorable", "find_refused"]
 READ_WITHOUT = "it is read without options that change no update"
 _READ = frozenset(
     {
+        "alora_invocation_tokens",
         "alpha_pattern",
         "base_model_name_or_path",
         "init_lora_weights",
@@ -90,12 +91,16 @@ _REFUSED = {
     "modules_to_save": "whole weights are no low-rank update; put them into the base model",
     "trainable_token_indices": "it replaces embedding rows; put them into the base model",
     "target_parameters": "it adapts fused expert weights; adapt linear modules instead",
-    "alora_invocation_tokens": "it applies to a part of the tokens only; train a plain LoRA",
     "arrow_config": "it routes between adapters; read each of them by itself",
     "kasa_config": "it changes the base weights and adds a diagonal; train a plain LoRA",
     "monteclora_config": "it samples the factors; train a plain LoRA",
     "use_qalora": "it pools the input; train a plain LoRA",
     "layer_replication": "it repeats layers of the base model; build that base model first",
+    **dict.fromkeys(
+        ("invocation_string", "alora_invocation_string"),
+        "it is of an Activated LoRA from before PEFT had them, which may begin to act a token "
+        "later; set alora_invocation_tokens to the tokens from which it acts, and take it out",
+    ),
     "enable_lora": "it adapts parts of a fused layer; train a plain LoRA",
 }
 

@@ -151,6 +151,7 @@ def open_peft(
             name=folder.name,
             modules=LazyModules(facts, load, subject=subject),
             base=base,
+            invocation_tokens=config.invocation_tokens,
             metadata=_metadata(raw, pairs, ignored, expanded),
         )
 

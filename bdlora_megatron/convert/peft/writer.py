@@ -21,7 +21,7 @@ from bdlora_megatron.convert.adapter.neutral import (
     blocked_factor,
 )
 from bdlora_megatron.convert.adapter.scale import choose_alphas, peft_scale, warn_inexact
-from bdlora_megatron.convert.peft.config import CONFIG_NAME
+from bdlora_megatron.convert.peft.config import ALORA, CONFIG_NAME
 from bdlora_megatron.convert.peft.names import PEFT_PREFIX, peft_prefix
 from bdlora_megatron.convert.peft.tensors import SAFETENSORS_NAME
 from bdlora_megatron.convert.tensor_files import write_safetensors
@@ -43,7 +43,7 @@ def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         UnsupportedError: If modules differ in their number of blocks, which PEFT has one of.
     """
     facts = module_facts(adapter)
-    _warn_of_peft(adapter.name, facts)
+    _warn_of_peft(adapter, facts)
     if any(factors.parts for factors in facts.values()):
         subject = f"cannot write adapter {adapter.name!r}"
         adapter = map_modules(adapter, lambda _, factors: _as_peft(factors), subject=subject)
@@ -62,8 +62,9 @@ def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
                 write(name, tensor)
 
 
-def _warn_of_peft(name: str, facts: Mapping[ModuleKey, BlockFactors]) -> None:
+def _warn_of_peft(adapter: Adapter, facts: Mapping[ModuleKey, BlockFactors]) -> None:
     """Name what PEFT 0.21 does not apply, although the file holds it under the right names."""
+    name = adapter.name
     parents = {facts_of(key.name)[0].parent for key in facts}
     names = {key.name for key in facts}
     if "mixer.out_proj" in names:
@@ -77,6 +78,12 @@ def _warn_of_peft(name: str, facts: Mapping[ModuleKey, BlockFactors]) -> None:
             "%s: PEFT takes gate_proj, up_proj and down_proj of Qwen3-Next and DeepSeek for their "
             "experts' and drops those of a dense MLP without an error; train without linear_fc1 "
             "and linear_fc2 if PEFT is to read it",
+            name,
+        )
+    if adapter.invocation_tokens and any(factors.num_blocks > 1 for factors in facts.values()):
+        logger.warning(
+            "%s: PEFT loads no Activated LoRA with blocks; write the same function as vanilla LoRA "
+            "(--dense, WriteOptions(dense=True)) if PEFT is to read it",
             name,
         )
 
@@ -107,9 +114,14 @@ def _config(
     alpha, alpha_pattern = _patterns(alpha_of)
     targets, layers = _targets(adapter, facts, prefix)
     causal = "CAUSAL_LM" if prefix == _CAUSAL_PREFIX else None
+    task = adapter.metadata.get("task_type", causal)
+    invocation = {}
+    if adapter.invocation_tokens:
+        # Of another task, PEFT does not look for them.
+        task, invocation = "CAUSAL_LM", {ALORA: list(adapter.invocation_tokens)}
     return {
         "peft_type": "LORA",
-        "task_type": adapter.metadata.get("task_type", causal),
+        "task_type": task,
         "base_model_name_or_path": options.base_model
         or adapter.metadata.get("base_model_name_or_path"),
         "inference_mode": True,
@@ -126,6 +138,7 @@ def _config(
         "target_modules": targets,
         "layers_to_transform": layers,
         "use_bdlora": _bdlora(facts),
+        **invocation,
     }
 
 

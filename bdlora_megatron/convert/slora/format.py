@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bdlora_megatron.blocks import BlockFactors
+from bdlora_megatron.convert.adapter.invocation import UNSAYABLE
 from bdlora_megatron.convert.adapter.lazy import LazyModules, module_facts
 from bdlora_megatron.convert.adapter.neutral import (
     Adapter,
@@ -105,6 +106,7 @@ def open_slora(folder: Path) -> Iterator[Adapter]:
             name=name,
             modules=LazyModules(facts, load, subject=subject),
             base=base,
+            invocation_tokens=manifest.invocation_tokens,
             metadata=manifest.metadata,
         )
 
@@ -116,7 +118,10 @@ def write_slora(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         UnsupportedError: If S-LoRA cannot serve the adapter. All reasons are listed.
     """
     facts = module_facts(adapter)
-    _check(facts, options.tp, f"cannot write adapter {adapter.name!r} for S-LoRA")
+    problems = Problems()
+    if adapter.invocation_tokens:
+        problems.add(UNSAYABLE)
+    _check(facts, options.tp, problems, f"cannot write adapter {adapter.name!r} for S-LoRA")
     adapter = with_one_scale(adapter)
     facts = module_facts(adapter)
     write_manifest(folder / MANIFEST_NAME, manifest_of(adapter, facts, _FORMAT, options.tp))
@@ -194,9 +199,10 @@ def _facts(
     return facts
 
 
-def _check(facts: Mapping[ModuleKey, BlockFactors], tp: int, subject: str) -> None:
+def _check(
+    facts: Mapping[ModuleKey, BlockFactors], tp: int, problems: Problems, subject: str
+) -> None:
     """List all that S-LoRA cannot serve."""
-    problems = Problems()
     mlp = [str(key) for key in facts if key.name not in _ATTENTION]
     if mlp:
         problems.add(

@@ -49,11 +49,13 @@ class StructureReport:
         adapter: The adapter's name.
         mode: The structure that was asked for.
         modules: Every module, in order.
+        invocation_tokens: From which tokens on it acts, before and after; None for every token.
     """
 
     adapter: str
     mode: str
     modules: tuple[ModuleChange, ...]
+    invocation_tokens: tuple[int, ...] | None = None
 
     @property
     def error(self) -> float:
@@ -79,6 +81,7 @@ class StructureReport:
             "error": self.error,
             "bytes_before": self.bytes_before,
             "bytes": self.bytes,
+            "invocation_tokens": self.invocation_tokens and list(self.invocation_tokens),
             "modules": modules,
         }
 

@@ -119,6 +119,7 @@ class Restructured:
             adapter=self.adapter.name,
             mode=self.structure.mode,
             modules=tuple(self._changes[key] for key in self.adapter.modules),
+            invocation_tokens=self.adapter.invocation_tokens,
         )
 
 

@@ -89,10 +89,6 @@ MADE = {
         ["monteclora_config is set", "tensors of an unknown kind"],
     ),
     "qalora": ({"use_qalora": True}, ["use_qalora is set"]),
-    "alora": (
-        {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
-        ["alora_invocation_tokens is set"],
-    ),
     "pissa": ({"init_lora_weights": "pissa"}, ["'pissa'", "path_initial_model_for_weight"]),
     "pissa_niter": ({"init_lora_weights": "pissa_niter_2"}, ["'pissa_niter_2'"]),
     "olora": ({"init_lora_weights": "olora"}, ["'olora'", "changed the base weights"]),
