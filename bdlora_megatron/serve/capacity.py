@@ -79,7 +79,8 @@ class AdapterShard:
         num_bytes: Bytes of the factors.
         exchanged: It is in the S-LoRA layout.
         digest: A number that tells whether other ranks read an adapter of the same modules, ranks,
-            and scales.
+            scales and invocation tokens.
+        invocation_tokens: As of ``Adapter``.
     """
 
     layers: Mapping[str, LayerShard]
@@ -87,14 +88,22 @@ class AdapterShard:
     num_bytes: int
     exchanged: bool
     digest: int
+    invocation_tokens: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, layers: Mapping[str, LayerShard], *, exchanged: bool) -> AdapterShard:
+    def of(
+        cls,
+        layers: Mapping[str, LayerShard],
+        *,
+        exchanged: bool,
+        invocation_tokens: tuple[int, ...] | None = None,
+    ) -> AdapterShard:
         """Sum up the shards of an adapter's layers.
 
         Args:
             layers: Shard of each layer, by full name; at least one.
             exchanged: They are in the S-LoRA layout.
+            invocation_tokens: As of ``Adapter``.
 
         Returns:
             The shard of the whole adapter.
@@ -105,5 +114,6 @@ class AdapterShard:
             rows=max(shard.rows for shard in layers.values()),
             num_bytes=sum(shard.num_bytes for shard in layers.values()),
             exchanged=exchanged,
-            digest=zlib.crc32(repr((exchanged, facts)).encode()),
+            digest=zlib.crc32(repr((exchanged, facts, invocation_tokens)).encode()),
+            invocation_tokens=invocation_tokens,
         )

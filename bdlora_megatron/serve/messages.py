@@ -294,10 +294,12 @@ class AdapterResult:
     Attributes:
         ticket: Whose.
         error: Why it failed; None if it did not.
+        invocation_tokens: From which tokens on the loaded adapter acts; None for every token.
     """
 
     ticket: int
     error: str | None = None
+    invocation_tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -378,8 +380,10 @@ class Ready:
         max_model_len: The longest prompt and answer together, in tokens.
         vocab_size: Token ids end below this.
         refused: By name, why adapters of the settings are not served.
+        invocation_tokens: By name, from which tokens on those act that do not act everywhere.
     """
 
     max_model_len: int
     vocab_size: int
     refused: Mapping[str, str] = field(default_factory=dict)
+    invocation_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

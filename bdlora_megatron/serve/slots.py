@@ -170,11 +170,14 @@ class ModelSlots:
                 vanilla one then costs each rank the whole of its dense factor.
 
         Returns:
-            The shard, in pinned memory where the device is CUDA.
+            The shard, in pinned memory where the device is CUDA. An Activated LoRA's tells its
+            invocation tokens; it acts on the tokens that ``batch`` is told, and from where on is
+            the caller's to say (``active_from``).
 
         Raises:
             CapacityError: A module takes more rows than there is room for.
-            ConfigError: There is no room for the layout.
+            ConfigError: There is no room for the layout, or the model's vocabulary does not have
+                an invocation token.
             TargetError: The adapter holds modules without slots.
         """
         layout = Layout(layout)
@@ -186,6 +189,7 @@ class ModelSlots:
             )
         adapter = in_models_names(adapter, self._decoder)
         self._check_modules(adapter)
+        self._check_invocation(adapter)
         shards: dict[str, LayerShard] = {}
         for target in self._linears:
             keys = {name: key for name, key in target.keys.items() if key in adapter.modules}
@@ -194,7 +198,11 @@ class ModelSlots:
                 shards[target.full_name] = self._layer_shard(slots, adapter, keys, layout)
         if not shards:
             raise TargetError(f"adapter {adapter.name!r} has no module on this rank's layers")
-        return AdapterShard.of(shards, exchanged=layout is Layout.SLORA)
+        return AdapterShard.of(
+            shards,
+            exchanged=layout is Layout.SLORA,
+            invocation_tokens=adapter.invocation_tokens,
+        )
 
     def check(self, adapter: Adapter, layout: Layout = Layout.BDLORA) -> None:
         """Refuse what ``shard`` would refuse, as far as shapes tell; no module is loaded.
@@ -248,6 +256,16 @@ class ModelSlots:
                 f"adapter {adapter.name!r} changes {without[0]} and {len(without) - 1} more modules"
                 f" that have no slots; add them to SlotCapacity.target_modules="
                 f"{self.capacity.target_modules}"
+            )
+
+    def _check_invocation(self, adapter: Adapter) -> None:
+        tokens, model = adapter.invocation_tokens, self._model
+        size = getattr(model, "unpadded_vocab_size", getattr(model, "vocab_size", None))
+        if tokens and size is not None and max(tokens) >= size:
+            raise ConfigError(
+                f"adapter {adapter.name!r} acts from its invocation tokens {list(tokens)} on, and "
+                f"the model's ids end at {size - 1}; is it an adapter for another base model, or "
+                "for a tokenizer with added tokens?"
             )
 
     def load(self, key: Hashable, shard: AdapterShard) -> int | None:

@@ -46,13 +46,15 @@ class _Entry:
     """What the store knows of one version.
 
     ``due`` is the step in which ranks ask about its load; ``load`` is this rank's own. ``asked`` is
-    the step of the last ``acquire`` in vain, until one succeeds.
+    the step of the last ``acquire`` in vain, until one succeeds. ``invocation_tokens`` are known
+    with the first load.
     """
 
     source: Callable[[], Adapter]
     check: Callable[[], None]
     layout: Layout
     num_bytes: int | None = None
+    invocation_tokens: tuple[int, ...] | None = None
     load: Load[AdapterShard] | None = None
     due: int = 0
     asked: int | None = None
@@ -259,6 +261,10 @@ class AdapterStore:
         """Let the next ``acquire`` load an adapter whose last load failed, as if it were new."""
         self._entry(key).error = None
 
+    def invocation_tokens(self, key: AdapterKey) -> tuple[int, ...] | None:
+        """From which tokens on an adapter acts that has been loaded; None for every token."""
+        return self._entry(key).invocation_tokens
+
     def is_loading(self, key: AdapterKey) -> bool:
         """Whether an adapter is being loaded or waits for room in host memory."""
         entry = self._entry(key)
@@ -403,6 +409,7 @@ class AdapterStore:
             shard = load.future.result()
             self.stats.host_loads += 1
             entry.num_bytes = shard.num_bytes
+            entry.invocation_tokens = shard.invocation_tokens
             self._host.fill(key, shard.num_bytes, shard)
         self._drop_if_unused(key)
 

@@ -8,10 +8,14 @@ import shutil
 import threading
 
 import httpx2 as httpx
+import peft
 import pytest
+import torch
+import transformers
 
 from tests.serve import models
 from tests.serve.soak import ask, load, soak, text, unload
+from tests.serve.test_prefix_cache import BLOCK, HAS_CACHE
 
 pytestmark = pytest.mark.engine
 
@@ -45,6 +49,72 @@ def test_an_adapter_comes_changes_and_goes(http, folder, server):
         assert 'model="changing"' not in http.get("/metrics").text
         assert ask(http, "changing").status_code == 404
         assert unload(http, "changing").status_code == 404
+    finally:
+        shutil.rmtree(path)
+
+
+def test_an_activated_lora_acts_from_its_invocation_on(http, folder, tokenizer):
+    """As in PEFT, behind a chat template too; before that it uses the base model's blocks."""
+    path = folder / "adapters" / "activated"
+    # What the template puts before an answer: a multi-turn chat has it several times.
+    invocation = tokenizer.encode("<assistant>", add_special_tokens=False)
+    settings = {"seed": 11, "r": 4, "alora_invocation_tokens": invocation}
+    models.make_adapter(folder / "model", path, **settings)
+    tuned = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "model"), path
+    )
+    said = "An answer that is there already, and that is long enough for blocks. "
+    messages = [{"role": "user", "content": f"First {said}"}, {"role": "user", "content": "Hm?"}]
+    messages.insert(1, {"role": "assistant", "content": said})
+    try:
+        assert load(http, "activated", path).status_code == 200
+        card = http.get("/v1/models/activated").json()
+        assert card["invocation_tokens"] == invocation
+        assert "invocation_tokens" not in http.get("/v1/models/vanilla").json()
+        body = {"messages": messages, "max_tokens": 7, "temperature": 0, "n": 2}
+        found = {}
+        for model in ("model", "activated", "activated"):
+            answer = http.post("/v1/chat/completions", json={"model": model, **body})
+            assert answer.raise_for_status().headers.get("x-ignored-fields") is None
+            choices, usage = answer.json()["choices"], answer.json()["usage"]
+            found.setdefault(model, []).append(usage["prompt_tokens_details"]["cached_tokens"])
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        ids = list(getattr(ids, "input_ids", ids))
+        given = torch.tensor([ids])
+        with torch.no_grad():
+            out = tuned.generate(
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=7,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        wanted = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        assert [choice["message"]["content"] for choice in choices] == [wanted] * 2
+        if HAS_CACHE:
+            # The base model asked first; the adapter begins at the prompt's end.
+            begins = len(ids) - len(invocation)
+            whole = (len(ids) - 2) // BLOCK * BLOCK
+            assert found["activated"] == [begins // BLOCK * BLOCK, whole]
+            assert found["activated"][0] < whole
+        # A prompt without them is the base model's, and that is told.
+        missing = ask(http, "activated", "Nothing of the sort.")
+        assert text(missing) == text(ask(http, "model", "Nothing of the sort."))
+        assert missing.headers["x-ignored-fields"] == "model"
+        both = ask(http, "activated", ["<assistant>Yes", "Nothing of the sort."])
+        assert both.headers["x-ignored-fields"] == "model"
+        assert "x-ignored-fields" not in ask(http, "activated", "<assistant>Yes").headers
+        # A new version may act elsewhere, or be refused.
+        models.make_adapter(folder / "model", path, **{**settings, "alora_invocation_tokens": [5]})
+        assert load(http, "activated", path).status_code == 200
+        assert http.get("/v1/models/activated").json()["invocation_tokens"] == [5]
+        beyond = {**settings, "alora_invocation_tokens": [5, len(tokenizer)]}
+        models.make_adapter(folder / "model", path, **beyond)
+        refused = load(http, "activated", path)
+        assert refused.status_code == 400
+        assert f"the model's ids end at {len(tokenizer) - 1}" in refused.text
+        assert http.get("/v1/models/activated").json()["invocation_tokens"] == [5]
+        assert unload(http, "activated").status_code == 200
     finally:
         shutil.rmtree(path)
 

@@ -23,7 +23,7 @@ from tests.fakes import cuda_graphs
 from tests.harness import run_ranks
 from tests.tp import engine_cases
 from tests.tp.models import MODEL_CLASSES, VOCAB
-from tests.tp.serving_cases import serving_model
+from tests.tp.serving_cases import make_adapter, serving_model
 from tests.tp.session import model_parallel
 from tests.tp.test_grammars import END, VOCABULARY
 
@@ -43,6 +43,15 @@ def _requests():
             adapter=adapter,
         )
         for number, adapter in enumerate(adapters)
+    ] + [
+        Submit(
+            request_id=200 + 10 * who + number,
+            prompt=prompt,
+            sampling=Sampling(temperature=0.0, max_tokens=4),
+            adapter=adapter,
+        )
+        for who, adapter in enumerate(("activated", None, "everywhere"))
+        for number, prompt in enumerate([(1, 2, 3, 4), (4, 3, 2, 1)])
     ]
 
 
@@ -50,9 +59,14 @@ def _engine(*, graphs, model_class=MODEL_CLASSES[-1]):
     captured = {"cuda_graph_impl": "local"} if graphs else {}
     model = serving_model(1, **captured, model_class=model_class)
     kernels = "triton" if graphs else None
-    return engine_cases.engine_for(
+    engine = engine_cases.engine_for(
         1, blocks=30, model=model, implementation=kernels, cuda_graphs=graphs
     )
+    strong = make_adapter(1, scale=20.0, **engine_cases.ADAPTERS["two"])
+    activated = dataclasses.replace(strong, invocation_tokens=(2, 3))
+    engine.store.register("everywhere", lambda: strong)
+    engine.store.register("activated", lambda: activated)
+    return engine
 
 
 def _outcome(*, graphs, model_class):
@@ -69,7 +83,11 @@ def _outcome(*, graphs, model_class):
     assert engine.snapshot().slot_evictions > 0
     # Before 0.19 only a prompt's first chunk is looked up, which is too short here.
     assert engine.snapshot().prefix_cache_hits == (4 if has_hybrid_model() else 0)
-    return {i: [choice.token for choice in choices] for i, choices in got.items()}, ends
+    said = {i: [choice.token for choice in choices] for i, choices in got.items()}
+    # An Activated LoRA acts in its first prompt, from the second token on, and not in the other.
+    assert said[200] not in (said[210], said[220])
+    assert said[201] == said[211] != said[221]
+    return said, ends
 
 
 def _serve(rank, world, model_class):

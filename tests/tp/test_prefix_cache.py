@@ -21,7 +21,7 @@ from bdlora_megatron.errors import UnsupportedError
 from bdlora_megatron.layers import load_adapter
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.runtime.versions.known import prefix_caching
-from bdlora_megatron.serve.engine.prefix import block_hashes, seed_of
+from bdlora_megatron.serve.engine.prefix import Names, block_hashes, names_of, seed_of
 from bdlora_megatron.serve.messages import Sampling, Submit
 from bdlora_megatron.serve.store_types import AdapterKey
 from tests.harness import run_ranks
@@ -347,7 +347,7 @@ def test_without_an_adapter_blocks_are_named_as_megatron_core_names_them(length)
 
     tokens = list(range(7, 7 + length))
     wanted = compute_block_hashes_batched(torch.tensor(tokens, dtype=torch.int64), BLOCK)
-    assert block_hashes(tokens, BLOCK, seed_of(None, None)) == wanted
+    assert block_hashes(tokens, BLOCK, names_of(None, None, 0)) == wanted
     assert len(wanted) == length // BLOCK
 
 
@@ -360,8 +360,8 @@ def test_no_two_who_ask_begin_alike():
     assert {len(seed) for seed in seeds} == {32}
     # In the hash of the second block the first one's tokens and the seed count, too.
     tokens = list(range(2 * BLOCK))
-    second = {block_hashes(tokens, BLOCK, seed)[1] for seed in seeds}
-    second |= {block_hashes([9, *tokens[1:]], BLOCK, seed)[1] for seed in seeds}
+    second = {block_hashes(tokens, BLOCK, Names(seed))[1] for seed in seeds}
+    second |= {block_hashes([9, *tokens[1:]], BLOCK, Names(seed))[1] for seed in seeds}
     assert len(second) == 2 * len(seeds)
 
 

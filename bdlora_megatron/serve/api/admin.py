@@ -72,9 +72,10 @@ async def load_lora_adapter(request: Request, response: Response, body: LoadRequ
             note = await asyncio.to_thread(api.give_text, card)
         except ConfigError as error:
             raise BadRequestError(f"adapter {body.lora_name!r} was not loaded: {error}") from error
-        problem = await api.client.load(body.lora_name, str(path), api.settings.layout)
-        if problem is not None:
-            raise BadRequestError(f"adapter {body.lora_name!r} was not loaded: {problem}")
+        result = await api.client.load(body.lora_name, str(path), api.settings.layout)
+        if result.error is not None:
+            raise BadRequestError(f"adapter {body.lora_name!r} was not loaded: {result.error}")
+        card.invocation_tokens = result.invocation_tokens
         api.adapters[body.lora_name] = card
         api.refused.pop(body.lora_name, None)
     response.headers.update(ignored_header(_ignored(api, body)))
@@ -190,7 +191,7 @@ def _find(api: APIServer, body: LoadRequest) -> tuple[Path, Fingerprint]:
 def _card(api: APIServer, name: str) -> dict[str, Any]:
     base = api.base_name
     card = api.adapters.get(name)
-    return {
+    told: dict[str, Any] = {
         "id": name,
         "object": "model",
         "created": api.started if card is None else card.created,
@@ -199,3 +200,6 @@ def _card(api: APIServer, name: str) -> dict[str, Any]:
         "parent": None if card is None else base,
         "max_model_len": api.settings.max_model_len,
     }
+    if card is not None and card.invocation_tokens is not None:
+        told["invocation_tokens"] = list(card.invocation_tokens)
+    return told

@@ -189,11 +189,11 @@ class EngineClient:
             self._send(vocabulary)
             self._taught.add(vocabulary.key)
 
-    async def load(self, name: str, path: str, layout: str, *, wait: bool = True) -> str | None:
+    async def load(self, name: str, path: str, layout: str, *, wait: bool = True) -> AdapterResult:
         """Load an adapter.
 
         Returns:
-            Why it failed; None if it did not.
+            What became of it.
         """
         ticket = next(self._numbers)
         return await self._ask(
@@ -204,17 +204,17 @@ class EngineClient:
         """Unload an adapter, once its requests have ended.
 
         Returns:
-            As for ``load``.
+            Why it failed; None if it did not.
         """
         ticket = next(self._numbers)
-        return await self._ask(UnloadAdapter(ticket=ticket, name=name), ticket)
+        return (await self._ask(UnloadAdapter(ticket=ticket, name=name), ticket)).error
 
-    async def _ask(self, command: Command, ticket: int) -> str | None:
+    async def _ask(self, command: Command, ticket: int) -> AdapterResult:
         future: asyncio.Future[AdapterResult] = asyncio.get_running_loop().create_future()
         self._answers[ticket] = future
         try:
             self._send(command)
-            return (await future).error
+            return await future
         finally:
             del self._answers[ticket]
 

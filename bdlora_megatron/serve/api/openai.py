@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from bdlora_megatron.invocation import active_from
 from bdlora_megatron.serve.api.errors import APIError, BadRequestError, told
 from bdlora_megatron.serve.api.fields import advice, ignored_fields, ignored_header, refused_field
 from bdlora_megatron.serve.api.formats import grammar_of
@@ -96,7 +97,19 @@ def plan_body(
         else _plan_text(api, body, adapter)
     )
     reply.ignored = (*ignored_fields(undeclared), *reply.ignored)
+    if not _invokes(api, adapter, reply):
+        # The base model alone answers.
+        reply.ignored = (*reply.ignored, "model")
     return reply
+
+
+def _invokes(api: APIServer, adapter: str | None, reply: ResponseBody) -> bool:
+    """Whether every prompt has the tokens from which an Activated LoRA acts."""
+    card = api.adapters.get(adapter or "")
+    tokens = None if card is None else card.invocation_tokens
+    return tokens is None or all(
+        active_from(prompt.ids, tokens) is not None for prompt in reply.job.prompts
+    )
 
 
 def _plan_text(api: APIServer, body: CompletionRequest, adapter: str | None) -> ResponseBody:

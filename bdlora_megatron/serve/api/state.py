@@ -42,6 +42,7 @@ class AdapterCard:
         created: When it was loaded last, in seconds since 1970.
         files: What its files were like then.
         tokenizer: Its own, where it has one and may use it.
+        invocation_tokens: From which tokens on it acts; None for every token.
     """
 
     name: str
@@ -50,6 +51,7 @@ class AdapterCard:
     created: int = field(default_factory=lambda: int(time.time()))
     files: Fingerprint = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    invocation_tokens: tuple[int, ...] | None = None
 
 
 class APIServer:
@@ -108,6 +110,9 @@ class APIServer:
         """
         ready = await self.client.ready()
         self.refuse(ready.refused)
+        for name, tokens in ready.invocation_tokens.items():
+            if (card := self.adapters.get(name)) is not None:
+                card.invocation_tokens = tokens
         # Now, rather than with the first request that needs it: reading it holds up the others.
         with suppress(ConfigError):
             self.client.teach(self.tokenizer.vocabulary)

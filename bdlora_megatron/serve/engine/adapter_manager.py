@@ -18,13 +18,26 @@ from bdlora_megatron.serve.messages import AdapterResult, LoadAdapter, UnloadAda
 from bdlora_megatron.serve.store import AdapterStore
 from bdlora_megatron.serve.store_types import AdapterKey
 
-__all__ = ["AdapterManager"]
+__all__ = ["AdapterManager", "Checked"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
     files: AdapterFiles
     layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a look at adapters told.
+
+    Attributes:
+        refused: By name, why an adapter can't be served; in the order of the settings.
+        invocation_tokens: By name, from which tokens on those act that do not act everywhere.
+    """
+
+    refused: dict[str, str]
+    invocation_tokens: dict[str, tuple[int, ...]]
 
 
 class AdapterManager:
@@ -47,7 +60,7 @@ class AdapterManager:
         """Whether an answer is still owed."""
         return bool(self._loading or self._leaving)
 
-    def check(self, folders: Mapping[str, str], layout: str, group: Any) -> dict[str, str]:
+    def check(self, folders: Mapping[str, str], layout: str, group: Any) -> Checked:
         """Look at adapters before they are served, as far as configs and headers tell.
 
         Args:
@@ -57,22 +70,27 @@ class AdapterManager:
 
         Collectives: one exchange of the reasons (``all_gather_object``: two all-gathers).
         """
-        names, reasons = list(folders)[group.rank() :: group.size()], {}
-        for name in names:
+        mine = Checked({}, {})
+        for name in list(folders)[group.rank() :: group.size()]:
             try:
                 with open_adapter(folders[name]) as adapter:
                     self._store.slots.check(adapter, Layout(layout))
+                    if adapter.invocation_tokens is not None:
+                        mine.invocation_tokens[name] = adapter.invocation_tokens
             except Exception as error:
                 # Whatever it is, a first request would meet it too.
                 told = explain(error, Path(folders[name]))
                 foreseen = isinstance(error, (BDLoRAError, OSError))
-                reasons[name] = told if foreseen else f"{type(error).__name__}: {told}"
-        every: list[Any] = [reasons]
+                mine.refused[name] = told if foreseen else f"{type(error).__name__}: {told}"
+        every: list[Any] = [mine]
         if group.size() > 1:
             every = [None] * group.size()
-            torch.distributed.all_gather_object(every, reasons, group=group)
-        found = {name: reason for part in every for name, reason in part.items()}
-        return {name: found[name] for name in folders if name in found}
+            torch.distributed.all_gather_object(every, mine, group=group)
+        refused = {name: reason for part in every for name, reason in part.refused.items()}
+        return Checked(
+            refused={name: refused[name] for name in folders if name in refused},
+            invocation_tokens={n: t for part in every for n, t in part.invocation_tokens.items()},
+        )
 
     def load(self, command: LoadAdapter) -> AdapterResult | None:
         """Register an adapter, and begin to load it where the command waits for that.
@@ -125,9 +143,12 @@ class AdapterManager:
                 continue
             error = self._store.error(key)
             del self._loading[name]
+            invocation = None
             if error is not None:
                 self._put_back(name, before)
-            answers.append(AdapterResult(ticket, error))
+            else:
+                invocation = self._store.invocation_tokens(key)
+            answers.append(AdapterResult(ticket, error, invocation))
         return answers
 
     def _put_back(self, name: str, before: _Held | None) -> None:

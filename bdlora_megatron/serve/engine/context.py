@@ -2,7 +2,8 @@
 
 The context keeps the running requests in rows: paused ones first, then active ones. It moves rows
 as requests come and go, and moves what is in ``request_metadata`` with them; that is where the
-slot of each request stands, so that one gather tells the slot of each token.
+slot of each request stands, and from which position on it is used, so that one gather of each tells
+the slot of each token.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bdlora_megatron.serve.engine.prompts import Span
 
 __all__ = ["AdapterContext", "UnpaddedContext", "make_context"]
 
-_SLOT = "adapter_slot"
+_SLOT, _FIRST = "adapter_slot", "adapter_first_position"
 #: Numbers of requests for which a decoding step is captured; a step is padded to the next one.
 _GRAPHS = 16
 
@@ -36,38 +37,46 @@ class AdapterContext(SeamedContext):
     Attributes:
         slot_of: Gives the slot of a request that is about to run; -1 for the base model. The slot
             stays the request's until it is finished or taken out.
+        first_of: Gives the position from which its slot is used; the base model runs before.
     """
 
     active_token_count: int
     layer_map: dict[int, int]
     paused_tokens: Any
 
-    def __init__(self, *, slot_of: Callable[[int], int], **settings: Any) -> None:
+    def __init__(
+        self, *, slot_of: Callable[[int], int], first_of: Callable[[int], int], **settings: Any
+    ) -> None:
         """Allocate the cache.
 
         Args:
             slot_of: See above.
+            first_of: See above.
             **settings: As for ``DynamicInferenceContext``.
         """
         self.slot_of = slot_of
+        self.first_of = first_of
         super().__init__(**settings)
 
     def add_columns(self) -> None:
-        """Add a column for the slots."""
+        """Add columns for the slots."""
         self.add_column(_SLOT, -1)
+        self.add_column(_FIRST, 0)
 
     def add_request(self, req: Any, *args: Any, **kwargs: Any) -> None:
         """Add a request, or the next chunk of its prompt, with its adapter's slot."""
         super().add_request(req, *args, **kwargs)
         row = self.total_request_count - 1
         self.request_metadata[_SLOT][row] = self.slot_of(req.request_id)
+        self.request_metadata[_FIRST][row] = self.first_of(req.request_id)
 
     def token_slots(self) -> Tensor:
         """The slot of each token of the coming step, int32, with -1 for padding."""
         slots = torch.full_like(self.token_to_request_idx[: self.padded_active_token_count], -1)
         active = self.active_token_count
         rows = self.token_to_request_idx[:active]
-        slots[:active] = self.request_metadata[_SLOT][rows].to(slots.dtype)
+        acts = self.token_to_pos_ids[:active] >= self.request_metadata[_FIRST][rows]
+        slots[:active] = self.request_metadata[_SLOT][rows].where(acts, -1).to(slots.dtype)
         # Since 0.18 rows and tokens are kept on the host.
         return slots.int().to(self.memory_buffer.device, non_blocking=True)
 
@@ -153,7 +162,10 @@ class UnpaddedContext(AdapterContext):
 
 
 def make_context(
-    model: nn.Module, options: EngineOptions, slot_of: Callable[[int], int]
+    model: nn.Module,
+    options: EngineOptions,
+    slot_of: Callable[[int], int],
+    first_of: Callable[[int], int],
 ) -> AdapterContext:
     """Allocate the cache for a model.
 
@@ -161,6 +173,7 @@ def make_context(
         model: The model.
         options: Sizes.
         slot_of: See ``AdapterContext``.
+        first_of: Likewise.
 
     Raises:
         CapacityError: It does not hold one request of ``max_model_len``.
@@ -185,7 +198,7 @@ def make_context(
     )
     if prefix_caching(options.enable_prefix_caching):
         arguments = with_prefix_cache(arguments)
-    context = kind(slot_of=slot_of, **arguments)
+    context = kind(slot_of=slot_of, first_of=first_of, **arguments)
     if attention is not None:
         context.layer_map = attention
     needed = -(-options.max_model_len // options.block_size)

@@ -16,6 +16,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from torch import nn
 
 from bdlora_megatron.errors import CapacityError, ConfigError
+from bdlora_megatron.invocation import active_from
 from bdlora_megatron.runtime.versions.engine import engine_arguments, steps_run, wrapper_arguments
 from bdlora_megatron.runtime.versions.known import require_engine
 from bdlora_megatron.serve.engine.admission import Admission, Admitted, Refused, Take
@@ -23,7 +24,7 @@ from bdlora_megatron.serve.engine.context import make_context
 from bdlora_megatron.serve.engine.controller import AdapterController, AdapterGPT
 from bdlora_megatron.serve.engine.dropping import DroppingEngine
 from bdlora_megatron.serve.engine.options import EngineOptions
-from bdlora_megatron.serve.engine.prefix import block_hashes, seed_of
+from bdlora_megatron.serve.engine.prefix import Names, block_hashes, names_of
 from bdlora_megatron.serve.engine.prompts import PromptScores
 from bdlora_megatron.serve.engine.sampling import Sampler
 from bdlora_megatron.serve.messages import (
@@ -84,12 +85,15 @@ class ServingEngine:
         self._waiting: dict[int, Submit] = {}
         # The version that each running request holds; None for the base model.
         self._running: dict[int, AdapterKey | None] = {}
-        # Where the names of each one's blocks begin, and its prompt's length until its first token;
-        # of those that may use the prefix cache.
-        self._seeds: dict[int, bytes] = {}
+        # From which position on each uses its version: one of an Activated LoRA, from its prompt's
+        # last invocation, and never where there is none.
+        self._first: dict[int, int] = {}
+        # How each one's blocks are named, and its prompt's length until its first token; of those
+        # that may use the prefix cache.
+        self._names: dict[int, Names] = {}
         self._unanswered: dict[int, int] = {}
         self._prefix_queries = self._prefix_hits = 0
-        self._context = make_context(model, self.options, self._slot_of)
+        self._context = make_context(model, self.options, self._slot_of, self._first.__getitem__)
         slots = None if store is None else store.slots
         wrapped = AdapterGPT(
             *wrapper_arguments(model, self._context),
@@ -280,13 +284,14 @@ class ServingEngine:
         if admitted.adapter is not None and self.store is not None:
             key = self.store.key(admitted.adapter)
         self._running[request.request_id] = key
+        first = self._first[request.request_id] = self._begins(request, key)
         self._sampler.add(request.request_id, request.sampling, request.prompt)
         if request.sampling.prompt_logprobs:
             count = request.sampling.logprobs or 0
             self._scores.add(request.request_id, request.prompt, count)
         elif self._context.shares_blocks:
             # Who asks about every token of a prompt needs every one computed.
-            self._seeds[request.request_id] = seed_of(key, request.cache_salt)
+            self._names[request.request_id] = names_of(key, request.cache_salt, first)
             self._unanswered[request.request_id] = len(request.prompt)
         self._engine.add_request(
             request.request_id,
@@ -295,9 +300,19 @@ class ServingEngine:
             SamplingParams(num_tokens_to_generate=request.sampling.max_tokens, termination_id=-1),
         )
 
+    def _begins(self, request: Submit, key: AdapterKey | None) -> int:
+        """The position from which a request uses its version; beyond all of them for never."""
+        invocation = (
+            None if key is None or self.store is None else self.store.invocation_tokens(key)
+        )
+        if invocation is None:
+            return 0
+        first = active_from(request.prompt, invocation)
+        return self.options.max_model_len if first is None else first
+
     def _hashes_of(self, request_id: int, tokens: list[int]) -> list[int]:
-        seed = self._seeds.get(request_id)
-        return [] if seed is None else block_hashes(tokens, self.options.block_size, seed)
+        names = self._names.get(request_id)
+        return [] if names is None else block_hashes(tokens, self.options.block_size, names)
 
     def _cached(self, request_id: int) -> int:
         """With a request's first token, how many of its prompt's tokens were in the cache."""
@@ -325,7 +340,7 @@ class ServingEngine:
         key = self._running.pop(request_id)
         self._sampler.remove(request_id)
         self._scores.remove(request_id)
-        for kept in (self._seeds, self._unanswered, self._context.reused):
+        for kept in (self._first, self._names, self._unanswered, self._context.reused):
             kept.pop(request_id, None)
         self.admission.finished(None if key is None else key.name)
         if key is not None and self.store is not None:

@@ -148,7 +148,8 @@ def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
             backend="gloo", timeout=timedelta(seconds=settings.rank_timeout_s)
         )
         engine, manager = build_engine(settings, control)
-        refused = manager.check(settings.adapters, settings.layout, control)
+        checked = manager.check(settings.adapters, settings.layout, control)
+        refused = checked.refused
         if refused and settings.strict_adapters:
             reasons = "; ".join(f"{name!r}: {reason}" for name, reason in refused.items())
             raise AdapterLoadError(f"strict_adapters, and {len(refused)} are refused: {reasons}")
@@ -169,6 +170,7 @@ def run_rank(settings: ServeSettings, link: Connection, inbox: Inbox) -> None:
                     max_model_len=settings.max_model_len,
                     vocab_size=engine.vocab_size,
                     refused=refused,
+                    invocation_tokens=checked.invocation_tokens,
                 )
             )
         _Loop(engine, manager, control, inbox, link if chief else None).run()
