@@ -104,6 +104,10 @@ class LoRAConfig:
     dtype: torch.dtype | None = None
     """Type of the factors; the base layer's when unset."""
 
+    invocation_tokens: tuple[int, ...] | None = None
+    """Token ids from whose last occurrence in a text on the adapter acts (Activated LoRA); every
+    token when unset. ``layers.act_on`` then tells the layers which tokens of a batch those are."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout(self.layout))
         for name in ("target_modules", "exclude_modules"):
@@ -122,6 +126,16 @@ class LoRAConfig:
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise ConfigError(f"dtype={self.dtype}; factors need a floating-point type")
         self._check_blocks()
+        if self.invocation_tokens is not None:
+            object.__setattr__(self, "invocation_tokens", tuple(self.invocation_tokens))
+            self._check_invocation(self.invocation_tokens)
+
+    def _check_invocation(self, tokens: tuple[Any, ...]) -> None:
+        if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+            raise ConfigError(
+                f"invocation_tokens={list(tokens)}; wanted token ids, at least one: what the base "
+                "model's tokenizer makes of the invocation text"
+            )
 
     def _check_blocks(self) -> None:
         if self.layout is not Layout.BDLORA:

@@ -29,6 +29,7 @@ from bdlora_megatron.convert.megatron.manifest import Manifest, ModuleEntry, wri
 from bdlora_megatron.decoder import MODULE_NAMES
 from bdlora_megatron.errors import BDLoRAError, ConfigError, TargetError, explain
 from bdlora_megatron.layers import collect_adapter, lora_layers
+from bdlora_megatron.layers.activation import invocation_of
 from bdlora_megatron.layers.anatomy import (
     decoder_keys,
     hybrid_numbers,
@@ -81,7 +82,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
     settings, two small broadcasts and a barrier.
     """
     path = Path(path).absolute()
-    base, entries = _gather_entries(model)
+    base, entries, invocation = _gather_entries(model)
     layers = _stacked_layers(entries, base.num_layers)
     common = common_state(layers)["content_metadata"]
     sharded = adapter_state(model, common)
@@ -95,6 +96,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
                 base=base,
                 metadata={"model_class": model_class(model)},
                 modules={key: entry for key, (entry, _) in sorted(entries.items())},
+                invocation_tokens=invocation,
             )
             write_manifest(folder / MANIFEST_NAME, manifest)
     return path
@@ -298,8 +300,8 @@ def _gather_main_weights(factors: Sequence[Any]) -> dict[Any, tuple[torch.Tensor
     }
 
 
-def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
-    """The base model, and the settings and shapes of the modules of all pipeline stages.
+def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries, tuple[int, ...] | None]:
+    """The base model, the settings and shapes of the modules of all stages, invocation tokens.
 
     Raises:
         TargetError: No stage has an adapter.
@@ -317,15 +319,17 @@ def _gather_entries(model: nn.Module) -> tuple[BaseShape, _Entries]:
             for key in decoder_keys(full_name, plan.projection.name, numbering):
                 own[key] = (entry, (plan.rank, plan.num_blocks, plan.projection))
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (base, own))
-    entries = {key: value for _, some in everyone for key, value in some.items()}
+    torch.distributed.all_gather_object(everyone, (base, own, invocation_of(model)))
+    entries = {key: value for _, some, _ in everyone for key, value in some.items()}
     if not entries:
         raise TargetError("the model has no adapter to save; load or apply one first")
     # A stage that holds none of the layers in question knows no base either.
-    base = next(base for base, _ in everyone if base is not None)
+    base = next(base for base, _, _ in everyone if base is not None)
+    invocation = next((tokens for *_, tokens in everyone if tokens is not None), None)
     # Only the delta net's rows stand by group; readers need to know how many.
     groups = max(projection.groups for _, (_, _, projection) in entries.values())
-    return replace(base, delta_heads=groups) if groups > 1 else base, entries
+    base = replace(base, delta_heads=groups) if groups > 1 else base
+    return base, entries, invocation
 
 
 def _stacked_layers(entries: _Entries, num_layers: int | None) -> int | None:

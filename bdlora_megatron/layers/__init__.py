@@ -2,7 +2,8 @@
 
 ``linear`` subclasses the layers, ``adapters`` holds the arithmetic of the three layouts, ``apply``
 and ``spec`` put them into a built or a new model, ``load`` fills them from an adapter, ``collect``
-makes an adapter of them; ``bdlora_megatron.export`` writes it. ``slots`` and ``pools`` let a layer
+makes an adapter of them; ``bdlora_megatron.export`` writes it. ``activation`` tells an Activated
+LoRA's layers which tokens they act on. ``slots`` and ``pools`` let a layer
 serve several adapters in one batch.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bdlora_megatron.layers.activation import act_on, active_tokens
 from bdlora_megatron.layers.anatomy import number_layers
 from bdlora_megatron.layers.apply import (
     adapters_disabled,
@@ -34,6 +36,8 @@ __all__ = [
     "LoRALinear",
     "LoRARowParallelLinear",
     "LoadOptions",
+    "act_on",
+    "active_tokens",
     "adapters_disabled",
     "apply_lora",
     "collect_adapter",

@@ -13,6 +13,7 @@ from bdlora_megatron.convert.adapter.neutral import Adapter, BaseShape, ModuleKe
 from bdlora_megatron.convert.adapter.rows import in_file_order
 from bdlora_megatron.decoder import Numbering
 from bdlora_megatron.errors import TargetError, UnsupportedError
+from bdlora_megatron.layers.activation import invocation_of
 from bdlora_megatron.layers.anatomy import (
     check_place,
     from_all_stages,
@@ -70,13 +71,14 @@ def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) 
                 parts=plan.projection.part_sizes,
             )
             modules[key] = in_file_order(factors, plan.projection.groups)
-    modules = _from_all_stages(modules)
+    modules, invocation = _from_all_stages(modules, invocation_of(model))
     if not modules:
         raise TargetError("the model carries no adapter; put one in with apply_lora() first")
     return Adapter(
         name=name,
         modules=dict(sorted(modules.items())),
         base=base or BaseShape(),
+        invocation_tokens=invocation,
         metadata={"model_class": model_class(model)},
     )
 
@@ -102,5 +104,10 @@ def _whole(factor: Factor) -> Tensor:
     return factor.shape.join(shares).cpu()
 
 
-def _from_all_stages(modules: dict[ModuleKey, BlockFactors]) -> dict[ModuleKey, BlockFactors]:
-    return {key: factors for stage in from_all_stages(modules) for key, factors in stage.items()}
+def _from_all_stages(
+    modules: dict[ModuleKey, BlockFactors], invocation: tuple[int, ...] | None
+) -> tuple[dict[ModuleKey, BlockFactors], tuple[int, ...] | None]:
+    stages = from_all_stages((modules, invocation))
+    # A stage without an adapter knows no tokens either.
+    known = next((tokens for _, tokens in stages if tokens is not None), None)
+    return {key: factors for stage, _ in stages for key, factors in stage.items()}, known

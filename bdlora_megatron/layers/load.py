@@ -20,7 +20,7 @@ from bdlora_megatron.convert.adapter.neutral import Adapter as NeutralAdapter
 from bdlora_megatron.convert.adapter.neutral import ModuleKey
 from bdlora_megatron.convert.adapter.rows import in_layer_order
 from bdlora_megatron.decoder import parts_of
-from bdlora_megatron.errors import ShapeError, TargetError, UnsupportedError
+from bdlora_megatron.errors import ShapeError, TargetError
 from bdlora_megatron.layers.adapters import ProjectionPlan
 from bdlora_megatron.layers.anatomy import (
     decoder_layer,
@@ -79,7 +79,7 @@ def load_adapter(
     """Load an adapter into a built model, replacing any adapter in it.
 
     Each layer computes the adapter's exact function, whatever the layout and the tensor-parallel
-    size.
+    size. Of an Activated LoRA, ``act_on`` must tell each batch's tokens.
 
     Args:
         model: A ``GPTModel``, a ``HybridModel``, or any module that holds their decoder layers.
@@ -100,13 +100,6 @@ def load_adapter(
     in ``half_sharded``.
     """
     options = options or LoadOptions()
-    if adapter.invocation_tokens:
-        raise UnsupportedError(
-            f"adapter {adapter.name!r} acts from its invocation tokens "
-            f"{list(adapter.invocation_tokens)} on (Activated LoRA), and a model's own adapter "
-            "acts on every token; serve it with bdlora serve, or with ModelSlots, whose batches "
-            "say which tokens it acts on"
-        )
     linears = decoder_linears(model)
     if options.trainable:
         check_backward(model)
@@ -127,7 +120,7 @@ def load_adapter(
             if key in adapter.modules
         }
         if wanted:
-            _load_layer(model, target, wanted, options)
+            _load_layer(model, target, wanted, options, adapter.invocation_tokens)
             loaded.append(target.full_name)
     freeze_base(model)
     if not options.trainable:
@@ -261,6 +254,7 @@ def _load_layer(
     target: DecoderLinear,
     wanted: Mapping[str, BlockFactors],
     options: LoadOptions,
+    invocation_tokens: tuple[int, ...] | None,
 ) -> None:
     layer = target.module
     if not isinstance(layer, LoRALinear):
@@ -288,6 +282,7 @@ def _load_layer(
         layout=options.layout,
         dropout=options.dropout,
         dtype=options.dtype,
+        invocation_tokens=invocation_tokens,
     )
     for name, factors in fitted.items():
         adapter.load_whole(name, factors.A, factors.B)

@@ -192,6 +192,7 @@ class LoRALinear(nn.Module):
         layout: Layout,
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
+        invocation_tokens: tuple[int, ...] | None = None,
     ) -> Adapter:
         """Put a fresh adapter in, replacing any other.
 
@@ -201,6 +202,7 @@ class LoRALinear(nn.Module):
             layout: How ranks split the factors.
             dropout: Probability of zeroing an input element on the adapter's path, in training.
             dtype: The factors' type; the base weight's when unset.
+            invocation_tokens: From which tokens on it acts; every token when None.
 
         Returns:
             The adapter, which changes nothing until B is trained or loaded.
@@ -224,6 +226,7 @@ class LoRALinear(nn.Module):
         )
         adapter = self._make_adapter(layout, plans, options, geometry)
         adapter.build(options)
+        adapter.invocation_tokens = invocation_tokens
         adapter.train(self.training)
         self.adapter = adapter
         return adapter
@@ -251,7 +254,12 @@ class LoRALinear(nn.Module):
         ]
         self.regather_input = lora.regather_input
         return self.attach(
-            plans, geometry, layout=lora.layout, dropout=lora.dropout, dtype=lora.dtype
+            plans,
+            geometry,
+            layout=lora.layout,
+            dropout=lora.dropout,
+            dtype=lora.dtype,
+            invocation_tokens=lora.invocation_tokens,
         )
 
     def _make_adapter(
@@ -337,12 +345,18 @@ class LoRALinear(nn.Module):
 
         Raises:
             ConfigError: There is no adapter, or it is merged already.
+            UnsupportedError: It acts on a part of the tokens only.
 
         Collectives: none for BD-LoRA (see ``Adapter.delta_weight``).
         """
         if self.adapter is None or self.is_merged:
             state = "already merged" if self.is_merged else "absent"
             raise ConfigError(f"cannot merge: the adapter is {state}")
+        if self.adapter.invocation_tokens:
+            raise UnsupportedError(
+                "cannot merge: the adapter acts from its invocation tokens "
+                f"{list(self.adapter.invocation_tokens)} on, and a merged weight on every token"
+            )
         original = self.weight.data
         # In fp32 at least, so that the sum is rounded once.
         wide = torch.promote_types(original.dtype, torch.float32)

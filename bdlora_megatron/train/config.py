@@ -234,6 +234,17 @@ def _about_peft(config: TrainConfig) -> list[str]:
             "rank: leave one out"
         )
     problems += _about_start(config)
+    if peft.invocation_tokens and peft.scheme == "none":
+        problems.append(
+            "peft.invocation_tokens is set and scheme none has no adapter; leave it out"
+        )
+    stages, recomputed = config.model.pipeline_model_parallel_size, config.model
+    if peft.invocation_tokens and stages > 1 and recomputed.recompute_granularity != "none":
+        problems.append(
+            f"model.recompute_granularity is {recomputed.recompute_granularity}; with "
+            f"peft.invocation_tokens and pipeline_model_parallel_size={stages} it must be none, "
+            "since a stage recomputes a micro-batch after it has begun another"
+        )
     if peft.scheme != "bdlora":
         return problems
     tp_size = config.model.tensor_model_parallel_size

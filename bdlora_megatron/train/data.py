@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.invocation import active_from
 from bdlora_megatron.train.examples import Example
 
-__all__ = ["Batch", "ContextShare", "RowDataset", "ShareOfBatch", "pack"]
+__all__ = ["Batch", "ContextShare", "RowDataset", "ShareOfBatch", "check_invocation", "pack"]
 
 _OPEN_ROWS = 64
+#: Examples in which invocation tokens are looked for before a run.
+_LOOKED_AT = 1000
 #: Attention over padding costs with the square of its length.
 _PADDING = 128
 
@@ -73,6 +76,7 @@ class Batch:
         starts: ``[examples + 1]`` int32: where each example begins in the whole batch, and T. What
             is left of a row is cut into short examples of which nothing is learnt.
         longest: Tokens of the longest example.
+        acts: ``[1, T]``: the tokens on which an Activated LoRA acts; None for one that acts on all.
         share: Of a context-parallel rank, where there are several.
     """
 
@@ -81,6 +85,7 @@ class Batch:
     learnt: Tensor
     starts: Tensor
     longest: int
+    acts: Tensor | None = None
     share: ContextShare | None = None
 
     def to(self, device: torch.device) -> Batch:
@@ -91,6 +96,7 @@ class Batch:
             labels=self.labels.to(device),
             learnt=self.learnt.to(device),
             starts=self.starts.to(device),
+            acts=None if self.acts is None else self.acts.to(device),
             share=self.share and self.share.to(device),
         )
 
@@ -125,6 +131,7 @@ class Batch:
             tokens=self.tokens[:, own],
             labels=self.labels[own],
             learnt=learnt[own].nonzero()[:, 0],
+            acts=None if self.acts is None else self.acts[:, own],
             share=ContextShare(
                 query_starts=_starts(both),
                 longest_query=int(both.max()),
@@ -143,6 +150,38 @@ def _spans(firsts: Tensor, lengths: Tensor) -> Tensor:
 
 def _starts(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+
+
+def check_invocation(examples: Sequence[Example], invocation_tokens: tuple[int, ...]) -> list[str]:
+    """Look for the tokens from which an Activated LoRA acts in the first examples.
+
+    Args:
+        examples: What is to be learnt.
+        invocation_tokens: The adapter's; none acts on every token.
+
+    Returns:
+        What to tell: how many lack them, and teach the adapter nothing.
+
+    Raises:
+        ConfigError: None has them.
+    """
+    looked = min(len(examples), _LOOKED_AT) if invocation_tokens else 0
+    lacking = sum(
+        active_from(examples[index].tokens.tolist(), invocation_tokens) is None
+        for index in range(looked)
+    )
+    if looked and lacking == looked:
+        raise ConfigError(
+            f"peft.invocation_tokens is {list(invocation_tokens)}, and none of the first {looked} "
+            "examples has them in a row, so that nothing would be learnt; see what the tokenizer "
+            "makes of the examples, chat template included"
+        )
+    if not lacking:
+        return []
+    return [
+        f"{lacking} of the first {looked} examples lack peft.invocation_tokens; the adapter does "
+        "not act on them and learns nothing from them"
+    ]
 
 
 def pack(
@@ -198,6 +237,7 @@ class RowDataset:
         packing: bool,
         seed: int,
         cp_size: int = 1,
+        invocation_tokens: tuple[int, ...] = (),
     ) -> None:
         """Lay examples out in rows.
 
@@ -208,10 +248,12 @@ class RowDataset:
             seed: Of their order.
             cp_size: Context-parallel ranks that examples are cut for; ``seq_length`` is a multiple
                 of twice as many.
+            invocation_tokens: From whose last occurrence in an example on an Activated LoRA acts.
         """
         self.seq_length = seq_length
         self._examples, self._seed = examples, seed
         self._multiple = 1 if cp_size == 1 else 2 * cp_size
+        self._invocation = invocation_tokens
         lengths = getattr(examples, "lengths", None)
         if lengths is None:
             lengths = np.array([len(example) for example in examples], dtype=np.int64)
@@ -245,7 +287,7 @@ class RowDataset:
         """
         size = self.seq_length
         tokens, labels = (torch.zeros(len(rows) * size, dtype=torch.int64) for _ in range(2))
-        learnt = torch.zeros(len(rows) * size, dtype=torch.bool)
+        learnt, acts = (torch.zeros(len(rows) * size, dtype=torch.bool) for _ in range(2))
         lengths: list[int] = []
         padding = self._filled(_PADDING)
         for place, row in enumerate(rows):
@@ -257,6 +299,10 @@ class RowDataset:
                 ids = torch.tensor(example.tokens, dtype=torch.int64)
                 tokens[here], labels[here] = ids[:-1], ids[1:]
                 learnt[here] = torch.from_numpy(example.learnt[1:])
+                if self._invocation:
+                    # In the whole example, as in PEFT: its last token is no input here.
+                    first = active_from(ids.tolist(), self._invocation)
+                    acts[here][len(ids) if first is None else first :] = True
                 lengths.append(self._filled(len(example)))
                 start += lengths[-1]
             lengths += [min(padding, end - at) for at in range(start, end, padding)]
@@ -266,6 +312,7 @@ class RowDataset:
             learnt=learnt.nonzero()[:, 0],
             starts=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             longest=max(lengths),
+            acts=acts[None] if self._invocation else None,
         )
 
     def _filled(self, length: Any) -> Any:

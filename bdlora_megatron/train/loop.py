@@ -30,7 +30,7 @@ from bdlora_megatron.train.checkpoint import (
 )
 from bdlora_megatron.train.config import in_steps
 from bdlora_megatron.train.corpus import Corpus, Storage, read_examples
-from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch
+from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch, check_invocation
 from bdlora_megatron.train.examples import Documents, load_tokenizer
 from bdlora_megatron.train.loggers import missing_loggers
 from bdlora_megatron.train.metrics import Report
@@ -108,6 +108,7 @@ class _Run:
         tokenizer = load_tokenizer(config.model.hf_path)
         vocab_size = read_hf_config(config.model.hf_path).vocab_size
         self.examples = _examples(config, tokenizer, config.dataset.train, vocab_size)
+        self.told = check_invocation(self.examples, config.peft.invocation_tokens)
         self.rows = _rows(config, self.examples, shuffled=True)
         self.config = in_steps(config, len(self.rows))
         validation = _examples(config, tokenizer, config.dataset.validation, vocab_size)
@@ -115,7 +116,6 @@ class _Run:
         self.model, self.hf = build_model(config)
         self.steps_done = 0
         self.report: Report | None = None
-        self.told: list[str] = []
         self.best = Best()
 
     def run(self) -> RunResult:
@@ -127,7 +127,7 @@ class _Run:
         facts = run_facts(self.config, self.hf, self.examples, weights=weights, start=start)
         self._resume(stepper, facts)
         if not self.steps_done:
-            self.told = load_start(self.model, self.config, self.hf)
+            self.told += load_start(self.model, self.config, self.hf)
         with self._reporting():
             with StopRequest() as stop, self._saver() as saver:
                 loss = self._steps(stepper, facts, stop, saver)
@@ -344,6 +344,7 @@ def _rows(config: TrainConfig, examples: Corpus, *, shuffled: bool) -> RowDatase
         packing=config.dataset.packing,
         seed=config.rng.seed if shuffled else 0,
         cp_size=config.model.context_parallel_size,
+        invocation_tokens=config.peft.invocation_tokens,
     )
 
 

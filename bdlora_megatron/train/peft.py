@@ -33,11 +33,18 @@ def resolve_peft(peft: PeftSection, hf: HFConfig) -> LoRAConfig | None:
         The adapter's configuration, its factors in float32; None for scheme ``none``.
 
     Raises:
-        ConfigError: Rank and blocks don't go together, or no rank matches.
+        ConfigError: Rank and blocks don't go together, no rank matches, or the model has no such
+            token.
         TargetError: A target pattern matches no layer.
     """
     if peft.scheme == "none":
         return None
+    tokens = peft.invocation_tokens or None
+    if tokens and max(tokens) >= hf.vocab_size:
+        raise ConfigError(
+            f"peft.invocation_tokens is {list(tokens)}, and the base model's ids end at "
+            f"{hf.vocab_size - 1}; set what its tokenizer makes of the invocation text"
+        )
     blocked = peft.scheme == "bdlora"
     section = chosen_section(peft)
     num_blocks = peft.bdlora.num_blocks if blocked else None
@@ -58,6 +65,7 @@ def resolve_peft(peft: PeftSection, hf: HFConfig) -> LoRAConfig | None:
         # Sixteen bits would lose the small steps of a small learning rate. Under mixed precision
         # Megatron-Core narrows them and keeps copies that it steps.
         dtype=torch.float32,
+        invocation_tokens=tokens,
     )
 
 

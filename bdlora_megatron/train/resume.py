@@ -60,6 +60,7 @@ _SINCE_THEN = {
     "dataset.rag.document": RagOptions().document,
     "dataset.rag.prompt": RagOptions().prompt,
     "peft.init_structure": "exact",
+    "peft.invocation_tokens": [],
 }
 
 

@@ -105,6 +105,15 @@ class BDLoRASection:
     exclude_modules: Names = ()
 
 
+def _token_ids(value: Any) -> Any:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"it is {value!r}; wanted a list of token ids")
+    return value
+
+
+_TOKEN_IDS = BeforeValidator(_token_ids)
 #: A person may mean YAML's null by ``scheme: none``.
 _NONE = BeforeValidator(lambda value: "none" if value is None else value)
 
@@ -121,6 +130,9 @@ class PeftSection:
     init_structure: Literal["exact", "truncate"] = "exact"
     """What becomes of that adapter where its rank in the run's blocks exceeds the run's: refuse it,
     or take the nearest of the run's rank and tell the error."""
+    invocation_tokens: Annotated[tuple[Natural, ...], _TOKEN_IDS] = ()
+    """Token ids from whose last occurrence in an example on the adapter acts (Activated LoRA); on
+    every token when empty."""
     bdlora: Annotated[BDLoRASection, Section] = field(default_factory=BDLoRASection)
     lora: Annotated[LoRASection, Section] = field(default_factory=LoRASection)
 

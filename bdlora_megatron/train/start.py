@@ -50,8 +50,8 @@ def check_start(config: TrainConfig, hf: HFConfig) -> None:
         hf: The base model.
 
     Raises:
-        ConfigError: Its rank, scale or modules do not agree with the settings; all differences are
-            listed.
+        ConfigError: Its rank, scale, modules or invocation tokens do not agree with the settings;
+            all differences are listed.
         AdapterFormatError: It cannot be read.
         ShapeError: It is for another base model.
     """
@@ -187,6 +187,7 @@ def _restructured(adapter: Adapter, config: TrainConfig, hf: HFConfig) -> Restru
     problems = [
         *_strange_modules(adapter, config, hf, where),
         *_strange_scale(adapter, chosen_section(peft).alpha, lora, where),
+        *_strange_invocation(adapter, lora),
     ]
     if (rank := _largest_rank(changed.adapter)) > lora.rank:
         blocks = f" in {lora.blocks} blocks" if lora.blocks > 1 else ""
@@ -252,6 +253,16 @@ def _strange_scale(
             f"{where}.alpha is {alpha:g}, a scale of {lora.scale:g} at rank {lora.rank}, and the "
             f"adapter's is {shown}; set alpha: {scales[-1] * alpha / lora.scale:g}, or leave it "
             "out to have the scale folded into B"
+        )
+
+
+def _strange_invocation(adapter: Adapter, lora: LoRAConfig) -> Iterator[str]:
+    own, wanted = adapter.invocation_tokens, lora.invocation_tokens
+    if own != wanted:
+        acts = "on every token" if own is None else f"from the tokens {list(own)} on"
+        yield (
+            f"peft.invocation_tokens is {list(wanted or ())}, and the adapter acts {acts}; set it "
+            f"to {list(own or ())}"
         )
 
 

@@ -29,6 +29,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
 from bdlora_megatron.errors import BDLoRAError, ConfigError, MissingDependencyError
+from bdlora_megatron.layers import act_on
 from bdlora_megatron.runtime import device
 from bdlora_megatron.train.attention import packed_seq_params
 from bdlora_megatron.train.data import Batch
@@ -212,6 +213,9 @@ def _context() -> tuple[int, int]:
 
 def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     batch, inner = next(batches), get_attr_wrapped_model(model, "decoder", return_model_obj=True)
+    if batch.acts is not None:
+        # A stage of several is refused with recomputing, where this would matter.
+        act_on(inner, batch.acts, in_turn=True)
     with _without_logits(inner):
         hidden = model(batch.tokens, None, None, packed_seq_params=packed_seq_params(batch))
     return hidden, partial(_loss, inner, batch)

@@ -11,6 +11,7 @@ from typing import Any
 
 from bdlora_megatron.config import resolve
 from bdlora_megatron.convert.adapter import Adapter, BaseShape
+from bdlora_megatron.convert.adapter.invocation import parse_invocation
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.adapter.scale import peft_scale
 from bdlora_megatron.convert.hints import unreadable
@@ -57,11 +58,18 @@ def open_run(folder: Path, *, base: BaseShape | None = None) -> Iterator[Adapter
     known = base or BaseShape()
     modules, widths = pair_modules(tensors, settings, known, problems, subject=subject)
     shape = merge_base(known, widths, problems)
+    invocation = parse_invocation("peft.invocation_tokens", peft.get("invocation_tokens"), problems)
     problems.raise_if_any(subject)
     metadata = {"format": "run", "scheme": scheme}
     if isinstance(model, dict) and isinstance(model.get("hf_path"), str):
         metadata["base_model_name_or_path"] = model["hf_path"]
-    yield Adapter(name=folder.name, modules=modules, base=shape, metadata=metadata)
+    yield Adapter(
+        name=folder.name,
+        modules=modules,
+        base=shape,
+        invocation_tokens=invocation,
+        metadata=metadata,
+    )
 
 
 def is_training_state(name: str) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from bdlora_megatron.errors import ShapeError
+from bdlora_megatron.errors import ConfigError, ShapeError
 from bdlora_megatron.layers.adapters.products import Block, add_blocks
 from bdlora_megatron.layers.factors import (
     Factor,
@@ -71,9 +71,15 @@ class Adapter(nn.Module):
     """What both sides share: factors by projection, the scale, dropout and checkpointing.
 
     It has no parameters until ``build`` makes them; before that it can say how factors are shared.
+
+    Attributes:
+        invocation_tokens: From which tokens on it acts (Activated LoRA); None for every token.
+        acts: With them, on which tokens of the batch, ``[T]``; see ``layers.activation``.
     """
 
     plans: tuple[ProjectionPlan, ...]
+    invocation_tokens: tuple[int, ...] | None = None
+    acts: Tensor | None = None
 
     def __init__(self, plans: Sequence[ProjectionPlan], options: AdapterOptions) -> None:
         super().__init__()
@@ -238,7 +244,26 @@ class Adapter(nn.Module):
         Returns:
             ``base + s * z B^T``, in the type of ``base`` and, where autograd allows it, its memory.
         """
-        return self.add_product(base, self.exchange(z.flatten(0, -2)))
+        z = z.flatten(0, -2)
+        if self.invocation_tokens:
+            z = z.masked_fill(~self._acting(len(z))[:, None], 0.0)
+        return self.add_product(base, self.exchange(z))
+
+    def _acting(self, count: int) -> Tensor:
+        """The tokens of this call on which the adapter acts.
+
+        Raises:
+            ConfigError: Nobody has said which.
+        """
+        told = None if self.acts is None else len(self.acts)
+        if self.acts is None or told != count:
+            raise ConfigError(
+                f"the adapter acts from its invocation tokens {list(self.invocation_tokens or ())} "
+                f"on, and the batch has {count} tokens, of which it was told "
+                f"{'nothing' if told is None else told}; call act_on(model, active_tokens("
+                "input_ids, invocation_tokens)) before each forward pass"
+            )
+        return self.acts
 
     def add_product(self, base: Tensor, z: Tensor) -> Tensor:
         """``base + s * z B^T`` on ``[S, b, O_local]`` and ``[T, K]``."""
