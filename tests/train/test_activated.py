@@ -52,7 +52,10 @@ def root(tmp_path_factory):
     root = make_files(tmp_path_factory.mktemp("activated"))
     config = config_of(root)
     run_ranks(1, write, config)
-    torch.save(reference(root, config), f"{config.checkpoint.save}/wanted.pt")
+    # Examples that are filled up for context-parallel ranks make other rows.
+    for ranks in (1, 2):
+        wanted = reference(root, config_of(root, context_parallel_size=ranks))
+        torch.save(wanted, f"{config.checkpoint.save}/wanted-{ranks}.pt")
     return root
 
 
@@ -71,6 +74,7 @@ def batches_of(config):
         config.model.seq_length,
         packing=True,
         seed=3,
+        cp_size=config.model.context_parallel_size,
         invocation_tokens=config.peft.invocation_tokens,
     )
     return [rows.batch([row]) for row in range(4)]
@@ -118,8 +122,9 @@ def reference(root, config):
 
 
 def gradients(rank, world_size, config):
-    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
-    with model_parallel(tp, pp=pp):
+    sizes = config.model
+    tp, pp = sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size
+    with model_parallel(tp, pp=pp, cp=sizes.context_parallel_size):
         model, _ = build_model(config)
         options = LoadOptions(trainable=True, dtype=torch.float32)
         load_adapter(model, read_adapter(f"{config.checkpoint.save}/blocked"), options)
@@ -139,13 +144,16 @@ CASES = {
         "recompute_granularity": "full",
     },
     "pp2": {"pipeline_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_pefts_alora(root, case):
     config = config_of(root, **CASES[case])
-    wanted_loss, wanted = torch.load(f"{config.checkpoint.save}/wanted.pt")
+    wanted_loss, wanted = torch.load(
+        f"{config.checkpoint.save}/wanted-{config.model.context_parallel_size}.pt"
+    )
     for loss, modules in run_ranks(2, gradients, config):
         assert loss == pytest.approx(wanted_loss, rel=1e-6)
         names = set()
