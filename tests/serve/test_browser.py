@@ -141,6 +141,15 @@ def test_errors_are_shown(page):
     assert "Once upon" not in page.locator("#errors").text_content()
 
 
+def test_what_clients_send_is_shown_as_text(page, server):
+    name = "<img src=x onerror=document.title='taken'>"
+    body = {"model": name, "prompt": "hello"}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 404
+    playwright.expect(page.locator("#errors tr").first).to_contain_text(name)
+    assert page.locator("img").count() == 0
+    assert page.title() == "bdlora"
+
+
 def test_a_page_whose_server_has_gone_says_so(page):
     playwright.expect(page.locator("#models tr")).to_have_count(4)
     page.route("**/status.json", lambda route: route.abort())

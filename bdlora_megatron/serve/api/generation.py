@@ -250,7 +250,7 @@ def _remember(
     # A prompt that is scored is computed whole.
     looked_up = opens and not job.sampling.prompt_logprobs
     api.history.add(
-        job.adapter or api.base_name,
+        _served_by(api, job),
         tokens=len(delta.choices),
         first_s=first_s,
         prompt=len(job.prompt_of(index).ids) if looked_up else 0,
@@ -307,10 +307,15 @@ async def _pieces(api: APIServer, job: Job, index: int) -> AsyncGenerator[TextDe
                 return
 
 
-def _record(api: APIServer, job: Job, status: str, tokens: int, first_s: float | None) -> None:
-    now, metrics = time.monotonic(), api.metrics
+def _served_by(api: APIServer, job: Job) -> str:
+    """The model's name for what is counted; one that has gone meanwhile has none of its own."""
     known = job.adapter is None or job.adapter in api.adapters
-    model = (job.adapter or api.base_name) if known else "unloaded"
+    return (job.adapter or api.base_name) if known else "unloaded"
+
+
+def _record(api: APIServer, job: Job, status: str, tokens: int, first_s: float | None) -> None:
+    now, metrics, model = time.monotonic(), api.metrics, _served_by(api, job)
+    api.history.requests[model] += 1
     metrics.requests.labels(model, status).inc()
     metrics.prompt_tokens.labels(model).inc(job.prompt_tokens)
     metrics.generated_tokens.labels(model).inc(tokens)

@@ -32,6 +32,8 @@ class History:
     Attributes:
         piece_s: Seconds of a piece.
         pieces: How many are kept.
+        requests: By model, those that have ended since the start.
+        tokens: By model, those of answers since the start.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class History:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.piece_s, self.pieces, self._clock = piece_s, pieces, clock
+        self.requests: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
         self._served: dict[int, dict[str, _Served]] = {}
         self._began = self._now()
 
@@ -73,6 +77,7 @@ class History:
             self._served[now] = {}
         served = self._served[now].setdefault(model, _Served())
         served.tokens += tokens
+        self.tokens[model] += tokens
         served.prompt += prompt
         served.cached += cached
         if first_s is not None:
@@ -81,6 +86,7 @@ class History:
 
     def forget(self, model: str) -> None:
         """Drop a model that was unloaded."""
+        del self.requests[model], self.tokens[model]
         for served in self._served.values():
             served.pop(model, None)
 

@@ -83,6 +83,7 @@ def test_history_is_of_whole_pieces_and_forgets_old_ones():
     assert history.series({"b"})["first_s"] == history.series({"b"})["cached"] == [None] * 4
     history.forget("b")
     assert history.series({"b"})["tokens_s"][-1] == 0.0
+    assert history.tokens == {"a": 15}
     now[0] = 115.0
     assert history.series({"a"})["tokens_s"] == [None, 3.0, 0.0, 0.0]
     now[0] = 1000.0
