@@ -9,13 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bdlora_megatron.compress.stack import Stack
+from bdlora_megatron.compress.stack import Stack, is_settled
 
 __all__ = ["fit_diagonal"]
 
-_STEPS, _GAIN = 400, 1e-8
-#: Mixtures of the cores to start from.
-_MIXTURES = 8
+_STEPS = 200
 
 
 def fit_diagonal(stack: Stack, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, list[float]]:
@@ -23,51 +21,28 @@ def fit_diagonal(stack: Stack, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, li
 
     Args:
         stack: The updates.
-        U: `[O, k]`, orthonormal.
-        V: `[I, k]`, orthonormal.
+        U: `[O, k]`, orthonormal, along its principal axes. Where cores are diagonal in some frame,
+            these are that frame, but for axes of equal amplitude.
+        V: `[I, k]`, alike.
 
     Returns:
         U and V, orthonormal, and the sum of || diag(U^T M_i V) ||^2 after each step.
     """
-    left_turn, right_turn = _jointly_diagonal(_cores(stack, U, V))
-    U, V = U @ left_turn, V @ right_turn
+    whole = stack.energy()
     energies = [float(_diagonals(stack, U, V).square().sum())]
     for _ in range(_STEPS):
         U = _turned(stack, stack.left, stack.right, U, V)
         V = _turned(stack, stack.right, stack.left, V, U)
         energies.append(float(_diagonals(stack, U, V).square().sum()))
-        if energies[-1] - energies[-2] <= _GAIN * energies[-1]:
+        if is_settled(energies[-2], energies[-1], whole):
             break
     return U, V, energies
-
-
-def _cores(stack: Stack, U: Tensor, V: Tensor) -> Tensor:
-    """U^T M_i V of every update, `[n, k, k]`."""
-    seen = zip(stack.parts(stack.left.t() @ U), stack.parts(stack.right.t() @ V), strict=True)
-    return torch.cat([left.mT @ right for left, right in seen])
 
 
 def _diagonals(stack: Stack, U: Tensor, V: Tensor) -> Tensor:
     """The diagonals of the cores, `[n, k]`."""
     rows = (stack.left.t() @ U) * (stack.right.t() @ V)
     return torch.cat([part.sum(1) for part in stack.parts(rows)])
-
-
-def _jointly_diagonal(cores: Tensor) -> tuple[Tensor, Tensor]:
-    """Two rotations that leave the most on the diagonals, of those that mixtures of cores suggest.
-
-    Where all cores are diagonal in one pair of frames, so is every mixture of them, and its
-    singular vectors are those frames.
-    """
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(_MIXTURES, len(cores), generator=generator, dtype=cores.dtype)
-    left, _, right = torch.linalg.svd(torch.tensordot(weights, cores, dims=1))
-    held = [
-        float((l.mT @ cores @ r.mT).diagonal(dim1=1, dim2=2).square().sum())
-        for l, r in zip(left, right, strict=True)
-    ]
-    best = held.index(max(held))
-    return left[best], right[best].mT
 
 
 def _turned(stack: Stack, side: Tensor, other: Tensor, own: Tensor, opposite: Tensor) -> Tensor:

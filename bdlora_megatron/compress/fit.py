@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bdlora_megatron.compress.diagonal import fit_diagonal
-from bdlora_megatron.compress.stack import Stack
+from bdlora_megatron.compress.stack import Stack, is_settled
 
 __all__ = ["CORES", "Basis", "CoreKind", "fit_basis"]
 
@@ -27,8 +27,8 @@ CORES: tuple[CoreKind, ...] = get_args(CoreKind)
 #: Columns beyond k: the iteration converges by the ratio of energies k and k + this one apart.
 _SPARE = 8
 _START_STEPS, _STEPS = 20, 40
-#: Less than this share of all energy is no gain: an error of 0.1 is then right to 5e-7.
-_START_GAIN, _GAIN = 1e-6, 1e-7
+#: A start is only that.
+_START_GAIN = 1e-6
 #: Directions with less amplitude than this, of the whole stack's, are rounding.
 _NOTHING = 1e-13
 
@@ -86,7 +86,7 @@ def _framed(frame: Tensor | None, basis: Tensor) -> Tensor:
 def _alternated(stack: Stack, width: int) -> tuple[Tensor, Tensor, list[float]]:
     """U and V of `width` columns, less those that hold nothing, and the energy after each step."""
     left, right = stack.left, stack.right
-    whole = _energy(stack)
+    whole = stack.energy()
     if whole == 0.0:
         U, V = (torch.eye(side.shape[0], 1, dtype=side.dtype) for side in (left, right))
         return U, V, [0.0]
@@ -98,7 +98,7 @@ def _alternated(stack: Stack, width: int) -> tuple[Tensor, Tensor, list[float]]:
         U, U_seen, U_energy = _step(stack, left, stack.parts(V_seen[:, :width]), U)
         V, V_seen, V_energy = _step(stack, right, stack.parts(U_seen[:, :width]), V)
         energies += [float(energy[:width].square().sum()) for energy in (U_energy, V_energy)]
-        if len(energies) > 2 and energies[-1] - energies[-3] <= _GAIN * whole:
+        if len(energies) > 2 and is_settled(energies[-3], energies[-1], whole):
             break
     # U's axes once more, by what V holds at the end.
     turn, U_energy = _axes(stack, U_seen[:, :width], stack.parts(V_seen[:, :width]))
@@ -122,14 +122,6 @@ def _started(stack: Stack, side: Tensor, other: Tensor, width: int) -> Tensor:
             break
         last = held
     return basis
-
-
-def _energy(stack: Stack) -> float:
-    """The sum of || M_i ||^2."""
-    grams = [
-        [part @ part.mT for part in stack.parts(side)] for side in (stack.left.t(), stack.right.t())
-    ]
-    return sum(float((l * r).sum()) for l, r in zip(*grams, strict=True))
 
 
 def _triangles(tall: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from torch import Tensor
 from bdlora_megatron.blocks import BlockFactors, reshard
 from bdlora_megatron.blocks.factors import block_views
 
-__all__ = ["Pair", "Stack", "gram_norm2", "slices_of", "stack_pairs"]
+__all__ = ["Pair", "Stack", "gram_norm2", "is_settled", "slices_of", "stack_pairs"]
+
+_GAIN, _ROUNDING = 1e-5, 1e-14
 
 #: B `[O, r]` and A `[r, I]` of an update B A.
 Pair: TypeAlias = tuple[Tensor, Tensor]
@@ -47,6 +49,27 @@ class Stack:
             part.unflatten(0, group)
             for part, group in zip(rows.split(sizes), self.groups, strict=True)
         ]
+
+    def energy(self) -> float:
+        """The sum of || B_i A_i ||^2."""
+        grams = [
+            [part @ part.mT for part in self.parts(side.t())] for side in (self.left, self.right)
+        ]
+        return sum(float((left * right).sum()) for left, right in zip(*grams, strict=True))
+
+
+def is_settled(before: float, after: float, whole: float) -> bool:
+    """Whether a step of a fit gained nothing that matters.
+
+    Args:
+        before: The energy that was held.
+        after: The energy that is held.
+        whole: All there is.
+
+    Returns:
+        True if the loss fell by less than a hundred-thousandth of itself, or by rounding alone.
+    """
+    return after - before <= _GAIN * max(whole - after, 0.0) + _ROUNDING * whole
 
 
 def slices_of(factors: BlockFactors, num_blocks: int) -> list[Pair]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -24,6 +23,7 @@ from bdlora_megatron.compress.options import CompressOptions
 from bdlora_megatron.compress.sources import Source
 from bdlora_megatron.compress.stack import Pair, gram_norm2, slices_of, stack_pairs
 from bdlora_megatron.convert.adapter import ModuleKey
+from bdlora_megatron.convert.tensor_files import write_safetensors
 from bdlora_megatron.errors import UnsupportedError
 
 __all__ = ["Desk", "FinishTask", "RoundTask", "SeedTask", "Task"]
@@ -70,8 +70,14 @@ class Task:
 
     def run(self, desk: Desk) -> None:
         """Do it and write the file, at once and whole."""
+        found = self.compute(desk)
+        # The largest type first, so that every tensor is aligned.
+        tensors = dict(sorted(found.items(), key=lambda item: -item[1].itemsize))
+        facts = {name: tensor.to("meta") for name, tensor in tensors.items()}
         partial = self.target.with_suffix(f".{os.getpid()}.partial")
-        save_file(self.compute(desk), partial)
+        with write_safetensors(partial, facts) as write:
+            for name, tensor in tensors.items():
+                write(name, tensor)
         partial.replace(self.target)
 
     def compute(self, desk: Desk) -> dict[str, Tensor]:

@@ -158,6 +158,26 @@ def test_neither_order_nor_workers_nor_names_of_files_matter(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_one_thread_computes_whatever_the_caller_has(tmp_path):
+    """Sums of several threads round otherwise."""
+    seen, before = [], torch.get_num_threads()
+
+    def show(results, *_):
+        for result in results:
+            seen.append(torch.get_num_threads())
+            yield result
+
+    torch.set_num_threads(2)
+    try:
+        folders = alike(tmp_path / "src", 1)
+        options = CompressOptions(rank=2)
+        compress_adapters(sources_of(*folders), tmp_path / "out", options, show=show)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_planted_clusters_are_found(tmp_path):
     folders = [f for seed in range(3) for f in alike(tmp_path / "src", 5, seed=seed, noise=0.02)]
     report = compress(tmp_path / "out", folders, rank=6, clusters=3)

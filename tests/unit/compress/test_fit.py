@@ -95,7 +95,7 @@ def test_a_fixed_point_satisfies_its_equations():
     gram = sum((B @ (A @ basis.V)) @ (B @ (A @ basis.V)).t() for B, A in pairs)
     leading = torch.linalg.eigvalsh(gram)[-5:].sum()
     held = torch.trace(basis.U.t() @ gram @ basis.U)
-    assert float(held / leading) == pytest.approx(1, abs=1e-6)
+    assert float(held / leading) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_basis_has_no_columns_that_hold_nothing():
@@ -125,13 +125,17 @@ def test_updates_of_nothing_are_fitted_by_one_column():
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "count"), SIZES)
-def test_a_shared_frame_with_diagonal_cores_is_found(outputs, inputs, count):
+@pytest.mark.parametrize("signs", [False, True])
+def test_a_shared_frame_with_diagonal_cores_is_found(outputs, inputs, count, signs):
+    """With signs alone every axis is as long as the others, and none is a principal one."""
     random = numbers(1)
     U, V = (torch.linalg.qr(random(width, 5)).Q for width in (outputs, inputs))
-    pairs = [(U * random(5), V.t()) for _ in range(count)]
+    cores = [random(5).sign() if signs else random(5) for _ in range(count)]
+    pairs = [(U * core, V.t()) for core in cores]
     basis = fitted(pairs, 5, "diagonal")
     assert_orthonormal(basis)
-    assert lost2(pairs, basis.U, basis.V, diagonal=True) < 1e-16
+    whole = sum(float((B @ A).square().sum()) for B, A in pairs)
+    assert lost2(pairs, basis.U, basis.V, diagonal=True) < 1e-12 * whole
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "count"), SIZES)
