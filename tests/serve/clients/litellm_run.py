@@ -146,7 +146,8 @@ def _tools(task: Task, how: dict[str, Any]) -> list[Any]:
     found = []
     for model in task.models:
         messages: list[Any] = chat(task.prompts[3])
-        name = f"hosted_vllm/{model}"
+        # hosted_vllm would take additionalProperties out of schemas.
+        name = f"openai/{model}"
         made = litellm.completion(model=name, messages=messages, **asked).choices[0].message
         (call,) = made.tool_calls
         chunks = list(litellm.completion(model=name, messages=messages, stream=True, **asked))
