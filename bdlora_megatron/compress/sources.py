@@ -138,6 +138,11 @@ def look_at(source: Source, options: CompressOptions) -> AdapterFacts:
     dtypes = []
     try:
         with source.open() as adapter:
+            if adapter.invocation_tokens is not None:
+                return AdapterFacts(
+                    problem="it acts from its invocation tokens on (Activated LoRA), which a "
+                    "collection cannot say; leave it out"
+                )
             if options.form == "blocked":
                 check_fits(adapter, options.num_blocks, "cannot be cut for the blocked form")
             for key in sorted(adapter.modules):

@@ -238,6 +238,18 @@ def test_files_of_anything_are_refused(file, content, collection):
     assert len(str(caught.value)) < 10_000
 
 
+def test_an_activated_lora_is_refused_by_name(tmp_path):
+    tensors = vanilla_tensors(rank=4, layers=1, modules=["self_attn.q_proj"])
+    write(tmp_path / "plain", tensors, r=4)
+    write(
+        tmp_path / "activated", tensors, r=4, task_type="CAUSAL_LM", alora_invocation_tokens=[3, 4]
+    )
+    sources = [FolderSource(name=n, path=tmp_path / n) for n in ("plain", "activated")]
+    with pytest.raises(ConfigError, match="activated: it acts from its invocation tokens on"):
+        compress_adapters(sources, tmp_path / "out", CompressOptions(rank=4))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_cannot_be_written_compressed_by_itself(collection, tmp_path):
     adapter = read_adapter(collection / "adapters" / "b")
     with pytest.raises(UnsupportedError, match="bdlora compress makes one"):
