@@ -170,6 +170,8 @@ def test_errors_are_shown_without_what_was_sent(api):
          {"model": "a", "messages": chat, "structured_outputs": {"regex": f"(?={SECRET})"}}),
         ("/v1/chat/completions",
          {"model": "a", "messages": chat, "structured_outputs": {"grammar": SECRET}}),
+        ("/v1/chat/completions",
+         {"model": "a", "messages": chat, "tools": [{"type": SECRET, "function": SECRET}]}),
     ]  # fmt: skip
     answers = ask(api, *(("POST", path, body) for path, body in faulty))
     assert {answer.status_code for answer in answers} == {400}
