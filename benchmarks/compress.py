@@ -1,9 +1,9 @@
 """How long 1,000 adapters of Llama-3.1-8B's shapes take to compress, and in how much memory.
 
-    python -m benchmarks.compress                      # a module of each shape, half an hour or so
+    python -m benchmarks.compress                      # a module of each size, ten minutes or so
 
 Adapters of rank 16 are made as they are read: groups that share a space of 64 columns in every
-module, with a little of their own beside it. One module of each shape is compressed in a process of
+module, with a little of their own beside it. One module of each size is compressed in a process of
 its own, by one worker on one thread; a whole model is the sum over its modules and is extrapolated,
 not run. Times of a module are of reading (and making) the adapters, finding clusters with it, and
 fitting it for good. Clusters are found with 32 modules of a model, all modules are read and fitted.
@@ -41,12 +41,12 @@ from bdlora_megatron.convert.adapter.tables import format_bytes, format_table
 
 RESULTS = Path(__file__).parent / "results"
 RANK, BASIS, NOISE, LAYERS, SAMPLED = 16, 64, 0.02, 32, 32
-#: In and out features by projection, and how many modules of a layer have the shape.
+#: In and out features by projection, and how many modules of a layer stand behind it: o_proj is as
+#: large as q_proj, v_proj as k_proj, up_proj and down_proj as gate_proj.
 SHAPES = {
-    "q_proj": (4096, 4096, 2),
     "k_proj": (4096, 1024, 2),
-    "gate_proj": (4096, 14336, 2),
-    "down_proj": (14336, 4096, 1),
+    "q_proj": (4096, 4096, 2),
+    "gate_proj": (4096, 14336, 3),
 }
 PHASES = ("read", "cluster", "fit")
 
@@ -148,7 +148,7 @@ def measure(module: str, count: int, groups: int) -> dict[str, Any]:
 
 
 def whole_model(rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    """The sum over all modules of a model, of what was measured on one of each shape."""
+    """The sum over all modules of a model, of what was measured on one of each size."""
     per_layer = {row["module"]: SHAPES[row["module"]][2] for row in rows}
     modules = LAYERS * sum(per_layer.values())
 
