@@ -8,12 +8,8 @@ from bdlora_megatron.compress.driver import compress_adapters
 from bdlora_megatron.compress.options import CompressOptions
 from bdlora_megatron.compress.report import AdapterResult, ClusterResult, CompressReport
 from bdlora_megatron.compress.sources import FolderSource, Source
-from bdlora_megatron.convert.collection.reader import (
-    Collection,
-    LazyTensors,
-    ModuleBasis,
-    read_collection,
-)
+from bdlora_megatron.convert.collection.reader import Collection, read_collection
+from bdlora_megatron.convert.collection.tensors import LazyTensors, ModuleBasis
 
 __all__ = [
     "AdapterResult",

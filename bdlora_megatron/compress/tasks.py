@@ -7,6 +7,7 @@ n adapters, c candidates, C clusters, N blocks, k columns of a basis, s rows of 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -235,9 +236,12 @@ def _sketch(side: Tensor, seed: int) -> Tensor:
     """`[s, r]` random mixtures of the rows `[O, r]`, or the rows where they are few."""
     if side.shape[0] <= _SKETCH:
         return side.double()
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(_SKETCH, side.shape[0], generator=generator, dtype=torch.float32)
-    return (mixing @ side.float()).double()
+    return (_mixing(_SKETCH, side.shape[0], seed) @ side.float()).double()
+
+
+@functools.lru_cache(maxsize=2)
+def _mixing(rows: int, features: int, seed: int) -> Tensor:
+    return torch.randn(rows, features, generator=torch.Generator().manual_seed(seed))
 
 
 def _own_space(pair: Pair, rank: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.figures import bridge, conversion, layouts, predicted, quality, serving
+from benchmarks.figures import bridge, compress, conversion, layouts, predicted, quality, serving
 from benchmarks.figures.statements import Statement
 
 __all__ = ["STATEMENTS"]
@@ -18,6 +18,6 @@ __all__ = ["STATEMENTS"]
 #: Everything that is held to a report.
 STATEMENTS: Sequence[Statement] = tuple(
     statement
-    for reports in (bridge, layouts, serving, quality, predicted, conversion)
+    for reports in (bridge, layouts, serving, quality, predicted, conversion, compress)
     for statement in reports.STATEMENTS
 )
