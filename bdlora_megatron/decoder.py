@@ -14,6 +14,7 @@ __all__ = [
     "ALL_LINEARS",
     "ALL_MODULE_NAMES",
     "DEFAULT_TARGETS",
+    "FUSED_PARTS",
     "LINEARS",
     "MODULE_NAMES",
     "NUMBERINGS",
@@ -33,7 +34,8 @@ __all__ = [
 ]
 
 #: A projection's name. The seven of a Llama-shaped decoder are Hugging Face's own; where those
-#: would name two things, the family's word stands before them.
+#: would name two things, the family's word stands before them. The last two are several of the
+#: seven in one, and only files of models that fuse them have such modules.
 ModuleName: TypeAlias = Literal[
     "q_proj",
     "k_proj",
@@ -56,6 +58,8 @@ ModuleName: TypeAlias = Literal[
     "mixer.o_proj",
     "mixer.up_proj",
     "mixer.down_proj",
+    "qkv_proj",
+    "gate_up_proj",
 ]
 ALL_MODULE_NAMES: tuple[ModuleName, ...] = get_args(ModuleName)
 #: How Hugging Face numbers a model's layers: ``pairs`` of what mixes tokens and what mixes
@@ -270,10 +274,19 @@ ALL_LINEARS = (
 #: The name of each projection by its ``part``, by the path of its linear layer.
 PARTS: Mapping[str, Mapping[str, ModuleName]] = {linear.path: linear.parts for linear in LINEARS}
 
-_FACTS = {
+#: Modules that are one in some models (Phi) and several here, in the order of their rows.
+FUSED_PARTS: Mapping[ModuleName, tuple[ModuleName, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+_FACTS: dict[ModuleName, tuple[LinearFacts, ProjectionFacts]] = {
     projection.name: (linear, projection)
     for linear in ALL_LINEARS
     for projection in linear.projections
+}
+_FACTS |= {
+    name: (_FACTS[parts[0]][0], ProjectionFacts(name, "", "", ""))
+    for name, parts in FUSED_PARTS.items()
 }
 _BY_PLACE = {(linear.numbering, linear.path): linear.parts for linear in ALL_LINEARS}
 

@@ -37,6 +37,7 @@ from bdlora_megatron.layers.anatomy import (
     model_class,
     num_decoder_layers,
 )
+from bdlora_megatron.layers.collect import file_names
 from bdlora_megatron.layers.geometry import check_own_heads
 from bdlora_megatron.runtime import refuse_together
 from bdlora_megatron.runtime.versions.checkpoint import renumber_layers, save_distributed
@@ -94,7 +95,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str | None = None)
                 format=FORMAT,
                 name=name or path.name,
                 base=base,
-                metadata={"model_class": model_class(model)},
+                metadata={"model_class": model_class(model), **file_names(model)},
                 modules={key: entry for key, (entry, _) in sorted(entries.items())},
                 invocation_tokens=invocation,
             )

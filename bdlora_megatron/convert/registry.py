@@ -84,6 +84,7 @@ FORMATS: Mapping[FormatName, _Format] = {
             path,
             allow_pickle=reading.allow_pickle,
             ignore_unknown=reading.ignore_unknown,
+            base=reading.base,
             base_folder=reading.base_folder,
         ),
         write=write_peft,
@@ -164,7 +165,8 @@ def open_adapter(
         path: The adapter's folder.
         allow_pickle: Also read files that are pickles, tensors and plain values only.
         format: Its format; told from its files when unset.
-        base: The base model's heads, for fused checkpoints that do not tell them (`bridge`).
+        base: The base model's heads, for fused checkpoints that do not tell them (`bridge`,
+            `peft`).
         base_folder: The base model's folder in Hugging Face's format. Whole weights beside the
             factors (`peft`) are dropped where they equal its own, and refused elsewhere.
         ignore_unknown: Options of an `adapter_config.json` that are unknown here and that the
@@ -207,7 +209,8 @@ def read_adapter(
         path: The adapter's folder.
         allow_pickle: Also read pickles, but only their tensors and plain values.
         format: The format; by default detected from the files.
-        base: The base model's heads, for fused checkpoints that do not record them (`bridge`).
+        base: The base model's heads, for fused checkpoints that do not record them (`bridge`,
+            `peft`).
         base_folder: The base model's folder in Hugging Face's format. Whole weights beside the
             factors (`peft`) are dropped if they equal the base model's, and refused otherwise.
         ignore_unknown: Options of an `adapter_config.json` that this package does not know and

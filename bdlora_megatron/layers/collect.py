@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from bdlora_megatron.blocks import BlockFactors
-from bdlora_megatron.convert.adapter.neutral import Adapter, BaseShape, ModuleKey, blocked_factor
+from bdlora_megatron.convert.adapter.neutral import (
+    FUSED,
+    PROJECTIONS,
+    Adapter,
+    BaseShape,
+    ModuleKey,
+    blocked_factor,
+)
 from bdlora_megatron.convert.adapter.rows import in_file_order
 from bdlora_megatron.decoder import Numbering
 from bdlora_megatron.errors import TargetError, UnsupportedError
@@ -24,7 +31,7 @@ from bdlora_megatron.layers.apply import lora_layers
 from bdlora_megatron.layers.factors import Factor
 from bdlora_megatron.layers.geometry import check_own_heads
 
-__all__ = ["collect_adapter"]
+__all__ = ["collect_adapter", "file_names"]
 
 
 @torch.no_grad()
@@ -79,8 +86,15 @@ def collect_adapter(model: nn.Module, name: str, base: BaseShape | None = None) 
         modules=dict(sorted(modules.items())),
         base=base or BaseShape(),
         invocation_tokens=invocation,
-        metadata={"model_class": model_class(model)},
+        metadata={"model_class": model_class(model), **file_names(model)},
     )
+
+
+def file_names(model: nn.Module) -> dict[str, str]:
+    """What the base model's files call its projections, where it is not the usual."""
+    configs = (layer.config for _, layer in lora_layers(model))
+    fused = any(getattr(config, "fused_projections", False) for config in configs)
+    return {PROJECTIONS: FUSED} if fused else {}
 
 
 def _key(full_name: str, projection: str, numbering: Numbering | None) -> ModuleKey:

@@ -77,6 +77,8 @@ def transformer_config(
     config = TransformerConfig(**{**defaults, **(settings or {}), **fixed})
     # For ``layers.geometry``: Megatron-Core takes every copy for a head of its own.
     config.kv_head_replicas = hf.kv_head_replicas
+    # For ``layers.collect``: adapters are written under the names of the model's files.
+    config.fused_projections = hf.fused_projections
     return config
 
 

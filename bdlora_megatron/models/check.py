@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bdlora_megatron.convert.adapter import Adapter, BaseShape
 from bdlora_megatron.convert.adapter.lazy import module_facts
+from bdlora_megatron.convert.adapter.neutral import FUSED, PROJECTIONS
 from bdlora_megatron.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ def check_base(adapter: Adapter, config: HFConfig) -> Adapter:
             f"base model that it was trained on (adapter {_shown(adapter.base)}; base model "
             f"{_shown(shape)})"
         )
-    return replace(adapter, base=shape)
+    metadata = dict(adapter.metadata)
+    if config.fused_projections:
+        metadata[PROJECTIONS] = FUSED
+    return replace(adapter, base=shape, metadata=metadata)
 
 
 def base_shape(config: HFConfig) -> BaseShape:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from bdlora_megatron.convert import Adapter
+from bdlora_megatron.convert.adapter import BaseShape
 from bdlora_megatron.convert.registry import read_adapter
 from bdlora_megatron.errors import AdapterFormatError
 from bdlora_megatron.serve.files import Fingerprint, fingerprint
@@ -22,13 +23,14 @@ class AdapterFiles:
     same weights.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, base: BaseShape | None = None) -> None:
         """Note what the files are like.
 
         What is wrong with the folder is told when it is read: registering an adapter must not fail
         on one rank alone.
         """
         self._folder = folder
+        self._base = base
         self._name = name
         self._seen: Fingerprint | None = None
         self._problem = ""
@@ -45,7 +47,7 @@ class AdapterFiles:
             AdapterFormatError: The files have changed, or can't be read.
         """
         self.check()
-        return read_adapter(self._folder)
+        return read_adapter(self._folder, base=self._base)
 
     def check(self) -> None:
         """See that the files are what they were.

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from bdlora_megatron.config import LoRAConfig
 from bdlora_megatron.errors import ConfigError, ShapeError, UnsupportedError
@@ -23,9 +24,14 @@ from bdlora_megatron.models import (
     transformer_config,
     without_padding,
 )
+from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.runtime.versions.layers import shares_kv_heads
+from bdlora_megatron.serve import AdapterStore, ModelSlots, SlotCapacity, StoreOptions
+from bdlora_megatron.serve.engine import EngineOptions, ServingEngine
+from bdlora_megatron.serve.messages import Sampling, Submit
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
+from tests.tp.engine_cases import run
 from tests.tp.hf_models import CASES, SEQUENCE, VOCAB, make_model
 from tests.tp.session import model_parallel
 
@@ -232,6 +238,48 @@ def test_bfloat16(tmp_path):
         error = (logits[..., :VOCAB].float() - wanted).square().mean().sqrt()
         # 8 bits of mantissa through three layers; a wrong tensor's error is as large as the logits.
         assert error < 0.03 * wanted.square().mean().sqrt()
+
+
+#: What attention computes with positions and biases when keys are cached.
+SERVED = ("llama-attention-biases", "llama3-other-limits", "yarn", "phi3-partial", "phi3-longrope")
+
+
+def _continued(rank, world_size, folders):
+    enable_cpu_inference()
+    with model_parallel(world_size):
+        return {kind: _greedy(folder, ids) for kind, (folder, ids) in folders.items()}
+
+
+def _greedy(folder, ids):
+    model = load_hf_model(
+        folder, dtype=torch.float64, max_sequence_length=16, for_serving=True
+    ).eval()
+    slots = ModelSlots(model.double(), SlotCapacity(max_loras=1, max_lora_rank=8))
+    store = AdapterStore(slots, StoreOptions(host_cache_bytes=2**20))
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 16}
+    sizes |= {"block_size": 4, "kv_cache_memory_bytes": 2**20}
+    engine = ServingEngine(model, store, EngineOptions(**sizes))
+    sampling = Sampling(temperature=0.0, max_tokens=6)
+    asked = [
+        Submit(request_id=number, prompt=tuple(row[:10].tolist()), sampling=sampling, adapter=None)
+        for number, row in enumerate(ids)
+    ]
+    got, _ = run(engine, {0: asked}, {})
+    return [[choice.token for choice in got[number]] for number in range(len(ids))]
+
+
+def test_the_engine_continues_as_transformers_does(models):
+    folders = {kind: models[kind][:2] for kind in SERVED}
+    first, second = run_ranks(2, _continued, folders)
+    assert first == second
+    for kind, (folder, ids) in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        for row, tokens in zip(ids, first[kind], strict=True):
+            known = row[:10].tolist()
+            with torch.no_grad():
+                for _ in tokens:
+                    known.append(int(model(torch.tensor([known])).logits[0, -1].argmax()))
+            assert tokens == known[10:], kind
 
 
 # --- refusals ----------------------------------------------------------------------------------

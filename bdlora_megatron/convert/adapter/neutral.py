@@ -16,7 +16,9 @@ from bdlora_megatron.errors import ShapeError
 
 __all__ = [
     "ALL_MODULE_NAMES",
+    "FUSED",
     "MODULE_NAMES",
+    "PROJECTIONS",
     "Adapter",
     "BaseShape",
     "ModuleKey",
@@ -24,6 +26,10 @@ __all__ = [
     "blocked_factor",
     "infer_base_shape",
 ]
+
+
+#: In an adapter's metadata, where Hugging Face's model has `qkv_proj` and `gate_up_proj`.
+PROJECTIONS, FUSED = "projections", "fused"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)

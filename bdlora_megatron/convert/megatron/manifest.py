@@ -18,6 +18,7 @@ from bdlora_megatron.convert.adapter.neutral import (
 )
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.hints import unreadable
+from bdlora_megatron.decoder import FUSED_PARTS
 from bdlora_megatron.errors import AdapterFormatError, nearest
 
 __all__ = ["Manifest", "ModuleEntry", "manifest_of", "read_manifest", "write_manifest"]
@@ -210,4 +211,8 @@ def _text(key: ModuleKey) -> str:
     return f"layers.{key.layer}.{key.name}" if "." in key.name else str(key)
 
 
-_KEY_BY_TEXT = {_text(ModuleKey(layer=0, name=name)): name for name in ALL_MODULE_NAMES}
+_KEY_BY_TEXT = {
+    _text(ModuleKey(layer=0, name=name)): name
+    for name in ALL_MODULE_NAMES
+    if name not in FUSED_PARTS
+}

@@ -21,6 +21,8 @@ from torch import Tensor
 from bdlora_megatron.blocks import BlockFactors, reshard
 from bdlora_megatron.convert.adapter.lazy import LazyModules, in_memory
 from bdlora_megatron.convert.adapter.neutral import (
+    FUSED,
+    PROJECTIONS,
     Adapter,
     BaseShape,
     ModuleKey,
@@ -35,6 +37,7 @@ from bdlora_megatron.convert.peft.config import (
     parse_peft_config,
     read_raw_config,
 )
+from bdlora_megatron.convert.peft.fused import part_rows, split
 from bdlora_megatron.convert.peft.leftovers import equal_to_base, kind_of
 from bdlora_megatron.convert.peft.names import (
     PEFT_PREFIX,
@@ -45,6 +48,7 @@ from bdlora_megatron.convert.peft.names import (
 from bdlora_megatron.convert.peft.options import READ_WITHOUT, check_ignorable, find_refused
 from bdlora_megatron.convert.peft.tensors import open_tensors
 from bdlora_megatron.convert.tensor_files import TensorSource
+from bdlora_megatron.decoder import FUSED_PARTS
 from bdlora_megatron.errors import AdapterFormatError, ShapeError
 
 __all__ = ["IGNORED_BY_PEFT", "open_peft", "read_peft"]
@@ -78,11 +82,13 @@ class _ModulePlan:
         key: The module.
         names: The tensors that are A and B.
         settings: What the config says of it.
+        rows: Where its rows of a fused module's B begin, and how many they are.
     """
 
     key: ModuleKey
     names: tuple[str, str]
     settings: ModuleSettings
+    rows: tuple[int, int] | None = None
 
 
 @contextmanager
@@ -91,6 +97,7 @@ def open_peft(
     *,
     allow_pickle: bool = False,
     ignore_unknown: Collection[str] = (),
+    base: BaseShape | None = None,
     base_folder: Path | None = None,
 ) -> Iterator[Adapter]:
     """Open an adapter as PEFT's `save_pretrained` writes it.
@@ -105,6 +112,7 @@ def open_peft(
         path: The adapter's folder; its name becomes the adapter's.
         allow_pickle: Read `adapter_model.bin` where there are no safetensors, tensors only.
         ignore_unknown: Unknown options of the config that change nothing, by name.
+        base: The base model's heads, for a fused `qkv_proj` beside which no `o_proj` tells them.
         base_folder: The base model's folder; whole weights that equal its own are dropped.
 
     Yields:
@@ -133,7 +141,8 @@ def open_peft(
             problems.add("the file holds no tensors; save the adapter again")
         pairs = _pairs(factors, problems)
         plans = _plan(pairs, config, problems)
-        facts, base = _check_plans(source, plans, problems)
+        plans = _unfused(source, plans, base or BaseShape(), problems)
+        facts, found = _check_plans(source, plans, problems)
         problems.raise_if_any(subject)
         by_key = {plan.key: plan for plan in plans}
 
@@ -150,23 +159,26 @@ def open_peft(
         yield Adapter(
             name=folder.name,
             modules=LazyModules(facts, load, subject=subject),
-            base=base,
+            base=found,
             invocation_tokens=config.invocation_tokens,
             metadata=_metadata(raw, pairs, ignored, expanded),
         )
 
 
-def read_peft(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
+def read_peft(
+    path: str | Path, *, allow_pickle: bool = False, base: BaseShape | None = None
+) -> Adapter:
     """Read an adapter as PEFT's `save_pretrained` writes it; see `open_peft`.
 
     Args:
         path: The adapter's folder; its name becomes the adapter's.
         allow_pickle: Read `adapter_model.bin` where there are no safetensors, tensors only.
+        base: As for `open_peft`.
 
     Returns:
         The adapter, in memory of its own.
     """
-    with open_peft(path, allow_pickle=allow_pickle) as adapter:
+    with open_peft(path, allow_pickle=allow_pickle, base=base) as adapter:
         return in_memory(adapter)
 
 
@@ -231,6 +243,36 @@ def _plan(pairs: Iterable[_Pair], config: PeftConfig, problems: Problems) -> lis
     return plans
 
 
+def _unfused(
+    source: TensorSource, plans: Sequence[_ModulePlan], base: BaseShape, problems: Problems
+) -> list[_ModulePlan]:
+    """A plan for each projection, where the file has one module for several."""
+    for plan in plans:
+        A = source.facts[plan.names[0]]
+        if plan.key.name == "o_proj" and A is not None and base.q_size is None:
+            blocks = plan.settings.num_blocks if plan.settings.blocked == "A" else 1
+            base = replace(base, q_size=A.shape[-1] * blocks)
+    apart: dict[ModuleKey, _ModulePlan] = {}
+    for plan in plans:
+        B = source.facts[plan.names[1]]
+        sizes: Mapping[Any, int | None] = {plan.key.name: None}
+        if plan.key.name in FUSED_PARTS and B is not None:
+            try:
+                sizes = part_rows(plan.key.name, B.shape[0], base)
+            except AdapterFormatError as error:
+                problems.add(str(error), str(plan.key))
+                continue
+        first = 0
+        for name, size in sizes.items():
+            key = replace(plan.key, name=name)
+            rows = None if size is None else (first, size)
+            first += size or 0
+            if key in apart:
+                problems.add("it is adapted by itself and in a fused module", str(key))
+            apart[key] = replace(plan, key=key, rows=rows)
+    return [apart[key] for key in sorted(apart)]
+
+
 def _add_clash(one: FactorName, other: FactorName, problems: Problems) -> None:
     if one.prefix != other.prefix:
         # `_check_prefixes` says so.
@@ -288,7 +330,8 @@ def _factors(plan: _ModulePlan, A: Tensor, B: Tensor) -> BlockFactors:
         blocked=settings.blocked or wanted,
         scale=settings.scale,
     )
-    return replace(reshard(factors, 1), blocked=wanted) if _is_swapped(plan) else factors
+    factors = replace(reshard(factors, 1), blocked=wanted) if _is_swapped(plan) else factors
+    return factors if plan.rows is None else split(factors, *plan.rows)
 
 
 def _uncast(kind: str) -> str:
@@ -360,6 +403,8 @@ def _metadata(
     expanded: Sequence[_ModulePlan],
 ) -> dict[str, str]:
     metadata = {"format": "peft", "peft_prefix": f"{PEFT_PREFIX}{pairs[0].A.prefix}"}
+    if any(pair.key.name in FUSED_PARTS for pair in pairs):
+        metadata[PROJECTIONS] = FUSED
     if ignored:
         metadata[IGNORED_BY_PEFT] = str(len(ignored))
     for option in ("base_model_name_or_path", "peft_version", "task_type"):

@@ -22,6 +22,7 @@ from bdlora_megatron.convert.adapter.neutral import (
 )
 from bdlora_megatron.convert.adapter.scale import choose_alphas, peft_scale, warn_inexact
 from bdlora_megatron.convert.peft.config import ALORA, CONFIG_NAME
+from bdlora_megatron.convert.peft.fused import fuse, is_fused
 from bdlora_megatron.convert.peft.names import PEFT_PREFIX, peft_prefix
 from bdlora_megatron.convert.peft.tensors import SAFETENSORS_NAME
 from bdlora_megatron.convert.tensor_files import write_safetensors
@@ -42,6 +43,8 @@ def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     Raises:
         UnsupportedError: If modules differ in their number of blocks, which PEFT has one of.
     """
+    if is_fused(adapter):
+        adapter = fuse(adapter)
     facts = module_facts(adapter)
     _warn_of_peft(adapter, facts)
     if any(factors.parts for factors in facts.values()):

@@ -11,6 +11,7 @@ import torch
 
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import open_adapter
+from bdlora_megatron.convert.adapter import BaseShape
 from bdlora_megatron.errors import BDLoRAError, explain
 from bdlora_megatron.serve.adapter_files import AdapterFiles
 from bdlora_megatron.serve.engine.engine import ServingEngine
@@ -46,9 +47,18 @@ class AdapterManager:
     Collectives: none of its own; what is loading is agreed on by ``AdapterStore.advance``.
     """
 
-    def __init__(self, engine: ServingEngine, store: AdapterStore) -> None:
-        """Start with what the store has."""
+    def __init__(
+        self, engine: ServingEngine, store: AdapterStore, base: BaseShape | None = None
+    ) -> None:
+        """Start with what the store has.
+
+        Args:
+            engine: The engine.
+            store: Its adapters.
+            base: The base model, for adapters on fused projections that do not tell its heads.
+        """
         self._engine = engine
+        self._base = base
         self._store = store
         self._held: dict[str, _Held] = {}
         # Whose load is awaited: ticket, version, and what the name stood for before.
@@ -73,7 +83,7 @@ class AdapterManager:
         mine = Checked({}, {})
         for name in list(folders)[group.rank() :: group.size()]:
             try:
-                with open_adapter(folders[name]) as adapter:
+                with open_adapter(folders[name], base=self._base) as adapter:
                     self._store.slots.check(adapter, Layout(layout))
                     if adapter.invocation_tokens is not None:
                         mine.invocation_tokens[name] = adapter.invocation_tokens
@@ -104,7 +114,7 @@ class AdapterManager:
                 command.ticket, f"adapter {name!r} is being loaded or unloaded; try later"
             )
         try:
-            held = _Held(AdapterFiles(Path(command.path), name), Layout(command.layout))
+            held = _Held(AdapterFiles(Path(command.path), name, self._base), Layout(command.layout))
             key = self._register(name, held)
         except (BDLoRAError, ValueError) as error:
             return AdapterResult(command.ticket, str(error))

@@ -30,6 +30,7 @@ from bdlora_megatron import runtime
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import load_hf_model, read_hf_config
 from bdlora_megatron.errors import AdapterLoadError, BDLoRAError, MissingDependencyError
+from bdlora_megatron.models.check import base_shape
 from bdlora_megatron.runtime.attention import find_attention, use_attention
 from bdlora_megatron.runtime.cpu_inference import enable_cpu_inference
 from bdlora_megatron.runtime.launch import join_ranks
@@ -203,7 +204,7 @@ def build_engine(settings: ServeSettings, control: Any) -> tuple[ServingEngine, 
     # Its fields are called as the settings are.
     options = EngineOptions(**{f.name: getattr(settings, f.name) for f in fields(EngineOptions)})
     engine = ServingEngine(model, store, options)
-    return engine, AdapterManager(engine, store)
+    return engine, AdapterManager(engine, store, base_shape(read_hf_config(settings.model)))
 
 
 def _load_model(settings: ServeSettings, more: Mapping[str, Any]) -> Any:

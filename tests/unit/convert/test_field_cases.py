@@ -294,10 +294,10 @@ FOREIGN = {
     ),
     "router": ("model.layers.0.mlp.gate.lora_A.weight", "factors of a router of experts"),
     "fused_qkv": (
-        "model.layers.0.self_attn.qkv_proj.lora_A.weight",
+        "model.layers.0.self_attn.query_key_value.lora_A.weight",
         "B's rows split by projection",
     ),
-    "fused_mlp": ("model.layers.0.mlp.gate_up_proj.lora_B.weight", "B's rows split by projection"),
+    "fused_other": ("model.layers.0.attn.Wqkv.lora_B.weight", "B's rows split by projection"),
     "tower": ("model.visual.blocks.0.attn.qkv.lora_A.weight", "of a vision or audio tower"),
     "named_bias": ("model.layers.0.mlp.up_proj.lora_B.default.bias", "biases of LoRA factors"),
     "other": ("model.layers.0.mlp.dense.lora_A.weight", "none of the seven projections"),

@@ -276,7 +276,7 @@ def test_encoders_are_refused(part, tmp_path):
         "base_model.model.model.layers.0.mlp.experts.0.up_proj.lora_A.weight",
         "base_model.model.model.layers.0.self_attn.up_proj.lora_A.weight",
         "base_model.model.model.layers.00.self_attn.q_proj.lora_A.weight",
-        "base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.query_key_value.lora_A.weight",
         "base_model.model." + "deep." * 30 + "layers.0.self_attn.q_proj.lora_A.weight",
     ],
     ids=["expert", "misplaced", "leading-zero", "fused", "too-long"],
