@@ -16,7 +16,8 @@ from torch import Tensor
 from bdlora_megatron.blocks import BlockFactors
 from bdlora_megatron.convert.adapter import Adapter, ModuleKey
 from bdlora_megatron.convert.adapter.lazy import LazyModules
-from bdlora_megatron.convert.collection.reader import Collection, ModuleBasis, expanded
+from bdlora_megatron.convert.collection.reader import Collection, expanded
+from bdlora_megatron.convert.collection.tensors import ModuleBasis
 from bdlora_megatron.errors import CapacityError, ConfigError, ShapeError, TargetError
 from bdlora_megatron.layers.cores import LayerCores
 from bdlora_megatron.ops import GroupedBatch, SlotTables
