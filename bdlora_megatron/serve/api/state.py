@@ -110,9 +110,8 @@ class APIServer:
         """
         ready = await self.client.ready()
         self.refuse(ready.refused)
-        for name, tokens in ready.invocation_tokens.items():
-            if (card := self.adapters.get(name)) is not None:
-                card.invocation_tokens = tokens
+        for name, card in self.adapters.items():
+            card.invocation_tokens = ready.invocation_tokens.get(name)
         # Now, rather than with the first request that needs it: reading it holds up the others.
         with suppress(ConfigError):
             self.client.teach(self.tokenizer.vocabulary)
