@@ -133,6 +133,9 @@ class Workers:
                     "a worker process died, perhaps for lack of memory; what was finished is kept: "
                     "run the same command again with fewer --workers"
                 ) from None
+            finally:
+                # After an error nothing more is begun; what runs is finished, and kept.
+                pool.shutdown(cancel_futures=True)
 
 
 def _start(desk: tuple[Sequence[Source], CompressOptions] | None) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from bdlora_megatron.compress import CompressOptions, compress_adapters
 from bdlora_megatron.compress.work import work_folder
-from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.errors import AdapterFormatError, ConfigError
 from tests.unit.cli.adapters import make_adapters, visible
 from tests.unit.compress.planted import contents, sources_of
 
@@ -60,6 +60,22 @@ def test_a_killed_compression_is_taken_up_again(tmp_path):
     assert contents(out) == contents(whole)
     assert visible(tmp_path) == ["out", "src", "whole"]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_adapter_that_goes_away_is_told(tmp_path):
+    """By the worker that wanted it."""
+    folders = make_adapters(tmp_path / "src", 3)
+
+    def show(results, total, unit):
+        if unit == "module":
+            (folders[1] / "adapter_model.safetensors").unlink()
+        return results
+
+    options = CompressOptions(rank=4)
+    with pytest.raises(AdapterFormatError, match="holds no adapter_model.safetensors"):
+        compress_adapters(sources_of(*folders), tmp_path / "out", options, workers=2, show=show)
+    assert not (tmp_path / "out").exists()
+    assert compress_adapters(sources_of(folders[0]), tmp_path / "out", options).clusters
 
 
 def test_what_other_adapters_left_is_of_no_use(tmp_path):
