@@ -72,7 +72,7 @@ def test_an_adapter_that_goes_away_is_told(tmp_path):
         return results
 
     options = CompressOptions(rank=4)
-    with pytest.raises(AdapterFormatError, match="holds no adapter_model.safetensors"):
+    with pytest.raises(AdapterFormatError, match=r"holds no adapter_model\.safetensors"):
         compress_adapters(sources_of(*folders), tmp_path / "out", options, workers=2, show=show)
     assert not (tmp_path / "out").exists()
     assert compress_adapters(sources_of(folders[0]), tmp_path / "out", options).clusters
