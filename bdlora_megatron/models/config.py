@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdlora_megatron.errors import ConfigError, UnsupportedError
+from bdlora_megatron.models.quantization import read_quantization
 from bdlora_megatron.models.rope import RopeSettings, read_rope
 from bdlora_megatron.models.shape import ModelShape
 
@@ -47,6 +48,8 @@ class HFConfig(ModelShape):
         mlp_bias: ``gate_proj``, ``up_proj`` and ``down_proj`` have biases.
         fused_projections: Files and adapters have ``qkv_proj`` and ``gate_up_proj``.
         qk_norm: Queries and keys are normalised, head by head.
+        fp8_block: Weights are stored in FP8, with a scale for each block of so many rows and
+            columns, or (0, 0) for scales of rows or whole tensors; None where they are not.
         sliding_window: Positions that attention sees, where any layer limits them.
         eos_token_ids: Tokens that end a sequence.
     """
@@ -59,6 +62,7 @@ class HFConfig(ModelShape):
     proj_bias: bool
     mlp_bias: bool
     fused_projections: bool = False
+    fp8_block: tuple[int, int] | None = None
     qk_norm: bool
     sliding_window: int | None
     eos_token_ids: tuple[int, ...]
@@ -160,8 +164,6 @@ def _read(reader: _Reader, family: str) -> HFConfig:
         )
     if raw.get("hidden_act") != "silu":
         reader.unsupported.append(f"hidden_act={raw.get('hidden_act')!r}; only 'silu' is supported")
-    if raw.get("quantization_config") is not None:
-        reader.unsupported.append("quantization_config is set; use the model's unquantised weights")
     num_layers = reader.positive("num_hidden_layers")
     qkv_bias, proj_bias, mlp_bias = _biases(reader, family)
     head_dim = _head_dim(reader, family, hidden_size, num_heads)
@@ -185,6 +187,7 @@ def _read(reader: _Reader, family: str) -> HFConfig:
         tied=reader.flag("tie_word_embeddings"),
         sliding_window=_sliding_window(reader, family, num_layers),
         eos_token_ids=_eos(reader),
+        fp8_block=read_quantization(raw.get("quantization_config"), reader.unsupported),
     )
 
 

@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -15,9 +15,10 @@ from bdlora_megatron.errors import ConfigError, UnsupportedError
 
 __all__ = ["TensorFiles"]
 
+FilesT = TypeVar("FilesT", bound="TensorFiles")
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class TensorFiles:
@@ -37,6 +38,9 @@ class TensorFiles:
         UnsupportedError: The weights are no safetensors, or are quantised.
     """
 
+    #: Types of tensors that are read.
+    types: ClassVar[tuple[str, ...]] = ("F64", "F32", "F16", "BF16")
+
     shapes: dict[str, tuple[int, ...]]
     files: tuple[str, ...]
 
@@ -49,7 +53,7 @@ class TensorFiles:
             self._stack = stack.pop_all()
         self.shapes = {name: tuple(part.get_shape()) for name, part in self._slices.items()}
 
-    def __enter__(self) -> TensorFiles:
+    def __enter__(self: FilesT) -> FilesT:
         return self
 
     def __exit__(
@@ -102,12 +106,12 @@ class TensorFiles:
                 + "".join(f"\n- {line}" for line in problems)
             )
         quantised = {
-            kind for part in self._slices.values() if (kind := part.get_dtype()) not in _FLOATS
+            kind for part in self._slices.values() if (kind := part.get_dtype()) not in self.types
         }
         if quantised:
             raise UnsupportedError(
                 f"{self._folder} holds tensors of type {', '.join(sorted(quantised))}; supported "
-                f"are {', '.join(_FLOATS)}: use the model's unquantised weights"
+                f"are {', '.join(self.types)}: use the model's unquantised weights"
             )
 
     def _file_of_each(self) -> dict[str, str]:

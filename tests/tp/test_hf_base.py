@@ -240,6 +240,57 @@ def test_bfloat16(tmp_path):
         assert error < 0.03 * wanted.square().mean().sqrt()
 
 
+def _quantised(folder, form):
+    """Store the linear layers in FP8; return each one's numbers as they then are."""
+    path, blocks = folder / "model.safetensors", {"block": (8, 5)}.get(form)
+    tensors, exact = load_file(path), {}
+    for name, weight in list(tensors.items()):
+        if not name.endswith("_proj.weight"):
+            continue
+        scale = torch.rand(len(weight), 1) + 0.5
+        if blocks is not None:
+            scale = (
+                torch.rand(*(-(-n // b) for n, b in zip(weight.shape, blocks, strict=True))) + 0.5
+            )
+        full = scale
+        for dim, size in enumerate(blocks or ()):
+            full = full.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
+        tensors[name] = (weight / full).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale{'_inv' if blocks else ''}"] = scale
+        exact[name] = tensors[name].float() * full
+    save_file(tensors, path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": blocks}
+    if blocks is None:
+        config["quantization_config"] = {"quant_method": "fbgemm_fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return exact
+
+
+def _dequantised(rank, world_size, folders):
+    with model_parallel(world_size), torch.no_grad():
+        return {
+            kind: model_logits(load_hf_model(folder, dtype=torch.float32).eval(), ids)
+            for kind, (folder, ids) in folders.items()
+        }
+
+
+def test_fp8_files_give_the_logits_of_their_dequantised_weights(tmp_path):
+    folders, wanted = {}, {}
+    for kind, form in (("llama", "row"), ("qwen3", "block"), ("phi3", "block")):
+        folder = tmp_path / kind
+        ids, before = make_model(kind, folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model.load_state_dict(_quantised(folder, form), strict=False)
+        folders[kind] = (folder, ids)
+        with torch.no_grad():
+            wanted[kind] = model(ids).logits
+        assert (wanted[kind] - before).abs().max() > 0.01, "rounding to FP8 changes the logits"
+    for found in run_ranks(2, _dequantised, folders):
+        for kind, logits in found.items():
+            assert_close(logits[..., :VOCAB], wanted[kind], kind)
+
+
 #: What attention computes with positions and biases when keys are cached.
 SERVED = ("llama-attention-biases", "llama3-other-limits", "yarn", "phi3-partial", "phi3-longrope")
 

@@ -189,11 +189,40 @@ def test_biases_on_one_side(changes, biases):
     assert (found.qkv_bias, found.proj_bias, found.mlp_bias) == biases
 
 
+def compressed(strategy, kind="float", num_bits=8, **more):
+    weights = {"type": kind, "num_bits": num_bits, "strategy": strategy, **more}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "block"),
+    [
+        (None, None),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, (128, 128)),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, (0, 0)),
+        ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, (0, 0)),
+        (compressed("channel"), (0, 0)),
+        (compressed("tensor"), (0, 0)),
+        (compressed("block", block_structure=[64, 32]), (64, 32)),
+    ],
+)
+def test_fp8_as_published(settings, block):
+    assert parse_hf_config(llama(quantization_config=settings)).fp8_block == block
+
+
 UNSUPPORTED = {
     "family": ({"model_type": "gemma3"}, r"model_type='gemma3'.*supported are llama"),
     "moe": ({"model_type": "mixtral"}, "model_type='mixtral'"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "unquantised weights"),
+    "bitsandbytes": (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        r"quant_method='bitsandbytes'.* call model.dequantize\(\) and save_pretrained",
+    ),
+    "awq": ({"quantization_config": {"quant_method": "awq"}}, "take the unquantised model"),
+    "gptq": ({"quantization_config": {"quant_method": "gptq"}}, "or its FP8 version"),
+    "int4": ({"quantization_config": compressed("group", "int", 4)}, "type 'int' with 4 bits"),
     "gemma2": ({"model_type": "gemma2"}, "norms multiply by 1 .*nor do they cap .*are llama"),
     "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "rope_type='dynamic'"),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
