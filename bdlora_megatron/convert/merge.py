@@ -24,6 +24,7 @@ from bdlora_megatron.convert.adapter.lazy import module_facts
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.adapter.tables import format_table
 from bdlora_megatron.convert.folders import new_folder
+from bdlora_megatron.convert.peft.fused import fuse, is_fused
 from bdlora_megatron.convert.structure.changes import whole_error
 from bdlora_megatron.convert.tensor_files import TensorSource, open_safetensors, write_safetensors
 from bdlora_megatron.errors import UnsupportedError
@@ -135,6 +136,8 @@ def merge_adapter(base: Path, adapter: Adapter, out: Path) -> MergeReport:
             f"{list(adapter.invocation_tokens)} on, and merged weights act on every token; serve "
             "it as an adapter"
         )
+    if is_fused(adapter):
+        adapter = fuse(adapter)
     with TensorFiles(base) as files:
         names, shapes = files.files, files.shapes
     places = _places(adapter, shapes)

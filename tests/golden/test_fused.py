@@ -19,11 +19,13 @@ from bdlora_megatron.convert import (
     read_peft,
     write_adapter,
 )
+from bdlora_megatron.convert.merge import merge_adapter
 from bdlora_megatron.errors import AdapterFormatError
 from bdlora_megatron.export import export_adapter
 from bdlora_megatron.layers import apply_lora, lora_layers
 from bdlora_megatron.models.check import base_shape
 from bdlora_megatron.serve import ModelSlots, SlotCapacity
+from bdlora_megatron.serve.adapter_files import AdapterFiles
 from tests.golden.peft_cases import blocks, make_adapter, make_base, peft_logits, token_ids
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
@@ -111,6 +113,23 @@ def test_it_is_written_back_as_it_was(kind, folder, tmp_path):
     for name in before.keys() if kind != "bdlora" else ():
         # What q, k and v share is there once again.
         assert before.get_tensor(name).shape == after.get_tensor(name).shape, name
+
+
+def test_other_formats_keep_the_names_and_merging_fuses(folder, tmp_path):
+    wanted = peft_logits(folder / "base", folder / "patterns")
+    with open_adapter(folder / "patterns") as adapter:
+        write_adapter(adapter, tmp_path / "megatron", "megatron")
+    with open_adapter(tmp_path / "megatron") as adapter:
+        write_adapter(adapter, tmp_path / "peft", "peft")
+        checked = check_base(adapter, read_hf_config(folder / "base"))
+        merge_adapter(folder / "base", checked, tmp_path / "merged")
+    assert_close(peft_logits(folder / "base", tmp_path / "peft"), wanted, "by way of megatron")
+    assert_close(peft_logits(tmp_path / "merged", None), wanted, "merged")
+
+
+def test_the_server_knows_the_heads(folder):
+    found = AdapterFiles(folder / "attention", "attention", _base(folder)).read()
+    assert {key.name for key in found.modules} == {"q_proj", "k_proj", "v_proj"}
 
 
 def _trained(rank, world_size, root, out):

@@ -6,7 +6,6 @@ written, they are put one below the other again.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,8 +27,6 @@ from bdlora_megatron.decoder import FUSED_PARTS, facts_of
 from bdlora_megatron.errors import AdapterFormatError
 
 __all__ = ["fuse", "is_fused", "part_rows", "split"]
-
-logger = logging.getLogger(__name__)
 
 
 def is_fused(adapter: Adapter) -> bool:
@@ -80,7 +77,8 @@ def split(factors: BlockFactors, first: int, rows: int) -> BlockFactors:
 def fuse(adapter: Adapter) -> Adapter:
     """The adapter with fused modules in place of their parts. Exact, but for scales that differ.
 
-    Every module is looked at once, to see whether parts share A.
+    Every module is looked at once, to see whether parts share A. No blocks of the parts are blocks
+    of the fused rows: those become vanilla LoRA.
 
     Args:
         adapter: Lazy or in memory.
@@ -112,18 +110,6 @@ def fuse(adapter: Adapter) -> Adapter:
     for key in groups:
         factors = load(key)
         made[key] = replace(factors, A=factors.A.to("meta"), B=factors.B.to("meta"))
-    blocked = [key for key, members in groups.items() if members != [key] and any(
-        facts[member].num_blocks > 1 for member in members
-    )]  # fmt: skip
-    if blocked:
-        logger.warning(
-            "%s: the base model has one %s, whose rows cannot keep the blocks of its parts; %d "
-            "such modules are written as vanilla LoRA. To serve the blocks, keep the adapter in "
-            "the format megatron",
-            adapter.name,
-            blocked[0],
-            len(blocked),
-        )
     subject = f"cannot fuse the projections of adapter {adapter.name!r}"
     modules = LazyModules(made, load, subject=subject)
     return replace(adapter, modules=modules)

@@ -27,7 +27,7 @@ from bdlora_megatron.convert.peft.names import PEFT_PREFIX, peft_prefix
 from bdlora_megatron.convert.peft.tensors import SAFETENSORS_NAME
 from bdlora_megatron.convert.tensor_files import write_safetensors
 from bdlora_megatron.convert.write_options import WriteOptions
-from bdlora_megatron.decoder import facts_of, target_of
+from bdlora_megatron.decoder import FUSED_PARTS, facts_of, target_of
 from bdlora_megatron.errors import UnsupportedError
 
 __all__ = ["write_peft"]
@@ -44,6 +44,7 @@ def write_peft(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         UnsupportedError: If modules differ in their number of blocks, which PEFT has one of.
     """
     if is_fused(adapter):
+        _warn_of_blocks(adapter)
         adapter = fuse(adapter)
     facts = module_facts(adapter)
     _warn_of_peft(adapter, facts)
@@ -88,6 +89,23 @@ def _warn_of_peft(adapter: Adapter, facts: Mapping[ModuleKey, BlockFactors]) -> 
             "%s: PEFT loads no Activated LoRA with blocks; write the same function as vanilla LoRA "
             "(--dense, WriteOptions(dense=True)) if PEFT is to read it",
             name,
+        )
+
+
+def _warn_of_blocks(adapter: Adapter) -> None:
+    """Name the blocks that fused rows cannot have."""
+    parts = {part for parts in FUSED_PARTS.values() for part in parts}
+    facts = module_facts(adapter)
+    lost = [key for key, fact in facts.items() if key.name in parts and fact.num_blocks > 1]
+    if lost:
+        logger.warning(
+            "%s: the base model has %s, whose rows cannot keep the blocks of %d modules, such as "
+            "%s; they are written as vanilla LoRA. To serve the blocks, keep the adapter in the "
+            "format megatron",
+            adapter.name,
+            " and ".join(FUSED_PARTS),
+            len(lost),
+            lost[0],
         )
 
 
