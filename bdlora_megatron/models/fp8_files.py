@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from bdlora_megatron.errors import ShapeError
+from bdlora_megatron.models.config import HFConfig
 from bdlora_megatron.models.files import TensorFiles
 
-__all__ = ["FP8Files"]
+__all__ = ["FP8Files", "open_weights"]
 
 FP8 = "F8_E4M3"
 _SCALES = ("_scale_inv", "_scale")
@@ -29,6 +30,19 @@ _SCALES = ("_scale_inv", "_scale")
 _OTHER_SCALES = re.compile(
     r"\.(input_scale|input_scale_ub|activation_scale|output_scale|k_scale|v_scale|kv_scale|q_scale)$"
 )
+
+
+def open_weights(folder: str | Path, hf: HFConfig) -> TensorFiles:
+    """A model's weights as its layers take them.
+
+    Args:
+        folder: The model's folder.
+        hf: Its facts.
+
+    Returns:
+        The open files; ``FP8Files`` where the config says so.
+    """
+    return TensorFiles(folder) if hf.fp8_block is None else FP8Files(folder, hf.fp8_block)
 
 
 class FP8Files(TensorFiles):

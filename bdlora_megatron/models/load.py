@@ -19,7 +19,7 @@ from bdlora_megatron.layers.anatomy import named_modules_global
 from bdlora_megatron.models.build import build_model, transformer_config
 from bdlora_megatron.models.config import HFConfig, read_hf_config
 from bdlora_megatron.models.files import TensorFiles
-from bdlora_megatron.models.fp8_files import FP8Files
+from bdlora_megatron.models.fp8_files import FP8Files, open_weights
 from bdlora_megatron.models.layout import (
     WeightSource,
     hf_shapes,
@@ -85,7 +85,9 @@ def load_hf_model(  # noqa: PLR0913 - what serving and training choose of a mode
     if for_serving:
         hf = hf.for_serving(parallel_state.get_tensor_model_parallel_world_size())
     # Before the model takes memory: what is wrong with the files is known from their headers.
-    with _open_files(folder, hf) as files:
+    with open_weights(folder, hf) as files:
+        if isinstance(files, FP8Files) and torch.distributed.get_rank() == 0:
+            logger.warning("%s", files.summary)
         _check_tensors(hf, files, str(folder))
         stored = files.rows("model.embed_tokens.weight", 0, 1).dtype
         config = transformer_config(
@@ -139,15 +141,6 @@ def load_hf_weights(model: nn.Module, hf: HFConfig, files: TensorFiles) -> None:
             _fill_columns(parameter, source, files, rank)
         else:
             _fill_rows(parameter, source, files, rank if source.split == "rows" else 0)
-
-
-def _open_files(folder: str | Path, hf: HFConfig) -> TensorFiles:
-    if hf.fp8_block is None:
-        return TensorFiles(folder)
-    files = FP8Files(folder, hf.fp8_block)
-    if torch.distributed.get_rank() == 0:
-        logger.warning("%s", files.summary)
-    return files
 
 
 def _parameters(

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bdlora_megatron.convert.adapter.neutral import FUSED, PROJECTIONS
 from bdlora_megatron.errors import ConfigError
-from bdlora_megatron.models import HFConfig, TensorFiles
+from bdlora_megatron.models import HFConfig
+from bdlora_megatron.models.fp8_files import open_weights
+from bdlora_megatron.models.rope import RopeSettings
 from bdlora_megatron.train.config import flat, to_mapping
 from bdlora_megatron.train.examples import Example
 from bdlora_megatron.train.rag import RagOptions
 from bdlora_megatron.train.schema import TrainConfig
 
-__all__ = ["check_resumable", "run_facts", "weights_digest"]
+__all__ = ["check_resumable", "described", "run_facts", "weights_digest"]
 
 #: Rows of each tensor that its digest looks at.
 _ROWS = 16
@@ -86,7 +90,7 @@ def weights_digest(folder: str | Path, hf: HFConfig) -> str:
         The digest, in hexadecimal.
     """
     digest = hashlib.sha256()
-    with TensorFiles(folder) as files:
+    with open_weights(folder, hf) as files:
         for name, shape in sorted(files.shapes.items()):
             # Copies and buffers that some versions of transformers store and others leave out.
             copied = hf.tied and name == "lm_head.weight"
@@ -126,13 +130,47 @@ def run_facts(
     for example in examples:
         digest.update(example.tokens.tobytes())
         digest.update(example.learnt.tobytes())
-    return {
+    facts = {
         "settings": to_mapping(config),
-        "base": repr(hf),
+        "base": described(hf),
         "weights": weights,
         "data": digest.hexdigest(),
         "start": start,
     }
+    # For those who read the checkpoint as an adapter.
+    return {**facts, PROJECTIONS: FUSED} if hf.fused_projections else facts
+
+
+def described(hf: HFConfig) -> str:
+    """A base model's facts as text, which stays what it was when facts are added.
+
+    Args:
+        hf: The facts.
+
+    Returns:
+        What ``repr`` gave before; added facts are there only where they say something.
+    """
+    values = {item.name: getattr(hf, item.name) for item in fields(hf)}
+    added = {"kv_head_replicas": 1, "fused_projections": False, "fp8_block": None}
+    for name, usual in added.items():
+        if values[name] == usual:
+            del values[name]
+    if hf.proj_bias == hf.mlp_bias:
+        del values["proj_bias"]
+        values["linear_bias"] = values.pop("mlp_bias")
+    rope = hf.rope
+    known = RopeSettings(kind=rope.kind, theta=rope.theta, factor=rope.factor)
+    if rope.kind == "llama3":
+        known = replace(known, low=1.0, high=4.0, original_positions=8192)
+    if rope == known and rope.kind in {"default", "linear", "llama3"}:
+        text = f"kind={rope.kind!r}, theta={rope.theta!r}, factor={rope.factor!r}"
+        values.pop("rope")
+        return f"HFConfig({_listed(values)}, rope=RopeSettings({text}))"
+    return f"HFConfig({_listed(values)})"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 def check_resumable(saved: Mapping[str, Any], facts: Mapping[str, Any], path: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from bdlora_megatron.config import resolve
 from bdlora_megatron.convert.adapter import Adapter, BaseShape
 from bdlora_megatron.convert.adapter.invocation import parse_invocation
+from bdlora_megatron.convert.adapter.neutral import FUSED, PROJECTIONS
 from bdlora_megatron.convert.adapter.problems import Problems
 from bdlora_megatron.convert.adapter.scale import peft_scale
 from bdlora_megatron.convert.hints import unreadable
@@ -63,6 +64,8 @@ def open_run(folder: Path, *, base: BaseShape | None = None) -> Iterator[Adapter
     metadata = {"format": "run", "scheme": scheme}
     if isinstance(model, dict) and isinstance(model.get("hf_path"), str):
         metadata["base_model_name_or_path"] = model["hf_path"]
+    if facts.get(PROJECTIONS) == FUSED:
+        metadata[PROJECTIONS] = FUSED
     yield Adapter(
         name=folder.name,
         modules=modules,
