@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from megatron.core import parallel_state
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from bdlora_megatron import runtime
 from bdlora_megatron.errors import ConfigError
@@ -89,8 +90,8 @@ def first_batches(config: TrainConfig, *, micro_batch_size: int) -> list[Batch]:
     return [rows.batch(numbers) for numbers in share.numbers(0)]
 
 
-def make_base(path: Path, **changes: Any) -> Path:
-    """Save a tiny random Llama that 1, 2 and 3 ranks can share."""
+def make_base(path: Path, *, family: str = "Llama", **changes: Any) -> Path:
+    """Save a tiny random model that 1, 2 and 3 ranks can share."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -104,7 +105,8 @@ def make_base(path: Path, **changes: Any) -> Path:
         "tie_word_embeddings": False,
         "initializer_range": 0.15,
     }
-    LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).save_pretrained(path)
+    config = getattr(transformers, f"{family}Config")(**{**settings, **changes})
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
 

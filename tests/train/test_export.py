@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bdlora_megatron.config import Layout
-from bdlora_megatron.convert import load_hf_model, read_adapter
+from bdlora_megatron.convert import load_hf_model, open_adapter, read_adapter, write_adapter
 from bdlora_megatron.layers import LoadOptions, load_adapter
 from bdlora_megatron.train.checkpoint import checkpoints
 from bdlora_megatron.train.loop import ADAPTER, DENSE_ADAPTER
@@ -16,7 +16,7 @@ from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.session import model_parallel
 from tests.train.logits import checkpoint_logits, megatron_logits, peft_logits
-from tests.train.runs import make_files, settings, train_rank
+from tests.train.runs import make_base, make_files, settings, train_rank
 from tests.unit.convert.random_adapters import assert_same
 
 SCHEMES = {
@@ -98,3 +98,26 @@ def test_scheme_none_evaluates_the_base_model_and_writes_no_adapter(root, tmp_pa
     (again,) = run_ranks(1, train_rank, settings(root, tmp_path / "trained", optimizer={"lr": 0.0}))
     assert again.validation_loss == pytest.approx(result.validation_loss, rel=1e-6)
     assert not list(tmp_path.glob("step_*"))
+
+
+def test_a_checkpoint_on_fused_projections_is_written_under_their_names(root, tmp_path):
+    fused = {"hidden_size": 48, "eos_token_id": 0, "pad_token_id": 0}
+    base = make_base(tmp_path / "phi", family="Phi3", **fused)
+    model = {"hf_path": str(base), "seq_length": 48, "tensor_model_parallel_size": 2}
+    peft = {"scheme": "bdlora", "bdlora": {"num_blocks": 2, "rank": 4}}
+    config = settings(
+        root, tmp_path / "run", model=model, peft=peft, train__train_iters=2, optimizer__lr=0.05
+    )
+    run_ranks(2, train_rank, config)
+    with open_adapter(checkpoints(tmp_path / "run")[-1][1]) as adapter:
+        write_adapter(adapter, tmp_path / "again", "peft")
+    found = [
+        peft_logits(base, folder) for folder in (tmp_path / "run" / ADAPTER, tmp_path / "again")
+    ]
+    assert (found[0] - peft_logits(base)).abs().max() > 0.01
+    assert_close(found[1], found[0], "the checkpoint", (1e-5, 1e-4))
+    (trained,) = run_ranks(1, checkpoint_logits, settings(
+        root, tmp_path / "run", model={**model, "tensor_model_parallel_size": 1}, peft=peft,
+        train__train_iters=2, optimizer__lr=0.05,
+    ))  # fmt: skip
+    assert_close(found[0], trained, "PEFT's logits", (1e-5, 1e-4))
