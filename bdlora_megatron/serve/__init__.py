@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bdlora_megatron.serve.allocator import Placement, SlotAllocator
     from bdlora_megatron.serve.capacity import AdapterShard, SlotCapacity
-    from bdlora_megatron.serve.cores import CoreShard, CoreSlots
+    from bdlora_megatron.serve.cores import CoreShard, CoreSlots, open_basis
     from bdlora_megatron.serve.host_cache import HostCache
     from bdlora_megatron.serve.slots import ModelSlots
     from bdlora_megatron.serve.store import AdapterStore
@@ -32,13 +32,14 @@ __all__ = [
     "SlotCapacity",
     "StoreOptions",
     "StoreStats",
+    "open_basis",
 ]
 
 _HOMES = {
     "host_cache": ("HostCache",),
     "allocator": ("Placement", "SlotAllocator"),
     "capacity": ("AdapterShard", "SlotCapacity"),
-    "cores": ("CoreShard", "CoreSlots"),
+    "cores": ("CoreShard", "CoreSlots", "open_basis"),
     "slots": ("ModelSlots",),
     "store": ("AdapterStore",),
     "store_types": ("AdapterKey", "StoreOptions", "StoreStats"),

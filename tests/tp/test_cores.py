@@ -18,8 +18,7 @@ from bdlora_megatron.convert import Adapter, ModuleKey, write_adapter
 from bdlora_megatron.errors import CapacityError, ConfigError, ShapeError, TargetError
 from bdlora_megatron.layers import LoadOptions, load_adapter, remove_lora
 from bdlora_megatron.runtime import record_collectives
-from bdlora_megatron.serve import CoreSlots, ModelSlots, SlotCapacity
-from bdlora_megatron.serve.cores import open_basis
+from bdlora_megatron.serve import CoreSlots, ModelSlots, SlotCapacity, open_basis
 from tests.harness import run_ranks
 from tests.tolerances import assert_close
 from tests.tp.models import tokens
