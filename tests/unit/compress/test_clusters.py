@@ -49,8 +49,8 @@ def test_adapters_go_where_they_lose_least_and_clusters_have_no_gaps():
 
 
 def test_nobody_moves_for_rounding():
-    errors = matrix([1, 1 - 1e-12], [1, 1 + 1e-12])
-    start = all_active(0, 1)
+    errors = matrix([1, 9], [9, 1], [1, 1 + 1e-12])
+    start = all_active(0, 1, 1)
     assert after_round(start, errors, errors, None) == start
 
 

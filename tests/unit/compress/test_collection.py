@@ -121,6 +121,29 @@ def _assert_slice_is_fitted(out, key, number, cut):
     assert held == pytest.approx(fit.energies[-1], rel=1e-5)
 
 
+@pytest.mark.parametrize("core", ["full", "diagonal"])
+def test_a_slice_that_needs_fewer_columns_is_filled_up(core, tmp_path):
+    """The first half of q_proj's outputs and of o_proj's inputs does not change at all."""
+    random = numbers(0)
+    own = spaces(random, 3, modules=["self_attn.q_proj", "self_attn.o_proj"])
+    tensors = within(random, own, 3)
+    for name, tensor in tensors.items():
+        if "q_proj.lora_B" in name:
+            tensor[: len(tensor) // 2] = 0
+        elif "o_proj.lora_A" in name:
+            tensor[:, : tensor.shape[1] // 2] = 0
+    folder = save(tmp_path / "src" / "half", tensors, rank=3)
+    out = tmp_path / "out"
+    report = compress(out, [folder], rank=6, core=core, **BLOCKED)
+    assert report.adapters[0].error < 1e-6
+    assert distance(updates(folder), updates(out / "adapters" / "half")) < 1e-6
+    with read_collection(out).basis(0) as basis:
+        for factors in basis.values():
+            assert factors.U.shape[2] == factors.V.shape[2] == 3
+            assert not factors.U[0, :, 1:].any()
+            assert torch.linalg.matrix_rank(factors.U[1]) == 3
+
+
 def test_equal_adapters_cost_one(tmp_path):
     random = numbers(0)
     tensors = within(random, spaces(random, 4), 3)
