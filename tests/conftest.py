@@ -51,6 +51,7 @@ SLOW = (
     "tests/train",
     "tests/unit/bench/test_device",
     "tests/unit/cli",
+    "tests/unit/compress/test_kill.py",
     "tests/unit/convert/test_field_cases.py",
     "tests/unit/convert/test_fuzz.py",
     "tests/unit/convert/test_merge.py",

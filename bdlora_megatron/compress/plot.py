@@ -39,11 +39,10 @@ def plot_errors(
             left.legend(fontsize="small")
     left.set(xlabel="adapters, by their error", ylabel="relative error (Frobenius)")
     if projections:
-        right.boxplot(list(projections.values()), orientation="horizontal", whis=(0, 100))
-        right.set_yticks(range(1, len(projections) + 1), list(projections))
-    right.set(xlabel="relative error in modules of all layers, median, quartiles, range")
+        right.boxplot(list(projections.values()), whis=(0, 100))
+        right.set_xticks(range(1, len(projections) + 1), list(projections), rotation=30, ha="right")
+    right.set_title("modules of all layers: median, quartiles, range", fontsize="medium")
     for axes in (left, right):
         axes.grid(visible=True, alpha=0.3)
-    left.set_ylim(bottom=0)
-    right.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
     figure.savefig(path, format="png", dpi=150)
