@@ -187,19 +187,20 @@ async def measure(server: Server, kind: str, arrivals: list[Arrival]) -> dict[st
         results = await asyncio.gather(*map(later, arrivals))
         took_s = time.monotonic() - begun_s
         after = await counters(client)
-        models = (await client.get("/status.json")).json()["models"]
     return {
         "took_s": took_s,
-        "resident": sum(model["resident"] for model in models if model["parent"] is not None),
+        "resident": after.pop("resident"),
         **{name: after[name] - before[name] for name in after},
         "requests": [asdict(result) for result in results],
     }
 
 
 async def counters(client: Any) -> dict[str, int]:
-    """Adapters that were copied into slots, and tokens that were looked up and found."""
+    """Adapters that were copied into slots and are there, and tokens looked up and found."""
     metrics = (await client.get("/metrics")).text
     found = re.findall(r"^bdlora_(slot_loads|prefix_cache_\w+)_total (\S+)", metrics, re.M)
+    resident = re.findall(r'^bdlora_adapters\{place="slot"\} (\S+)', metrics, re.M)
+    found += [("resident", value) for value in resident]
     return {name: int(float(value)) for name, value in found}
 
 

@@ -11,6 +11,14 @@ from benchmarks.figures.statements import Statement, on_link
 __all__ = ["STATEMENTS"]
 
 _THROUGHPUT_ROW = "| {base:.2f} | {bdlora:.2f} | {half_sharded:.2f} | 1 | |"
+_SAME_MEMORY = (
+    "{bdlora_resident} adapters fit as BD-LoRA, {half_sharded_resident} half-sharded and "
+    "{slora_resident} in S-LoRA's layout; {bdlora_hits:.0f}, {half_sharded_hits:.0f} and "
+    "{slora_hits:.0f} % of the requests found theirs in a slot; the server makes "
+    "{bdlora_tokens:.0f}, {half_sharded_tokens:.0f} and {slora_tokens:.0f} tokens/s, with a "
+    "median time to first token of {bdlora_first:.2f}, {half_sharded_first:.2f} and "
+    "{slora_first:.2f} s"
+)
 _PEER_ADAPTERS = 8
 
 
@@ -70,6 +78,40 @@ def _readme() -> Iterator[Statement]:
     )
 
 
+def _same_memory(report: Any) -> Mapping[str, float]:
+    """Each layout's adapters on the device, hits, tokens a second and time to first token."""
+    values: dict[str, float] = {}
+    for cell in report["cells"]:
+        kind = cell["kind"]
+        values |= {
+            f"{kind}_resident": cell["resident"],
+            f"{kind}_hits": 100 * cell["slot_hits"],
+            f"{kind}_tokens": cell["tokens_per_s"],
+            f"{kind}_first": cell["first_token_p50_s"],
+        }
+    return values
+
+
+def _memory() -> Iterator[Statement]:
+    yield Statement(
+        page="README.md",
+        text=f"| the server, [same memory](benchmarks/results/serving-bytes.md) for adapters of as "
+        f"many parameters {_THROUGHPUT_ROW}",
+        report="serving-bytes.json",
+        values=_throughput(0),
+    )
+    for start, report in (
+        ("On two ranks with 8 MB for them on each,", "serving-bytes.json"),
+        ("On four ranks with 4 MB,", "serving-bytes-tp4.json"),
+    ):
+        yield Statement(
+            page="docs/many-adapters.md",
+            text=f"{start} {_SAME_MEMORY}",
+            report=report,
+            values=_same_memory,
+        )
+
+
 def _soak() -> Statement:
     return Statement(
         page="docs/serving.md",
@@ -110,4 +152,4 @@ def _prefix() -> Iterator[Statement]:
 
 
 #: What pages say of it.
-STATEMENTS: Sequence[Statement] = (*_readme(), _soak(), _schemas(), *_prefix())
+STATEMENTS: Sequence[Statement] = (*_readme(), *_memory(), _soak(), _schemas(), *_prefix())
