@@ -82,9 +82,8 @@ class LayerCores:
         for pool, core in zip(self._pools, cores, strict=True):
             rank = 0 if core is None else len(core)
             if core is not None:
+                # Columns that a larger one left meet zeros: a token has nothing beyond its rank.
                 pool.A[first : first + rank, :rank].copy_(core, non_blocking=True)
-                # What a larger one left there.
-                pool.A[first : first + rank, rank:].zero_()
             pool.table.note(slot, a_rows=[(first, rank)], b_rows=[(0, 0)], scale=[1.0])
 
     def clear(self, slot: int) -> None:
