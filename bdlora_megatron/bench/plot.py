@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bdlora_megatron import drawing
 from bdlora_megatron.bench.plan import Setting, Variant
 from bdlora_megatron.bench.report import BenchReport, quartiles, ratios
 from bdlora_megatron.config import Layout
-from bdlora_megatron.errors import MissingDependencyError
 
 __all__ = ["figure_class", "plot_report"]
 
@@ -23,15 +23,7 @@ def figure_class() -> Any:
     Raises:
         MissingDependencyError: It is not installed.
     """
-    try:
-        # The figure alone, without pyplot's windows and global state.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"drawing needs matplotlib ({error}); "
-            "install the extra: pip install 'bdlora-megatron[bench]', or leave --out away"
-        ) from error
-    return Figure
+    return drawing.figure_class("pip install 'bdlora-megatron[bench]', or leave --out away")
 
 
 def plot_report(report: BenchReport, path: str | Path) -> Path:

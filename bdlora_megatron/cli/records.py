@@ -6,10 +6,8 @@ starts (as unfinished) and again after it, so that after a kill it is known whos
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +15,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from bdlora_megatron.convert.folders import held_alone
 from bdlora_megatron.convert.peft.config import CONFIG_NAME
 from bdlora_megatron.convert.peft.tensors import PICKLE_NAME, SAFETENSORS_NAME
 from bdlora_megatron.convert.pipeline import companions
 from bdlora_megatron.convert.registry import detect_format
 from bdlora_megatron.convert.slora.format import adapter_name
-from bdlora_megatron.errors import AdapterFormatError, ConfigError
+from bdlora_megatron.errors import AdapterFormatError
 
 __all__ = ["RECORDS", "Record", "content_hash", "locked", "read_record", "write_record"]
 
@@ -150,17 +149,11 @@ def locked(out: Path) -> Iterator[None]:
     """
     folder = out / RECORDS
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another conversion writes into {out}; wait for it or pass another --out"
-            ) from None
+    lock = folder / "lock"
+    lock.touch()
+    refusal = f"another conversion writes into {out}; wait for it or pass another --out"
+    with held_alone(lock, refusal):
         yield
-    finally:
-        os.close(handle)
 
 
 def _path(out: Path, name: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bdlora_megatron.errors import MissingDependencyError
+from bdlora_megatron.drawing import figure_class
 
 __all__ = ["plot_errors"]
 
@@ -23,15 +23,7 @@ def plot_errors(
     Raises:
         MissingDependencyError: If matplotlib is not installed.
     """
-    try:
-        # The figure alone, without pyplot's windows and global state.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"drawing needs matplotlib ({error}); "
-            "install the extra: pip install 'bdlora-megatron[plot]'"
-        ) from error
-    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    figure = figure_class()(figsize=(9.6, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     for kind, errors in adapters.items():
         if errors:

@@ -6,11 +6,9 @@ it was killed. Files are named by all that decides them.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
-import os
 import resource
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +25,8 @@ import torch
 from bdlora_megatron.compress.options import CompressOptions
 from bdlora_megatron.compress.sources import AdapterFacts, Source, look_at
 from bdlora_megatron.compress.tasks import Desk, Task
-from bdlora_megatron.errors import CapacityError, ConfigError
+from bdlora_megatron.convert.folders import held_alone
+from bdlora_megatron.errors import CapacityError
 from bdlora_megatron.runtime.workers import die_with_parent
 
 __all__ = ["Show", "Workers", "work_folder"]
@@ -187,14 +186,8 @@ def work_folder(out: Path, fingerprint: str) -> Iterator[Path]:
     """
     root = out.with_name(f".{out.name}.work")
     root.mkdir(parents=True, exist_ok=True)
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process compresses to {out}; wait for it or pass another --out"
-            ) from None
+    refusal = f"another process compresses to {out}; wait for it or pass another --out"
+    with held_alone(root, refusal):
         for path in root.iterdir():
             if path.name != fingerprint:
                 shutil.rmtree(path)
@@ -204,8 +197,6 @@ def work_folder(out: Path, fingerprint: str) -> Iterator[Path]:
             path.unlink()
         yield folder
         shutil.rmtree(root)
-    finally:
-        os.close(handle)
 
 
 def file_name(*parts: object) -> str:

@@ -46,6 +46,28 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def held_alone(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a file or folder that one process at a time may; the lock ends with the process.
+
+    Args:
+        path: What to hold; it is there.
+        refusal: What to say where another process holds it.
+
+    Raises:
+        ConfigError: Another does.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(refusal) from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def _prefix(path: Path) -> str:
     return f".{path.name}."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bdlora_megatron.convert.structure.choices import Choices
-from bdlora_megatron.errors import MissingDependencyError
+from bdlora_megatron.drawing import figure_class
 
 __all__ = ["plot_choices"]
 
@@ -23,15 +23,7 @@ def plot_choices(choices: Choices, path: str | Path) -> Path:
     Raises:
         MissingDependencyError: If matplotlib is not installed.
     """
-    try:
-        # The figure alone, without pyplot's windows and global state.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"drawing needs matplotlib ({error}); "
-            "install the extra: pip install 'bdlora-megatron[plot]'"
-        ) from error
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = figure_class()(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     ranks, errors = zip(*choices.curve, strict=True)
     axes.plot(ranks, errors, color="black", linewidth=1.2, label="truncation")
