@@ -42,7 +42,7 @@ class LayerCores:
             layer: The ``LoRALinear`` that they belong to.
             geometry: Its projections.
             num_slots: Cores of the layer.
-            max_rank: The largest rank of a basis on one rank, K.
+            max_rank: The largest rank of a basis on one rank, K; at most Z.
         """
         # What stands between the halves is float32, too.
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
@@ -104,14 +104,10 @@ class LayerCores:
         Returns:
             ``[T, J, Z]``; where a token's adapter has no core for a projection, zero.
         """
-        has = (batch.token_slot >= 0)[:, None]
-        out = z.clone()
+        has = batch.token_slot >= 0
+        out = z.masked_fill(has[:, None, None], 0.0)
         for j, pool in enumerate(self._pools):
-            width = min(self.max_rank, z.shape[-1])
-            own = torch.zeros_like(z[:, j])
-            x = own.new_zeros(len(z), self.max_rank)
-            x[:, :width] = z[:, j, :width]
-            made = shrink(x, pool, batch, implementation=implementation)[:, 0]
-            own[:, :width] = made[:, :width]
-            out[:, j] = torch.where(has, own, z[:, j])
+            x = z[:, j, : self.max_rank]
+            made = shrink(x.contiguous(), pool, batch, implementation=implementation)[:, 0]
+            out[:, j, : self.max_rank] = torch.where(has[:, None], made, x)
         return out

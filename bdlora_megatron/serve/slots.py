@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -104,12 +105,12 @@ class ModelSlots:
         for target in self._linears:
             yield target.full_name, target.keys
 
-    @property
+    @cached_property
     def memory_bytes(self) -> int:
         """Bytes of all pools on this rank."""
         return self._bytes(self.allocator.rows)
 
-    @property
+    @cached_property
     def largest_bytes(self) -> int:
         """The most bytes that one adapter takes on this rank."""
         return self._bytes(self.capacity.max_lora_rank)
