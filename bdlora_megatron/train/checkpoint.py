@@ -27,6 +27,7 @@ from bdlora_megatron.runtime.versions.checkpoint import (
     plan_distributed,
     save_distributed,
 )
+from bdlora_megatron.train.model import model_chunks
 from bdlora_megatron.train.step import DivergedError, Stepper
 from bdlora_megatron.train.writer import FileWriter
 
@@ -225,8 +226,9 @@ def load_checkpoint(path: Path, stepper: Stepper) -> int:
 
 def _chunks(stepper: Stepper) -> Iterator[tuple[str, Any]]:
     """This stage's parts of the model by Megatron-Core's names for them."""
-    for number, chunk in enumerate(stepper.chunks):
-        yield f"model{number}" if len(stepper.chunks) > 1 else "model", chunk.module
+    chunks = model_chunks(stepper.model)
+    for number, chunk in enumerate(chunks):
+        yield f"model{number}" if len(chunks) > 1 else "model", chunk.module
 
 
 def _sharded_state(stepper: Stepper, *, is_loading: bool) -> dict[str, Any]:

@@ -66,7 +66,6 @@ class Stepper:
 
     Attributes:
         model: The wrapped model, or a ``ModuleList`` of this stage's wrapped chunks.
-        chunks: The same as a list.
         optimizer: Megatron-Core's optimizer over the factors.
         scheduler: Megatron-Core's schedule, counted in steps.
     """
@@ -89,16 +88,16 @@ class Stepper:
         self._config = config
         if config.optimizer.use_distributed_optimizer:
             _check_split(model)
-        self.chunks = [_wrapped(chunk, config) for chunk in model_chunks(model)]
-        several = len(self.chunks) > 1
-        self.model = nn.ModuleList(self.chunks) if several else self.chunks[0]
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.chunks)
+        chunks = [_wrapped(chunk, config) for chunk in model_chunks(model)]
+        several = len(chunks) > 1
+        self.model = nn.ModuleList(chunks) if several else chunks[0]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config), chunks)
         self.scheduler = _scheduler(self.optimizer, config)
-        for chunk in self.chunks:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        for chunk in chunks:
             settings = chunk.config
             settings.grad_scale_func = self.optimizer.scale_loss
             settings.finalize_model_grads_func = finalize_model_grads
-            no_sync = [each.no_sync for each in self.chunks]
             settings.no_sync_func = no_sync if several else no_sync[0]
 
     def train_step(self, step: int, batches: Sequence[Batch]) -> StepResult:
@@ -122,7 +121,7 @@ class Stepper:
         # Not a state to be saved: a resumed run draws what it would have drawn.
         model_parallel_cuda_manual_seed(self._config.rng.seed + step)
         self.model.train()
-        for chunk in self.chunks:
+        for chunk in model_chunks(self.model):
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss, tokens = forward_backward(self.model, batches, self._config)

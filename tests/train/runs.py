@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerFast
 
 from bdlora_megatron import runtime
 from bdlora_megatron.errors import ConfigError
+from bdlora_megatron.layers import collect_adapter, lora_layers
 from bdlora_megatron.train import corpus
 from bdlora_megatron.train.config import from_mapping
 from bdlora_megatron.train.data import Batch, RowDataset, ShareOfBatch
 from bdlora_megatron.train.examples import Documents, load_tokenizer
 from bdlora_megatron.train.loop import train
 from bdlora_megatron.train.schema import TrainConfig
+from tests.tp.models import randomize_adapters
 
 # A prime, so that every parallel size pads it.
 VOCAB = 331
@@ -158,6 +160,23 @@ def settings(root: Path, save: Path, **changes: Any) -> TrainConfig:
         else:
             values[section] = value
     return from_mapping(values)
+
+
+def randomize_gently(model: Any) -> None:
+    """Random adapters; a violent update magnifies rounding from layer to layer."""
+    randomize_adapters(model)
+    for _, layer in lora_layers(model):
+        for parameter in layer.adapter.parameters():
+            parameter.data.mul_(0.3)
+
+
+def collect_gradients(model: Any) -> dict[Any, Any]:
+    """Every factor's gradient, put together from all ranks; in place of the factors."""
+    for _, layer in lora_layers(model):
+        for plan in layer.adapter.plans:
+            for factor in layer.adapter.factors(plan):
+                factor.weight.data = factor.weight.main_grad.clone()
+    return dict(collect_adapter(model, "gradients").modules)
 
 
 def train_rank(rank: int, world_size: int, config: TrainConfig) -> Any:

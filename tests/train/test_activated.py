@@ -23,7 +23,6 @@ from bdlora_megatron.layers import (
     apply_lora,
     collect_adapter,
     load_adapter,
-    lora_layers,
     merge_adapters,
 )
 from bdlora_megatron.models import read_hf_config
@@ -36,10 +35,18 @@ from bdlora_megatron.train.step import Stepper, forward_backward
 from benchmarks.step_collectives import measure_step
 from tests.harness import run_ranks
 from tests.tolerances import MODEL_GRADIENTS, assert_close
-from tests.tp.models import randomize_adapters, tokens
+from tests.tp.models import tokens
 from tests.tp.serving_cases import make_adapter, serving_model
 from tests.tp.session import model_parallel
-from tests.train.runs import VOCAB, make_files, settings, train_each, training_rows
+from tests.train.runs import (
+    VOCAB,
+    collect_gradients,
+    make_files,
+    randomize_gently,
+    settings,
+    train_each,
+    training_rows,
+)
 
 #: ``<|assistant|>``: of a chat of several turns, the last answer's.
 INVOCATION = [2]
@@ -83,11 +90,7 @@ def batches_of(config):
 def write(rank, world_size, config):
     with model_parallel(1):
         model, _ = build_model(config)
-        randomize_adapters(model)
-        for _, layer in lora_layers(model):
-            for parameter in layer.adapter.parameters():
-                # A gentle update: a violent one magnifies rounding from layer to layer.
-                parameter.data.mul_(0.3)
+        randomize_gently(model)
         adapter = collect_adapter(model, "random")
         assert adapter.invocation_tokens == tuple(INVOCATION)
         # PEFT has no blocks for it; the function is the same.
@@ -130,11 +133,7 @@ def gradients(rank, world_size, config):
         load_adapter(model, read_adapter(f"{config.checkpoint.save}/blocked"), options)
         stepper = Stepper(model, config)
         loss, _ = forward_backward(stepper.model, batches_of(config), config)
-        for _, layer in lora_layers(model):
-            for plan in layer.adapter.plans:
-                for factor in layer.adapter.factors(plan):
-                    factor.weight.data = factor.weight.main_grad.clone()
-        return loss, dict(collect_adapter(model, "gradients").modules)
+        return loss, collect_gradients(model)
 
 
 CASES = {

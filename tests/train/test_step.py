@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bdlora_megatron.config import Layout
 from bdlora_megatron.convert import WriteOptions, read_peft, write_adapter
-from bdlora_megatron.layers import LoadOptions, collect_adapter, load_adapter, lora_layers
+from bdlora_megatron.layers import LoadOptions, collect_adapter, load_adapter
 from bdlora_megatron.train.model import build_model
 from bdlora_megatron.train.step import Stepper, forward_backward, mean_loss
 from benchmarks.step_collectives import measure_step
@@ -19,7 +19,15 @@ from tests.harness import run_ranks
 from tests.tolerances import MODEL_GRADIENTS, assert_close
 from tests.tp.models import randomize_adapters
 from tests.tp.session import model_parallel
-from tests.train.runs import first_batches, make_base, make_files, settings, training_rows
+from tests.train.runs import (
+    collect_gradients,
+    first_batches,
+    make_base,
+    make_files,
+    randomize_gently,
+    settings,
+    training_rows,
+)
 
 SCHEMES = {
     "bdlora": {"scheme": "bdlora", "bdlora": {"num_blocks": 6, "rank": 12}},
@@ -105,11 +113,7 @@ def _config(root, scheme, **model):
 def _write(rank, world_size, config):
     with model_parallel(1):
         model, _ = build_model(config)
-        randomize_adapters(model)
-        for _, layer in lora_layers(model):
-            for parameter in layer.adapter.parameters():
-                # A gentle update: a violent one magnifies rounding from layer to layer.
-                parameter.data.mul_(0.3)
+        randomize_gently(model)
         adapter = collect_adapter(model, "random")
         write_adapter(adapter, config.checkpoint.save, "peft", options=WriteOptions(overwrite=True))
 
@@ -157,11 +161,7 @@ def _gradients(rank, world_size, config):
         _load(model, config)
         stepper = Stepper(model, config)
         loss, _ = forward_backward(stepper.model, _share(config), config)
-        for _, layer in lora_layers(model):
-            for plan in layer.adapter.plans:
-                for factor in layer.adapter.factors(plan):
-                    factor.weight.data = factor.weight.main_grad.clone()
-        return loss, dict(collect_adapter(model, "gradients").modules)
+        return loss, collect_gradients(model)
 
 
 def _named(modules):
